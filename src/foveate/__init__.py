@@ -1,0 +1,52 @@
+"""foveate runs next-scale image models and spends compute only where it changes the picture.
+
+The public names are loaded when they are first used, so that `import foveate` is quick and does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from foveate.core.errors import Cancelled as Cancelled
+    from foveate.core.errors import FoveateError as FoveateError
+    from foveate.eval.compare import compare as compare
+    from foveate.pipeline import Pipeline as Pipeline
+    from foveate.policies.depthvar import DepthVAR as DepthVAR
+    from foveate.policies.drop_branch import DropBranch as DropBranch
+    from foveate.policies.full import Full as Full
+    from foveate.policies.ld_pruning import LDPruning as LDPruning
+    from foveate.policies.random_tokens import RandomTokens as RandomTokens
+    from foveate.policies.registry import load_policy as load_policy
+    from foveate.policies.skip_scales import SkipScales as SkipScales
+    from foveate.policies.uniform_depth import UniformDepth as UniformDepth
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Cancelled": "foveate.core.errors",
+    "DepthVAR": "foveate.policies.depthvar",
+    "DropBranch": "foveate.policies.drop_branch",
+    "FoveateError": "foveate.core.errors",
+    "Full": "foveate.policies.full",
+    "LDPruning": "foveate.policies.ld_pruning",
+    "Pipeline": "foveate.pipeline",
+    "RandomTokens": "foveate.policies.random_tokens",
+    "SkipScales": "foveate.policies.skip_scales",
+    "UniformDepth": "foveate.policies.uniform_depth",
+    "compare": "foveate.eval.compare",
+    "load_policy": "foveate.policies.registry",
+}
+
+__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604 - a list of strings, made from the table above
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name's module when the name is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'foveate' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return list(__all__)

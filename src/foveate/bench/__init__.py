@@ -1,0 +1,1 @@
+"""Clocks, memory and calibration."""

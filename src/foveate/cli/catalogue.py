@@ -1,0 +1,73 @@
+"""The registered policies as plain data, read from their classes."""
+
+import difflib
+import inspect
+import sys
+from dataclasses import fields
+from typing import Any, get_args, get_type_hints
+
+from foveate.core.errors import FoveateError
+from foveate.core.plan import Policy
+from foveate.policies.registry import PRESETS, all_policies, load_policy
+
+
+def all_entries() -> dict[str, Any]:
+    """Every policy and preset."""
+    return {
+        "policies": [_policy(name, policy) for name, policy in all_policies().items()],
+        "presets": [_preset(name) for name in PRESETS],
+    }
+
+
+def one_entry(name: str) -> dict[str, Any]:
+    """One policy or preset, in the same form.
+
+    Raises:
+        FoveateError: There is none of this name; the closest is named.
+    """
+    wanted, known = name.strip().lower().replace("_", "-"), all_policies()
+    if wanted in known:
+        return {"policies": [_policy(wanted, known[wanted])], "presets": []}
+    if wanted in PRESETS:
+        return {"policies": [], "presets": [_preset(wanted)]}
+    names = [*known, *PRESETS]
+    close = difflib.get_close_matches(wanted, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise FoveateError(f"no policy {name!r}; {hint}there are {', '.join(names)}")
+
+
+def _policy(name: str, policy: type[Policy]) -> dict[str, Any]:
+    module = inspect.getdoc(sys.modules[policy.__module__]) or ""
+    return {
+        "name": name,
+        "summary": _first_line(inspect.getdoc(policy) or module),
+        "source": _first_line(module),
+        "fields": _fields(policy, {f.name: f.default for f in fields(policy)}),
+    }
+
+
+def _preset(name: str) -> dict[str, Any]:
+    spec, summary = PRESETS[name]
+    policy = load_policy(spec)
+    return {
+        "name": name,
+        "spec": spec,
+        "summary": summary,
+        "source": _first_line(inspect.getdoc(sys.modules[type(policy).__module__]) or ""),
+        "fields": _fields(type(policy), policy.settings()),
+    }
+
+
+def _fields(policy: type[Policy], values: dict[str, Any]) -> list[dict[str, Any]]:
+    kinds = get_type_hints(policy)
+    return [{"name": f.name, "type": _kind(kinds[f.name]), "default": values[f.name]} for f in fields(policy)]
+
+
+def _kind(annotation: Any) -> str:
+    if isinstance(annotation, type):
+        return annotation.__name__
+    return " | ".join(_kind(choice) if isinstance(choice, type) else str(choice) for choice in get_args(annotation))
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0].strip()

@@ -1,0 +1,55 @@
+"""What commands print: one JSON object, or short tables for people. Results go to stdout, everything else to stderr."""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """One object on one line, with the version of its schema in front."""
+    sys.stdout.write(json.dumps({"schema_version": SCHEMA_VERSION, **content}, ensure_ascii=False) + "\n")
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Names and values in two columns."""
+    print_table((), facts)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table without lines; column names in bold if there are any."""
+    from rich.console import Console  # noqa: PLC0415 - `--help` must answer without it
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    body = [[Text(cell) for cell in row] for row in rows]
+    if not body:
+        return
+    table = Table(box=None, pad_edge=False, show_header=bool(columns), header_style="bold", padding=(0, 3, 0, 0))
+    for column in columns or [""] * len(body[0]):
+        table.add_column(column, overflow="fold")
+    for cells in body:
+        table.add_row(*cells)
+    Console(file=sys.stdout).print(table)
+
+
+def print_paths(paths: Iterable[object]) -> None:
+    """One path a line, never wrapped, so that other programs can read them."""
+    for path in paths:
+        sys.stdout.write(f"{path}\n")
+
+
+def warn(message: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(f"foveate: warning: {' '.join(message.split())}\n")
+
+
+def in_units(count: float, unit: str = "") -> str:
+    """A count with three digits and a prefix, as in `1.23 G`."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(count) < 1000:  # noqa: PLR2004 - the step between prefixes
+            return f"{count:.3g} {prefix}{unit}".strip()
+        count /= 1000
+    return f"{count:.3g} P{unit}"

@@ -1,0 +1,65 @@
+"""`foveate policies`: the registered methods, what can be set on each, and the presets."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from foveate.cli.console import print_facts, print_json, print_table
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoliciesOptions:
+    """How the list is printed.
+
+    Attributes:
+        as_json: Print one JSON object.
+    """
+
+    as_json: Annotated[bool, Parameter(name="--json")] = False
+
+
+_DEFAULTS = PoliciesOptions()
+
+
+def policies(name: str | None = None, *, options: PoliciesOptions = _DEFAULTS) -> int:
+    """List the policies, their fields and presets.
+
+    Args:
+        name: A policy or preset to show in detail.
+        options: How it is printed.
+    """
+    from foveate.cli import catalogue  # noqa: PLC0415 - torch is loaded when the command runs
+
+    found = catalogue.all_entries() if name is None else catalogue.one_entry(name)
+    if options.as_json:
+        print_json(found)
+    elif name is None:
+        _print_list(found)
+    else:
+        _print_one((found["policies"] + found["presets"])[0])
+    return 0
+
+
+def _print_list(found: dict[str, Any]) -> None:
+    rows = [(p["name"], p["summary"], ", ".join(_setting(f) for f in p["fields"])) for p in found["policies"]]
+    print_table(("policy", "what it does", "fields and defaults"), rows)
+    print_table((), [("", "")])
+    print_table(("preset", "stands for", "what for"), [(p["name"], p["spec"], p["summary"]) for p in found["presets"]])
+
+
+def _print_one(entry: dict[str, Any]) -> None:
+    facts = [("name", entry["name"])]
+    facts += [("spec", entry["spec"])] if "spec" in entry else []
+    print_facts([*facts, ("what it does", entry["summary"]), ("source", entry["source"])])
+    print_table((), [("", "")])
+    print_table(("field", "type", "default"), [(f["name"], f["type"], _plain(f["default"])) for f in entry["fields"]])
+
+
+def _setting(field: dict[str, Any]) -> str:
+    return f"{field['name']}={_plain(field['default'])}"
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,61 @@
+"""`foveate generate --from picture.png`: the stored batch once more, and whether its pixels are the same."""
+
+from pathlib import Path
+from typing import Any
+
+from foveate.cli.console import print_facts, print_json, print_paths
+from foveate.cli.drawing import report_json
+from foveate.cli.generate import GenerateOptions
+from foveate.cli.loading import open_pipeline
+from foveate.cli.options import ModelOptions
+from foveate.cli.staging import Staging
+from foveate.core.errors import FoveateError
+from foveate.pipeline import Pipeline
+from foveate.png import Regenerated, read_png_config, regenerate, save_png
+
+_DEFAULT_MODEL = ModelOptions().model
+
+
+def redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
+    """Draws the batch of a PNG, writes its row and compares the pixels.
+
+    Returns:
+        0 if every pixel is the same, 1 otherwise.
+
+    Raises:
+        FoveateError: The file is none of ours or damaged, or its model is not here.
+    """
+    config = read_png_config(source)
+    path = options.output if options.is_one_file else options.output / f"{source.stem}-again.png"
+    with Staging(path.parent) as staging:
+        try:
+            again = regenerate(source, _pipeline(config, model, options))
+            row = int(config.get("row", 0))
+            save_png(again.image, staging.path(path.name), again.output.row_config(row))
+        except (KeyError, IndexError, TypeError) as error:
+            raise FoveateError(f"{source}: the configuration in the file is damaged, {error!r}") from None
+        staging.publish()
+    _report(again, row, path, options.as_json)
+    return 0 if again.is_identical else 1
+
+
+def _pipeline(config: dict[str, Any], model: ModelOptions, options: GenerateOptions) -> Pipeline | None:
+    """A model that was named by hand, in the dtype and on the device of the file; None takes the file's own."""
+    if model.model == _DEFAULT_MODEL:
+        return None
+    stored = ModelOptions(
+        model=model.model, weights=config["weights"]["kind"], dtype=config["dtype"], device=config["device"]
+    )
+    return open_pipeline(stored, is_quiet=options.quiet)
+
+
+def _report(again: Regenerated, row: int, path: Path, as_json: bool) -> None:
+    output = again.output
+    if as_json:
+        image = {"path": str(path), "seed": output.seeds[row], "prompt": output.prompts[row]}
+        found = {"images": [image], **report_json(output)}
+        print_json({**found, "identical": again.is_identical, "differences": list(again.differences)})
+        return
+    print_facts([("pixels", "identical" if again.is_identical else "not identical")])
+    print_facts([("differs", difference) for difference in again.differences])
+    print_paths([path])

@@ -1,0 +1,347 @@
+"""Turns prompts into token features with a frozen all-MiniLM-L6-v2 encoder.
+
+Axes: `B` rows, `T` text tokens, `E` text width, `N` heads, `D` width of a head.
+
+Source: Reimers and Gurevych, Sentence-BERT (arXiv:1908.10084) on Wang et al., MiniLM (arXiv:2002.10957); the weights
+are sentence-transformers/all-MiniLM-L6-v2 and the parameter names here are the published ones. Two differences: the
+pooler, which sentence embeddings never use, is left out, and every token has type 0, as prompts are never pairs.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Float16, Int, Int8
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foveate.core.errors import CheckpointError, FoveateError
+
+WEIGHTS_NAME = "text_encoder.safetensors"
+TOKENIZER_NAME = "tokenizer.json"
+
+# Below this many elements int8 saves nothing worth its error: only the token types (2 x 384) of the published model.
+QUANTISE_MIN_NUMEL = 1024
+INT8_MAX = 127
+
+# [CLS], one token of the prompt, [SEP].
+MIN_TOKENS = 3
+
+logger = logging.getLogger("foveate")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MiniLMConfig:
+    """The sizes of the encoder; the defaults are those of all-MiniLM-L6-v2.
+
+    Attributes:
+        vocab_size: Rows of the word embedding.
+        max_positions: Longest sequence in tokens, ends included.
+        width: Text width E, a multiple of `num_heads`.
+        num_heads: Attention heads N.
+        num_blocks: Transformer blocks.
+        hidden_width: Inner width of the feed-forward.
+    """
+
+    vocab_size: int = 30522
+    max_positions: int = 512
+    width: int = 384
+    num_heads: int = 12
+    num_blocks: int = 6
+    hidden_width: int = 1536
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise FoveateError(f"{name} must be at least 1, got {value}")
+        if self.width % self.num_heads:
+            raise FoveateError(f"width must be a multiple of num_heads = {self.num_heads}, got {self.width}")
+
+
+def mean_pool(x_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B E"]:
+    """Averages token features into sentence embeddings, in float32.
+
+    Args:
+        x_BTE: Token features.
+        mask_BT: True at real tokens; at least one in each row.
+
+    Returns:
+        Float32 embeddings of length 1.
+    """
+    weight_BT1 = mask_BT.unsqueeze(-1).float()
+    mean_BE = (x_BTE.float() * weight_BT1).sum(1) / weight_BT1.sum(1)
+    return F.normalize(mean_BE, dim=-1)
+
+
+def quantise_rows(w_ij: Float[Tensor, "i j"]) -> tuple[Int8[Tensor, "i j"], Float16[Tensor, " i"]]:
+    """Rounds a matrix to int8 with one scale per row.
+
+    Args:
+        w_ij: The matrix; it is left as it was.
+
+    Returns:
+        Integers from -127 to 127 and the float16 scales that `dequantise_rows` multiplies them with.
+    """
+    # The floor keeps a row of zeros finite. Rounding is against the scale as float16 stores it, not the exact one.
+    scale_i = (w_ij.float().abs().amax(1) / INT8_MAX).clamp_min(torch.finfo(torch.float16).tiny).half()
+    steps_ij = (w_ij.float() / scale_i.float().unsqueeze(1)).round().clamp(-INT8_MAX, INT8_MAX)
+    return steps_ij.to(torch.int8), scale_i
+
+
+def dequantise_rows(steps_ij: Int8[Tensor, "i j"], scale_i: Float16[Tensor, " i"]) -> Float[Tensor, "i j"]:
+    """Undoes `quantise_rows` up to rounding; the result is float32."""
+    return steps_ij.float() * scale_i.float().unsqueeze(1)
+
+
+class _Embeddings(nn.Module):
+    def __init__(self, config: MiniLMConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
+        self.position_embeddings = nn.Embedding(config.max_positions, config.width)
+        self.token_type_embeddings = nn.Embedding(2, config.width)
+        self.LayerNorm = nn.LayerNorm(config.width, eps=1e-12)
+
+    def forward(self, ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
+        position_TE = self.position_embeddings.weight[: ids_BT.shape[1]]
+        x_BTE: Tensor = self.LayerNorm(
+            self.word_embeddings(ids_BT) + position_TE + self.token_type_embeddings.weight[0]
+        )
+        return x_BTE
+
+
+class _SelfAttention(nn.Module):
+    def __init__(self, config: MiniLMConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query = nn.Linear(config.width, config.width)
+        self.key = nn.Linear(config.width, config.width)
+        self.value = nn.Linear(config.width, config.width)
+
+    def forward(self, x_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
+        q_BNTD, k_BNTD, v_BNTD = (
+            project(x_BTE).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.query, self.key, self.value)
+        )
+        y_BNTD = F.scaled_dot_product_attention(q_BNTD, k_BNTD, v_BNTD, attn_mask=mask_BT[:, None, None, :])
+        return y_BNTD.transpose(1, 2).flatten(2)
+
+
+class _AddAndNorm(nn.Module):
+    def __init__(self, in_width: int, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_width, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+
+    def forward(self, y_BTF: Float[Tensor, "B T F"], x_BTE: Float[Tensor, "B T E"]) -> Float[Tensor, "B T E"]:
+        z_BTE: Tensor = self.LayerNorm(x_BTE + self.dense(y_BTF))
+        return z_BTE
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: MiniLMConfig) -> None:
+        super().__init__()
+        self.self = _SelfAttention(config)
+        self.output = _AddAndNorm(config.width, config.width)
+
+    def forward(self, x_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
+        z_BTE: Tensor = self.output(self.self(x_BTE, mask_BT), x_BTE)
+        return z_BTE
+
+
+class _Intermediate(nn.Module):
+    def __init__(self, config: MiniLMConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.hidden_width)
+
+    def forward(self, x_BTE: Float[Tensor, "B T E"]) -> Float[Tensor, "B T F"]:
+        return F.gelu(self.dense(x_BTE))
+
+
+class _Block(nn.Module):
+    def __init__(self, config: MiniLMConfig) -> None:
+        super().__init__()
+        self.attention = _Attention(config)
+        self.intermediate = _Intermediate(config)
+        self.output = _AddAndNorm(config.hidden_width, config.width)
+
+    def forward(self, x_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
+        x_BTE = self.attention(x_BTE, mask_BT)
+        z_BTE: Tensor = self.output(self.intermediate(x_BTE), x_BTE)
+        return z_BTE
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: MiniLMConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(_Block(config) for _ in range(config.num_blocks))
+
+    def forward(self, x_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
+        for block in self.layer:
+            x_BTE = block(x_BTE, mask_BT)
+        return x_BTE
+
+
+class MiniLM(nn.Module):
+    """The BERT encoder: post-norm blocks with exact GELU, no dropout.
+
+    Attributes:
+        config: The sizes it was built with.
+    """
+
+    def __init__(self, config: MiniLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = _Embeddings(config)
+        self.encoder = _Encoder(config)
+
+    def forward(self, ids_BT: Int[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
+        """Computes token features, the hidden states behind the last block.
+
+        Args:
+            ids_BT: Token ids, padded on the right; T is at most `config.max_positions`.
+            mask_BT: True at real tokens; at least one in each row.
+
+        Returns:
+            Features in the dtype of the weights; what stands at padded positions means nothing.
+        """
+        x_BTE: Tensor = self.encoder(self.embeddings(ids_BT), mask_BT)
+        return x_BTE
+
+    def pooled(self, ids_BT: Int[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B E"]:
+        """Computes sentence embeddings: the mean over real tokens, float32, of length 1."""
+        return mean_pool(self(ids_BT, mask_BT), mask_BT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoder:
+    """A frozen text encoder with its tokenizer. Nothing here needs or takes gradients.
+
+    Making one changes what it is given: gradients of `model` off, evaluation mode on, truncation and padding of
+    `tokenizer` off. Nothing changes afterwards.
+
+    Attributes:
+        model: The encoder; features come out on its device.
+        tokenizer: Adds [CLS] in front and [SEP] behind.
+        max_tokens: Longest prompt in tokens, both of them included; from 3 to the positions of the model.
+    """
+
+    model: MiniLM
+    tokenizer: Tokenizer
+    max_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        max_positions = self.model.config.max_positions
+        if not MIN_TOKENS <= self.max_tokens <= max_positions:
+            raise FoveateError(f"max_tokens must be in [{MIN_TOKENS}, {max_positions}], got {self.max_tokens}")
+        vocab_size = self.model.config.vocab_size
+        if self.tokenizer.get_vocab_size() > vocab_size:
+            raise FoveateError(
+                f"tokenizer must have at most vocab_size = {vocab_size} tokens, got {self.tokenizer.get_vocab_size()}"
+            )
+        self.model.requires_grad_(requires_grad=False).eval()
+        # The published file cuts and pads to 128 in silence; here `encode` cuts, and says so.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+
+    @classmethod
+    def from_folder(cls, path: Path, dtype: torch.dtype = torch.float32) -> "TextEncoder":
+        """Reads what `save` wrote.
+
+        Args:
+            path: The folder.
+            dtype: What the encoder computes in. The weights pass through float32 either way.
+
+        Returns:
+            The encoder, on the CPU.
+
+        Raises:
+            CheckpointError: If one of the two files is missing, or the weights carry no configuration or do not fit it.
+        """
+        for name in (WEIGHTS_NAME, TOKENIZER_NAME):
+            if not (path / name).is_file():
+                raise CheckpointError(f"a text encoder needs {name}, no such file in {path}")
+        with safe_open(path / WEIGHTS_NAME, "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+        if "config" not in metadata:
+            raise CheckpointError(f"{path / WEIGHTS_NAME} must carry `config` in its metadata, got {sorted(metadata)}")
+        model = MiniLM(MiniLMConfig(**json.loads(metadata["config"])))
+        try:
+            model.load_state_dict(_unpack(load_file(path / WEIGHTS_NAME)))
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{path / WEIGHTS_NAME} must fit its own configuration: {error}") from error
+        return cls(model=model.to(dtype), tokenizer=Tokenizer.from_file(str(path / TOKENIZER_NAME)))
+
+    def save(self, path: Path, *, quantise: bool = True) -> None:
+        """Writes `text_encoder.safetensors` and `tokenizer.json`.
+
+        Args:
+            path: The folder; it is made if missing, and files of these names are replaced.
+            quantise: Whether matrices become int8 with a float16 scale per row (`NAME` and `NAME.scale`) and the rest
+                float16. Otherwise the weights are written as they are.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        weights = {name: w.cpu().contiguous() for name, w in self.model.state_dict().items()}
+        save_file(
+            _pack(weights) if quantise else weights,
+            path / WEIGHTS_NAME,
+            metadata={"config": json.dumps(asdict(self.model.config))},
+        )
+        (path / TOKENIZER_NAME).write_text(self.tokenizer.to_str(), encoding="utf-8")
+
+    def encode(self, prompts: list[str]) -> list[Tensor]:
+        """Computes the token features of each prompt.
+
+        Every prompt runs by itself, without padding, so its features are the same bit for bit whatever it is batched
+        with.
+
+        Args:
+            prompts: Any texts; the empty one has the two tokens [CLS] and [SEP].
+
+        Returns:
+            Per prompt a float32 tensor (tokens, width), [CLS] and [SEP] included. A prompt longer than `max_tokens`
+            loses the tokens before [SEP], and a warning says how many.
+        """
+        return [self._encode_one(prompt) for prompt in prompts]
+
+    def pooled(self, prompts: list[str]) -> Float[Tensor, "B E"]:
+        """Computes sentence embeddings: the mean over the features of `encode`, float32, of length 1."""
+        if not prompts:
+            raise FoveateError("prompts must hold at least one text, got none")
+        rows = [(x_TE, x_TE.new_ones(1, x_TE.shape[0], dtype=torch.bool)) for x_TE in self.encode(prompts)]
+        return torch.cat([mean_pool(x_TE[None], mask_BT) for x_TE, mask_BT in rows])
+
+    @torch.no_grad()
+    def _encode_one(self, prompt: str) -> Float[Tensor, "T E"]:
+        ids: list[int] = self.tokenizer.encode(prompt).ids
+        num_cut = len(ids) - self.max_tokens
+        if num_cut > 0:
+            logger.warning(
+                "prompt of %d tokens is longer than %d: the last %d tokens were cut", len(ids), self.max_tokens, num_cut
+            )
+            ids = [*ids[: self.max_tokens - 1], ids[-1]]
+        ids_BT = torch.tensor([ids], device=self.model.embeddings.word_embeddings.weight.device)
+        x_BTE: Tensor = self.model(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
+        return x_BTE[0].float()
+
+
+def _pack(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    packed: dict[str, Tensor] = {}
+    for name, w in weights.items():
+        if w.ndim > 1 and w.numel() >= QUANTISE_MIN_NUMEL:
+            packed[name], packed[f"{name}.scale"] = quantise_rows(w)
+        else:
+            packed[name] = w.half()
+    return packed
+
+
+def _unpack(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: dequantise_rows(w, stored[f"{name}.scale"]) if w.dtype == torch.int8 else w.float()
+        for name, w in stored.items()
+        if not name.endswith(".scale")
+    }

@@ -1,0 +1,1 @@
+"""The shared language: schedules, plans, protocols, costs and traces; torch types only."""

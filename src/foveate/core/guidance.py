@@ -1,0 +1,50 @@
+"""How strongly the conditional branch is pushed away from the unconditional one, per scale.
+
+Combined logits (or hidden states) are `uncond + w * (cond - uncond)`; w = 1 adds nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foveate.core.errors import FoveateError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuidanceSchedule:
+    """One weight w per scale, and where the branches are combined.
+
+    `hidden_blocks` are blocks after which the hidden states of both branches are replaced by their combination;
+    `on_logits` combines the logits as well.
+    """
+
+    weights: tuple[float, ...]
+    hidden_blocks: tuple[int, ...] = ()
+    on_logits: bool = True
+
+    def is_needed(self, scale: int) -> bool:
+        """Whether the unconditional branch has to run: not only where w != 1 but also before, to fill its cache."""
+        return any(w != 1.0 for w in self.weights[scale:])
+
+    @classmethod
+    def from_infinity(
+        cls, cfg: float | Sequence[float], num_scales: int, insertion: int = 0, num_blocks: int = 0
+    ) -> "GuidanceSchedule":
+        """From the Infinity family's `cfg`: a number, or one per scale.
+
+        An `insertion` of -j also combines the hidden states after block depth-j.
+
+        Raises:
+            FoveateError: A list of another length, or an insertion outside the blocks.
+        """
+        values = [float(cfg)] * num_scales if isinstance(cfg, int | float) else [float(c) for c in cfg]
+        if len(values) < num_scales:
+            raise FoveateError(f"guidance_scale needs {num_scales} values, one per scale, got {len(values)}")
+        if insertion > 0 or (insertion and num_blocks + insertion <= 0):
+            raise FoveateError(f"insertion must be 0 or -1 ... -{num_blocks - 1}, got {insertion}")
+        hidden = (num_blocks + insertion,) if insertion else ()
+        return cls(weights=tuple(values[:num_scales]), hidden_blocks=hidden)
+
+    @classmethod
+    def from_var(cls, cfg: float, num_scales: int) -> "GuidanceSchedule":
+        """From the VAR family's `cfg`: w = 1 + cfg * s / (S - 1), so scale 0 is unguided."""
+        return cls(weights=tuple(1.0 + cfg * s / max(num_scales - 1, 1) for s in range(num_scales)))

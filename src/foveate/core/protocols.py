@@ -1,0 +1,131 @@
+"""What the engine asks of a transformer, a tokenizer and a conditioner, and what it offers to a block.
+
+The engine packs the tokens of all rows into one list (`core.rows`), so a block sees `x_nC` and never a batch. A block
+is a short list of sublayers; sublayer j returns its *delta*, which the engine adds. The only thing a block needs beside
+its own weights comes in a `BlockContext`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from foveate.core.cost import ModelShape
+from foveate.core.rows import Rows
+from foveate.core.schedule import Grid, ScaleSchedule
+
+
+@runtime_checkable
+class KVSlot(Protocol):
+    """One block's place in the cache of earlier scales."""
+
+    def attend(
+        self,
+        q_nND: Float[Tensor, "n N D"],
+        k_nND: Float[Tensor, "n N D"],
+        v_nND: Float[Tensor, "n N D"],
+        scale: float,
+    ) -> Float[Tensor, "n N D"]:
+        """Adds keys and values of these tokens and attends to all that each row holds."""
+        ...
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """What a model computed once from the conditions of a request: one entry per row, owned by the request."""
+
+    def keep(self, rows: Sequence[int]) -> "Prepared":
+        """The same for some of the rows, in the given order; the others can be freed."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockContext:
+    """What a block sees beside its tokens.
+
+    `rotation_nD` holds what `NextScaleModel.positions` returned, one entry per packed token.
+    """
+
+    rows: Rows
+    prepared: Prepared
+    rotation_nD: Float[Tensor, "n D"]
+    slot: KVSlot
+
+
+@runtime_checkable
+class Block(Protocol):
+    """One transformer block."""
+
+    num_sublayers: int
+
+    def delta(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
+        """What one sublayer adds to the hidden states; `x_nC` is left as it was."""
+        ...
+
+
+@runtime_checkable
+class NextScaleModel(Protocol):
+    """A transformer of a family, without a loop."""
+
+    shape: ModelShape
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the linear layers of the blocks, and of keys and values."""
+        ...
+
+    def block(self, index: int) -> Block:
+        """The block of this index."""
+        ...
+
+    def prepare(self, conditions: Sequence[Tensor], is_guided: bool) -> Prepared:
+        """Computes everything that depends on the conditions alone: rows of images, then their unconditional rows."""
+        ...
+
+    def start(self, prepared: Prepared) -> Float[Tensor, "R C"]:
+        """Hidden states of the one token of scale 0, one per row."""
+        ...
+
+    def embed(self, input_BZhw: Float[Tensor, "B Z h w"], scale: int) -> Float[Tensor, "B l C"]:
+        """Hidden states that enter the blocks at a scale > 0, all tokens, the same for both branches."""
+        ...
+
+    def positions(self, schedule: ScaleSchedule, scale: int) -> Float[Tensor, "l D"]:
+        """Position of each token of a scale, in the form that the blocks understand."""
+        ...
+
+    def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
+        """Float32 logits."""
+        ...
+
+
+@runtime_checkable
+class ScaleTokenizer(Protocol):
+    """Codes and pixels of a family. A token holds `d` symbols of `V` values each: d bits, or one id."""
+
+    latent_channels: int
+
+    def symbols(self, logits_nV: Float[Tensor, "n v"]) -> Float[Tensor, "n d V"]:
+        """Splits the head's outputs into one distribution per symbol."""
+        ...
+
+    def next_input(self, f_hat_BZHW: Float[Tensor, "B Z H W"], grid: Grid) -> Float[Tensor, "B z h w"]:
+        """What the transformer reads before a scale of this token grid."""
+        ...
+
+    def residual(self, symbols_Bld: Int[Tensor, "B l d"], grid: Grid) -> Float[Tensor, "B Z y x"]:
+        """Looks codes up, on the latent grid behind the token grid."""
+        ...
+
+    def add(
+        self, f_hat_BZHW: Float[Tensor, "B Z H W"], residual_BZyx: Float[Tensor, "B Z y x"], scale: int, num_scales: int
+    ) -> Float[Tensor, "B Z H W"]:
+        """The latent with the residual of a scale added; a new tensor."""
+        ...
+
+    def decode(self, f_hat_BZHW: Float[Tensor, "B Z H W"]) -> Float[Tensor, "B 3 Y X"]:
+        """Pixels in [-1, 1], float32; each image by itself."""
+        ...

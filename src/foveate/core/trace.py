@@ -1,0 +1,136 @@
+"""What really ran, per scale, branch and block; JSON in and out.
+
+The engine counts while it runs, from the shapes of what it computes, and never from the plan.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from foveate.core.cost import Cost, ModelShape, Row, RowWork, ScaleWork, request_cost
+from foveate.core.plan import Directive
+from foveate.core.schedule import Grid
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ScaleTrace:
+    """One scale that was reached: what ran, and for how long.
+
+    `keep_Bl` and `depth_Bl` (blocks run per token, conditional branch) are kept only if the request asked for maps.
+    """
+
+    scale: int
+    grid: Grid
+    ran: bool
+    work: ScaleWork
+    ms: float = 0.0
+    keep_Bl: Bool[Tensor, "B l"] | None = None
+    depth_Bl: Int[Tensor, "B l"] | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Trace:
+    """All scales of a request, the text lengths of its rows, and what the policy promised but never did."""
+
+    shape: ModelShape
+    text_tokens: dict[Row, int]
+    bytes_per_element: int
+    scales: list[ScaleTrace] = field(default_factory=list)
+    peak_kv_bytes: int = 0
+    text_ms: float = 0.0
+    decoder_ms: float = 0.0
+    unfired: tuple[str, ...] = ()
+
+    @property
+    def transformer_ms(self) -> float:
+        """Milliseconds of all scales."""
+        return sum(s.ms for s in self.scales)
+
+    @property
+    def cost(self) -> Cost:
+        """Tokens, FLOPs and cache bytes that were counted."""
+        return request_cost([s.work for s in self.scales], self.shape, self.text_tokens, self.bytes_per_element)
+
+    def fired(self) -> set[Directive]:
+        """Which kinds of saving happened somewhere."""
+        found: set[Directive] = set()
+        images = {image for image, _ in self.text_tokens}
+        guided = {image for image, is_cond in self.text_tokens if not is_cond}
+        for s in self.scales:
+            if not s.ran:
+                found.add(Directive.SCALES)
+                continue
+            if guided - {image for image, is_cond in s.work.rows if not is_cond}:
+                found.add(Directive.BRANCH)
+            conditional = [s.work.rows[(image, True)] for image in images]
+            if any(row.head_tokens < s.work.grid_tokens for row in conditional):
+                found.add(Directive.TOKENS)
+            if any(tokens < row.head_tokens for row in conditional for tokens in row.block_tokens):
+                found.add(Directive.BLOCKS)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back (maps are left out)."""
+        return {
+            "shape": {name: getattr(self.shape, name) for name in self.shape.__slots__},
+            "text_tokens": [[*row, tokens] for row, tokens in self.text_tokens.items()],
+            "bytes_per_element": self.bytes_per_element,
+            "ms": {"text": self.text_ms, "transformer": self.transformer_ms, "decoder": self.decoder_ms},
+            "peak_kv_bytes": self.peak_kv_bytes,
+            "unfired": list(self.unfired),
+            "scales": [
+                {
+                    "scale": s.scale,
+                    "grid": list(s.grid),
+                    "ran": s.ran,
+                    "ms": s.ms,
+                    "rows": [
+                        {
+                            "image": image,
+                            "conditional": c,
+                            "head_tokens": r.head_tokens,
+                            "block_tokens": list(r.block_tokens),
+                        }
+                        for (image, c), r in s.work.rows.items()
+                    ],
+                }
+                for s in self.scales
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Trace":
+        """Reads what `to_json` wrote."""
+        trace = cls(
+            shape=ModelShape(**data["shape"]),
+            text_tokens={(image, bool(c)): tokens for image, c, tokens in data["text_tokens"]},
+            bytes_per_element=data["bytes_per_element"],
+            peak_kv_bytes=data["peak_kv_bytes"],
+            text_ms=data["ms"]["text"],
+            decoder_ms=data["ms"]["decoder"],
+            unfired=tuple(data["unfired"]),
+        )
+        for s in data["scales"]:
+            rows = {
+                (r["image"], r["conditional"]): RowWork(
+                    block_tokens=tuple(r["block_tokens"]), head_tokens=r["head_tokens"]
+                )
+                for r in s["rows"]
+            }
+            grid = (s["grid"][0], s["grid"][1])
+            work = ScaleWork(scale=s["scale"], grid_tokens=grid[0] * grid[1] if s["ran"] else 0, rows=rows)
+            trace.scales.append(ScaleTrace(scale=s["scale"], grid=grid, ran=s["ran"], work=work, ms=s["ms"]))
+        return trace
+
+    def dumps(self) -> str:
+        """The trace as one JSON line."""
+        return json.dumps(self.to_json(), separators=(",", ":"))
+
+
+def unfired(trace: Trace, directives: Sequence[Directive]) -> tuple[str, ...]:
+    """Promises that never came true, as text."""
+    return tuple(d.value for d in directives if d not in trace.fired())

@@ -1,0 +1,1 @@
+"""Obeys plans; knows no policy, model or tokenizer by name."""

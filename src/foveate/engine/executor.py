@@ -1,0 +1,198 @@
+"""THE scale loop and the block loop: they obey plans and know no policy, model or tokenizer by name.
+
+Axes: B images, R rows, n packed tokens, l tokens of the scale, C width, V outputs, Z latent channels.
+"""
+
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.core.cost import Row
+from foveate.core.errors import PlanConflictError
+from foveate.core.plan import Base, Bound, Fill, ScalePlan
+from foveate.core.protocols import BlockContext, NextScaleModel, ScaleTokenizer
+from foveate.core.rows import Rows
+from foveate.core.schedule import Scale
+from foveate.core.signals import Signal, Signals
+from foveate.core.trace import ScaleTrace, Trace, unfired
+from foveate.engine.branches import combine_hidden, combine_logits, split_rows
+from foveate.engine.recorder import Recorder, branch_logits
+from foveate.engine.select import TokenLayout
+from foveate.engine.state import Request, RequestState
+from foveate.engine.tally import Tally, skipped
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ScaleStep:
+    """What the engine hands out after every scale; `f_hat_BZHW` is the latent so far and is never changed later."""
+
+    scale: int
+    f_hat_BZHW: Float[Tensor, "B Z H W"]
+    trace: Trace
+
+
+class Engine:
+    """A model and a tokenizer that obey a bound policy; holds no state of any request."""
+
+    def __init__(self, model: NextScaleModel, tokenizer: ScaleTokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    @torch.inference_mode()
+    def run(self, bound: Bound, request: Request) -> Generator[ScaleStep, None, None]:
+        """Generates, handing out the latent after every scale.
+
+        Closing the iterator cancels the request; nothing of it remains.
+
+        Raises:
+            PlanConflictError: A plan asks for what cannot be done.
+        """
+        _refuse_equal_branches(bound, request)
+        state = RequestState.open(self.model, self.tokenizer, bound, request)
+        for scale in request.schedule.scales:
+            began = time.perf_counter()
+            plan, state.policy = bound.plan(scale.index, state.signals, state.policy)
+            state.settle_branches(plan, request.guidance, scale.index)
+            traced = (
+                self._scale(state, plan, scale, request, bound.record(scale.index)) if plan.runs else skipped(scale)
+            )
+            _synchronise(state.f_hat_BZHW)
+            state.trace.scales.append(replace(traced, ms=1e3 * (time.perf_counter() - began)))
+            if scale.index == len(request.schedule) - 1:
+                state.trace.unfired = unfired(state.trace, bound.directives)
+            yield ScaleStep(scale=scale.index, f_hat_BZHW=state.f_hat_BZHW, trace=state.trace)
+
+    def _scale(
+        self, state: RequestState, plan: ScalePlan, scale: Scale, request: Request, wanted: frozenset[Signal]
+    ) -> ScaleTrace:
+        """Runs one scale: blocks, guidance, sampling, commit."""
+        layout = TokenLayout.of(plan, state.live, request.num_images, scale.num_tokens)
+        recorder = Recorder(
+            wanted=wanted, store=state.deltas, layout=layout, grid=scale.grid, dtype=self.model.compute_dtype
+        )
+        tally = Tally.start(layout, request.wants_maps)
+        x_nC = self._blocks(state, plan, scale, request, recorder, tally)
+        weight = request.guidance.weights[scale.index] if request.guidance.on_logits else 1.0
+        logits = self._logits(state, x_nC, layout, weight != 1.0 or Signal.LOGITS in wanted)
+        guided = combine_logits(logits, weight, request.temperatures[scale.index])
+        symbols = request.sampler.choose(
+            scale.index,
+            scale.grid,
+            [self.tokenizer.symbols(logits_kV) for logits_kV in guided],
+            layout.kept,
+            request.filters[scale.index],
+        )
+        residual_BZhw = self._commit(state, plan, scale, layout, symbols)
+        state.f_hat_BZHW = self.tokenizer.add(state.f_hat_BZHW, residual_BZhw, scale.index, len(request.schedule))
+        state.residual_BZhw = residual_BZhw
+        state.signals = Signals(
+            scale=scale.index,
+            grid=scale.grid,
+            residual_BZhw=residual_BZhw if Signal.RESIDUAL in wanted else None,
+            logits=branch_logits(logits, request.num_images) if Signal.LOGITS in wanted else None,
+            block_change_Bl=recorder.finish(),
+        )
+        return tally.trace(scale, {row: part.shape[0] for row, part in logits.items()})
+
+    def _blocks(
+        self,
+        state: RequestState,
+        plan: ScalePlan,
+        scale: Scale,
+        request: Request,
+        recorder: Recorder,
+        tally: Tally,
+    ) -> Float[Tensor, "n C"]:
+        """Runs all blocks over the packed tokens."""
+        layout = recorder.layout
+        x_nC = self._enter(state, scale, layout)
+        rotation_nD = layout.pack([self.model.positions(request.schedule, scale.index)] * request.num_images)
+        for index in range(self.model.shape.num_blocks):
+            active = layout.active(plan, index)
+            part_nC = x_nC if active.index_n is None else x_nC[active.index_n]
+            before_nC = part_nC.clone() if recorder.is_on else None
+            if active.rows.total:
+                context = BlockContext(
+                    rows=active.rows,
+                    prepared=state.prepared,
+                    rotation_nD=rotation_nD if active.index_n is None else rotation_nD[active.index_n],
+                    slot=state.cache.slot(index, active.rows, scale.index != state.last_scale),
+                )
+                block = self.model.block(index)
+                for sublayer in range(block.num_sublayers):
+                    part_nC += block.delta(sublayer, part_nC, context)
+            fill_nC = recorder.fill(index) if plan.fill is Fill.CACHED and active.index_n is not None else None
+            if active.index_n is not None:
+                x_nC = x_nC if fill_nC is None else x_nC + fill_nC
+                x_nC[active.index_n] = part_nC
+            if before_nC is not None:
+                recorder.record(index, part_nC - before_nC, active.index_n, fill_nC)
+            if index in request.guidance.hidden_blocks:
+                x_nC = combine_hidden(x_nC, state.live, layout.rows, request.guidance.weights[scale.index])
+            tally.count(active)
+        return x_nC
+
+    def _logits(
+        self, state: RequestState, x_nC: Float[Tensor, "n C"], layout: TokenLayout, has_uncond: bool
+    ) -> dict[Row, Float[Tensor, "k V"]]:
+        """Head outputs of the conditional rows, and of the unconditional ones where something reads them."""
+        headed = [row for row in state.live if row[1] or has_uncond]
+        rows = Rows(layout.rows.counts[: len(headed)])
+        prepared = state.prepared if len(headed) == len(state.live) else state.prepared.keep(range(len(headed)))
+        return split_rows(self.model.logits(x_nC[: rows.total], rows, prepared), headed, rows)
+
+    def _enter(self, state: RequestState, scale: Scale, layout: TokenLayout) -> Float[Tensor, "n C"]:
+        """Hidden states that enter the first block; both branches of an image share the embedding."""
+        if scale.index == 0:
+            return self.model.start(state.prepared).clone()
+        input_BZhw = self.tokenizer.next_input(state.f_hat_BZHW, scale.grid)
+        return layout.pack(list(self.model.embed(input_BZhw, scale.index)))
+
+    def _commit(
+        self, state: RequestState, plan: ScalePlan, scale: Scale, layout: TokenLayout, symbols: list[Tensor]
+    ) -> Float[Tensor, "B Z h w"]:
+        """Residual = weight * lookup where a token ran, the base elsewhere."""
+        if layout.kept is None or layout.keep_Bl is None:
+            residual_BZhw = self.tokenizer.residual(torch.stack(symbols), scale.grid)
+        else:
+            full = torch.zeros(len(symbols), layout.num_tokens, symbols[0].shape[-1], dtype=torch.long)
+            full = full.to(symbols[0].device)
+            for image, index_k in enumerate(layout.kept):
+                full[image, index_k] = symbols[image]
+            residual_BZhw = self.tokenizer.residual(full, scale.grid)
+        grid = (residual_BZhw.shape[-2], residual_BZhw.shape[-1])
+        if plan.weight_Bl is not None:
+            residual_BZhw = residual_BZhw * _on_latents(plan.weight_Bl, scale.grid, grid)
+        if layout.keep_Bl is None:
+            return residual_BZhw
+        base_BZhw = torch.zeros_like(residual_BZhw)
+        if plan.base is Base.PREVIOUS and state.residual_BZhw is not None:
+            base_BZhw = F.interpolate(state.residual_BZhw, size=grid, mode="nearest")
+        return torch.where(_on_latents(layout.keep_Bl, scale.grid, grid), residual_BZhw, base_BZhw)
+
+
+def _on_latents(map_Bl: Tensor, grid: tuple[int, int], latent_grid: tuple[int, int]) -> Tensor:
+    """A per-token map as (B, 1, h, w) on the latent grid behind the tokens."""
+    map_B1hw = map_Bl.unflatten(-1, grid)[:, None]
+    patch = latent_grid[0] // grid[0]
+    return map_B1hw.repeat_interleave(patch, -2).repeat_interleave(patch, -1) if patch > 1 else map_B1hw
+
+
+def _refuse_equal_branches(bound: Bound, request: Request) -> None:
+    """A policy that compares the branches' logits has nothing to compare where hidden states were combined before."""
+    reads_logits = any(Signal.LOGITS in bound.record(s) for s in range(len(request.schedule)))
+    if reads_logits and request.guidance.hidden_blocks:
+        raise PlanConflictError(
+            "guidance inside the blocks makes both branches' logits equal, so they cannot decide when to stop; "
+            "combine guidance on logits only, or switch that rule off (ld-pruning:sats=false)"
+        )
+
+
+def _synchronise(tensor: Tensor) -> None:
+    """Waits for the device, so that a clock read next is true."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

@@ -1,0 +1,178 @@
+"""From logits to symbols: keyed draws, the published order of draws, greedy, and forced symbols.
+
+Keyed draws depend on (seed, scale, position) alone: not on the batch, on what a policy skipped, or on the device.
+A symbol is a bit (V = 2) or an id (V = codebook size); a token holds d of them.
+Axes: B images, k tokens that ran, l tokens of the scale, d symbols, V values.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from foveate.core.schedule import Grid
+
+SAMPLE_STREAM = 0
+"""Philox stream of the codes of a scale; stream 1 belongs to smoothing."""
+
+NUM_BIT_VALUES = 2
+"""Values of a symbol that is a bit."""
+
+
+def keyed_uniform(seed: int, scale: int, shape: Sequence[int], stream: int = SAMPLE_STREAM) -> Float[np.ndarray, "..."]:
+    """Uniform float64 draws of a whole map, each exactly representable in float32 and inside (0, 1).
+
+    Philox keyed by (seed, 256 * scale + stream), in C order over `shape`.
+    """
+    bits = np.random.Philox(key=np.array([seed, 256 * scale + stream], dtype=np.uint64))
+    raw = bits.random_raw(int(np.prod(shape))).reshape(tuple(shape))
+    return ((raw >> np.uint64(41)).astype(np.float64) + 0.5) * 2.0**-23
+
+
+def probabilities(logits_kdV: Float[Tensor, "k d V"], top_k: int, top_p: float) -> Float[Tensor, "k d V"]:
+    """Softmax after top-k (ties with the k-th stay) and top-p (the best always stays), as published; float32.
+
+    `top_k` and `top_p` of 0 switch the filters off.
+    """
+    logits_kdV = logits_kdV.float()
+    num_values = logits_kdV.shape[-1]
+    if 0 < top_k < num_values:
+        kth = logits_kdV.topk(top_k, dim=-1).values[..., -1:]
+        logits_kdV = logits_kdV.masked_fill(logits_kdV < kth, -torch.inf)
+    if top_p > 0 and num_values == NUM_BIT_VALUES:
+        share = logits_kdV.softmax(-1)
+        is_low = share <= 1 - top_p
+        is_best = torch.zeros_like(is_low).scatter_(-1, share.argmax(-1, keepdim=True), True)
+        logits_kdV = logits_kdV.masked_fill(is_low & ~is_best, -torch.inf)
+    elif top_p > 0:
+        ascending, order = logits_kdV.sort(dim=-1)
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        drop[..., -1] = False
+        logits_kdV = logits_kdV.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
+    return logits_kdV.softmax(-1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filter:
+    """Top-k and top-p of one scale; 0 switches a filter off and `top_k` = 1 is greedy."""
+
+    top_k: int
+    top_p: float
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the best symbol is always taken."""
+        return self.top_k == 1
+
+
+class Sampler(ABC):
+    """Chooses the symbols of every token of a scale; may own random state, so one serves one request."""
+
+    @abstractmethod
+    def choose(
+        self,
+        scale: int,
+        grid: Grid,
+        logits: Sequence[Float[Tensor, "k d V"]],
+        kept: Sequence[Int[Tensor, " k"]] | None,
+        rule: Filter,
+    ) -> list[Int[Tensor, "k d"]]:
+        """Symbols of each image's tokens that ran.
+
+        Args:
+            scale: Index in the full schedule.
+            grid: Token grid of the scale.
+            logits: Per image, after guidance and temperature.
+            kept: Per image, the tokens' positions in the grid; None if all ran.
+            rule: Filters.
+        """
+
+
+def _take(noise_ld: Tensor, kept: Sequence[Tensor] | None, image: int) -> Tensor:
+    return noise_ld if kept is None else noise_ld[kept[image]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeyedSampler(Sampler):
+    """Draws keyed by (seed, scale, position); one seed per image."""
+
+    seeds: tuple[int, ...]
+
+    def choose(
+        self,
+        scale: int,
+        grid: Grid,
+        logits: Sequence[Float[Tensor, "k d V"]],
+        kept: Sequence[Int[Tensor, " k"]] | None,
+        rule: Filter,
+    ) -> list[Int[Tensor, "k d"]]:
+        """Bit = u < p1; id = argmax(p / -log u)."""
+        chosen = []
+        for image, logits_kdV in enumerate(logits):
+            if rule.is_greedy:
+                chosen.append(logits_kdV.argmax(-1))
+                continue
+            p_kdV = probabilities(logits_kdV, rule.top_k, rule.top_p)
+            num_symbols, num_values = logits_kdV.shape[1:]
+            shape = (*grid, num_symbols if num_values == NUM_BIT_VALUES else num_values)
+            u = keyed_uniform(self.seeds[image], scale, shape).reshape(grid[0] * grid[1], -1)
+            if num_values == NUM_BIT_VALUES:
+                u_kd = _take(torch.from_numpy(u.astype(np.float32)).to(p_kdV.device), kept, image)
+                chosen.append((u_kd < p_kdV[..., 1]).long())
+            else:
+                e_kV = _take(torch.from_numpy((-np.log(u)).astype(np.float32)).to(p_kdV.device), kept, image)
+                chosen.append((p_kdV / e_kV[:, None]).argmax(-1))
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReferenceSampler(Sampler):
+    """One generator for the whole batch, in the published order: seeds of the reference code reproduce.
+
+    `multinomial(p, 1)` is argmax(p / e) with exponentials drawn from the same generator; they are drawn for all tokens,
+    also for those that a policy dropped.
+    """
+
+    generator: torch.Generator
+
+    def choose(
+        self,
+        scale: int,
+        grid: Grid,
+        logits: Sequence[Float[Tensor, "k d V"]],
+        kept: Sequence[Int[Tensor, " k"]] | None,
+        rule: Filter,
+    ) -> list[Int[Tensor, "k d"]]:
+        """Draws (B * l * d, V) exponentials, also when greedy."""
+        _, num_symbols, num_values = logits[0].shape
+        num_tokens = grid[0] * grid[1]
+        e = torch.empty(len(logits) * num_tokens * num_symbols, num_values, device=self.generator.device)
+        e_BldV = e.exponential_(1.0, generator=self.generator).view(len(logits), num_tokens, num_symbols, num_values)
+        chosen = []
+        for image, logits_kdV in enumerate(logits):
+            p_kdV = probabilities(logits_kdV, rule.top_k, rule.top_p)
+            chosen.append((p_kdV / _take(e_BldV[image].to(p_kdV.device), kept, image)).argmax(-1))
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ForcedSampler(Sampler):
+    """Symbols that are given for every scale, (B, l, d) each: for parity and for editing."""
+
+    symbols: tuple[Int[Tensor, "B l d"], ...]
+
+    def choose(
+        self,
+        scale: int,
+        grid: Grid,
+        logits: Sequence[Float[Tensor, "k d V"]],
+        kept: Sequence[Int[Tensor, " k"]] | None,
+        rule: Filter,
+    ) -> list[Int[Tensor, "k d"]]:
+        """Returns what was given."""
+        device = logits[0].device
+        return [_take(symbols_ld.to(device), kept, image) for image, symbols_ld in enumerate(self.symbols[scale])]

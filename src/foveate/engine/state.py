@@ -1,0 +1,170 @@
+"""All state of one request; it dies with the request, also after an exception or a cancel.
+
+Axes: B images, R rows, Z latent channels, (H, W) the last latent grid.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from foveate.core.cost import Row
+from foveate.core.errors import PlanConflictError
+from foveate.core.guidance import GuidanceSchedule
+from foveate.core.plan import Bound, ScalePlan
+from foveate.core.protocols import NextScaleModel, Prepared, ScaleTokenizer
+from foveate.core.schedule import ScaleSchedule
+from foveate.core.signals import Signals
+from foveate.core.trace import Trace
+from foveate.engine.deltas import DeltaStore
+from foveate.engine.kv_cache import KVCache
+from foveate.engine.sample import Filter, Sampler
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Request:
+    """What shall be generated: B images of one size.
+
+    `conditions` has one entry per image, followed by as many negative ones if there are any. One temperature and one
+    filter per scale.
+    """
+
+    schedule: ScaleSchedule
+    guidance: GuidanceSchedule
+    temperatures: tuple[float, ...]
+    filters: tuple[Filter, ...]
+    sampler: Sampler
+    conditions: tuple[Tensor, ...]
+    num_images: int
+    wants_maps: bool = False
+
+    @property
+    def has_negative(self) -> bool:
+        """Whether the conditions hold negative ones."""
+        return len(self.conditions) > self.num_images
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bounds:
+    """What a request needs at most, known before it runs: tokens per block that a row stores, and of the last scale."""
+
+    capacities: tuple[int, ...]
+    scratch_tokens: int
+    num_rows: int
+    last_scale: int
+
+    def kv_bytes(self, width: int, bytes_per_element: int) -> int:
+        """Bytes of the cache; `width` is heads times head width."""
+        behind = max(self.capacities, default=0) + self.scratch_tokens
+        return 2 * self.num_rows * width * bytes_per_element * (sum(self.capacities) + behind)
+
+
+def ceiling_tokens(plan: ScalePlan, num_tokens: int, num_blocks: int) -> list[int]:
+    """Tokens per block of one row under a ceiling plan."""
+    if not plan.runs:
+        return [0] * num_blocks
+    keep_Bl = plan.keep(1, num_tokens)
+    counts = []
+    for block in range(num_blocks):
+        active_Bl = plan.active(block)
+        run_Bl = torch.ones(1, num_tokens, dtype=torch.bool)
+        for mask_Bl in (keep_Bl, active_Bl):
+            run_Bl = run_Bl if mask_Bl is None else run_Bl & mask_Bl.to(run_Bl.device)
+        counts.append(int(run_Bl[0].sum()))
+    return counts
+
+
+def bounds_of(bound: Bound, request: Request, num_blocks: int) -> Bounds:
+    """What the ceilings of a policy imply for the cache."""
+    plans = [bound.ceiling(s) for s in range(len(request.schedule))]
+    last = max((s for s, plan in enumerate(plans) if plan.runs), default=0)
+    per_scale = [
+        ceiling_tokens(plan, scale.num_tokens, num_blocks)
+        for plan, scale in zip(plans, request.schedule.scales, strict=True)
+    ]
+    stored = [sum(per_scale[s][block] for s in range(last)) for block in range(num_blocks)]
+    branches = 2 if request.guidance.is_needed(0) else 1
+    return Bounds(
+        capacities=tuple(stored),
+        scratch_tokens=max(per_scale[last]),
+        num_rows=branches * request.num_images,
+        last_scale=last,
+    )
+
+
+@dataclass(kw_only=True, slots=True)
+class RequestState:
+    """What changes while a request runs."""
+
+    live: list[Row]
+    prepared: Prepared
+    cache: KVCache
+    deltas: DeltaStore
+    f_hat_BZHW: Float[Tensor, "B Z H W"]
+    policy: Any
+    trace: Trace
+    last_scale: int
+    residual_BZhw: Tensor | None = None
+    signals: Signals | None = None
+    dropped: set[int] = field(default_factory=set)
+
+    @classmethod
+    def open(cls, model: NextScaleModel, tokenizer: ScaleTokenizer, bound: Bound, request: Request) -> "RequestState":
+        """Allocates everything, at the bound."""
+        is_guided = request.guidance.is_needed(0)
+        conditions = request.conditions if is_guided else request.conditions[: request.num_images]
+        prepared = model.prepare(conditions, is_guided and not request.has_negative)
+        images = range(request.num_images)
+        live = [(i, True) for i in images] + ([(i, False) for i in images] if is_guided else [])
+        lengths = [condition.shape[0] for condition in request.conditions]
+        lengths = lengths if request.has_negative else lengths * 2
+        device = request.conditions[0].device
+        limits = bounds_of(bound, request, model.shape.num_blocks)
+        cache = KVCache(model.shape, len(live), limits.capacities, limits.scratch_tokens, model.compute_dtype, device)
+        last_grid = request.schedule.latent_grid(len(request.schedule) - 1)
+        return cls(
+            live=live,
+            prepared=prepared,
+            cache=cache,
+            deltas=DeltaStore(model.shape.num_blocks),
+            f_hat_BZHW=torch.zeros(request.num_images, tokenizer.latent_channels, *last_grid, device=device),
+            policy=bound.start(),
+            trace=Trace(
+                shape=model.shape,
+                text_tokens={row: lengths[row[0] + (0 if row[1] else request.num_images)] for row in live},
+                bytes_per_element=torch.empty(0, dtype=model.compute_dtype).element_size(),
+                peak_kv_bytes=cache.num_bytes,
+            ),
+            last_scale=limits.last_scale,
+        )
+
+    def settle_branches(self, plan: ScalePlan, guidance: GuidanceSchedule, scale: int) -> None:
+        """Releases every unconditional row that the plan stops or that guidance no longer needs.
+
+        Raises:
+            PlanConflictError: The plan asks for a branch that an earlier plan dropped.
+        """
+        wanted = (True,) if plan.unconditional is None else plan.unconditional
+        images = {image for image, _ in self.live}
+        asked = {i for i in images if wanted[i % len(wanted)]}
+        is_needed = guidance.is_needed(scale)
+        if plan.runs and is_needed and asked & self.dropped:
+            image = min(asked & self.dropped)
+            raise PlanConflictError(
+                f"scale {scale}: a dropped unconditional branch cannot return, image {image}; "
+                "drop it at every later scale, too"
+            )
+        self.dropped |= images - asked
+        stopped = images - asked if is_needed else images
+        keep = [r for r, (image, is_cond) in enumerate(self.live) if is_cond or image not in stopped]
+        if len(keep) < len(self.live):
+            self._keep(keep)
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        self.live = [self.live[r] for r in rows]
+        self.prepared = self.prepared.keep(rows)
+        self.cache.keep(rows)
+        self.deltas.keep(rows)

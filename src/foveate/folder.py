@@ -1,0 +1,111 @@
+"""A model as a folder: config.json, weights, text encoder, notice and model card; written by training, read by `families`.
+
+    config.json                       shapes, sizes trained on, defaults (`families.ModelSpec`)
+    transformer*.safetensors          float16 unless asked otherwise, in shards below 15 MiB
+    autoencoder*.safetensors
+    text_encoder.safetensors, tokenizer.json
+    NOTICE, MODEL_CARD.md
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from foveate.conditioning.minilm import TextEncoder
+from foveate.core.errors import CheckpointError
+from foveate.models.checkpoint import load_autoencoder, load_transformer, read_weights, save_sharded
+from foveate.models.infinity import Infinity, InfinityConfig
+from foveate.models.random_weights import empty_module
+from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
+
+CONFIG_NAME = "config.json"
+TRANSFORMER, AUTOENCODER = "transformer", "autoencoder"
+
+
+def save_folder(
+    folder: Path,
+    *,
+    config: dict[str, Any],
+    transformer: Infinity,
+    autoencoder: Autoencoder,
+    text_encoder: TextEncoder,
+    notice: str,
+    model_card: str,
+    dtype: torch.dtype = torch.float16,
+) -> None:
+    """Writes a model; files of the same names are replaced, config.json last.
+
+    Args:
+        folder: Where; it is made.
+        config: `families.ModelSpec.to_json()`.
+        transformer: Left as it was.
+        autoencoder: Left as it was.
+        text_encoder: Left as it was; its matrices are stored as int8.
+        notice: Whose work the weights rest on.
+        model_card: Markdown.
+        dtype: Of transformer and autoencoder on disk.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_NAME).unlink(missing_ok=True)
+    modules: tuple[tuple[str, nn.Module], ...] = ((TRANSFORMER, transformer), (AUTOENCODER, autoencoder))
+    for stem, module in modules:
+        save_sharded({key: value.detach().to(dtype) for key, value in module.state_dict().items()}, folder, stem)
+    text_encoder.save(folder)
+    (folder / "NOTICE").write_text(notice, encoding="utf-8")
+    (folder / "MODEL_CARD.md").write_text(model_card, encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Reads config.json.
+
+    Raises:
+        CheckpointError: It is missing or not a JSON object.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CheckpointError(f"a model folder needs {CONFIG_NAME}, no such file in {folder}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: must hold an object, got {type(data).__name__}")
+    return data
+
+
+def read_transformer(folder: Path, config: InfinityConfig, dtype: torch.dtype, device: torch.device) -> Infinity:
+    """Reads the transformer into a dtype, whatever dtype it has on disk."""
+    model = empty_module(lambda: Infinity(config), dtype, device)
+    load_transformer(model, read_weights(folder / TRANSFORMER))
+    return model
+
+
+def read_autoencoder(folder: Path, config: AutoencoderConfig, dtype: torch.dtype, device: torch.device) -> Autoencoder:
+    """Reads the autoencoder into a dtype, whatever dtype it has on disk."""
+    model = empty_module(lambda: Autoencoder(config), dtype, device)
+    load_autoencoder(model, read_weights(folder / AUTOENCODER))
+    return model
+
+
+def read_text_encoder(folder: Path, text_tokens: int, device: torch.device) -> TextEncoder:
+    """Reads the text encoder; it computes in float32 and cuts prompts at what the transformer takes."""
+    encoder = TextEncoder.from_folder(folder)
+    encoder.model.to(device)
+    return replace(encoder, max_tokens=min(encoder.max_tokens, text_tokens))
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash over the names and bytes of all weight files and of the text tokenizer."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "tokenizer.json"]):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

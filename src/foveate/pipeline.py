@@ -1,0 +1,294 @@
+"""Prompt in, pictures out: the only place where a model meets a policy."""
+
+import logging
+import time
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Unpack
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from foveate.core.errors import FoveateError
+from foveate.core.plan import Bound
+from foveate.core.trace import Trace
+from foveate.engine.executor import Engine
+from foveate.engine.forecast import full_cost
+from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler
+from foveate.engine.state import Request, bounds_of
+from foveate.families import LoadedModel, load_model
+from foveate.pipeline_options import Job, Options, Settings, resolve
+from foveate.pipeline_output import (
+    Images,
+    Milliseconds,
+    PipelineOutput,
+    Report,
+    ScaleEvent,
+    describe,
+    merge_traces,
+    to_images,
+)
+
+logger = logging.getLogger("foveate")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BatchStep:
+    """All images of a call after one scale; `text_ms` is the time of the text encoder."""
+
+    scale: int
+    f_hat_BZHW: Float[Tensor, "B Z H W"]
+    trace: Trace
+    requests: tuple[Request, ...]
+    bound: Bound
+    text_ms: float
+
+
+class Pipeline:
+    """A loaded model that draws; calls do not influence each other.
+
+    Attributes:
+        model: Transformer, tokenizer, text encoder and what belongs to them.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.model = model
+        self._engine = Engine(model.transformer, model.tokenizer)
+        self._hides_progress: bool | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = "emoji",
+        *,
+        weights: Literal["pretrained", "random"] = "pretrained",
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device = "cpu",
+        revision: str | None = None,
+        local_files_only: bool = False,
+    ) -> "Pipeline":
+        """Loads a bundled model, a model folder, or the shape of a published model.
+
+        Args:
+            name_or_path: A registered name, or a folder with config.json.
+            weights: `random` fills the shape with noise, for timing; the text features are then random as well.
+            dtype: What the model computes in, whatever the files hold: float32, bfloat16 or float16.
+            device: Where it runs.
+            revision: Of a hub model; this version has none, so it must be None.
+            local_files_only: This version never reaches for the network, whatever is said here.
+
+        Raises:
+            FoveateError: An unknown name, dtype or device.
+            CheckpointError: The folder is incomplete, damaged or of another model.
+        """
+        if revision is not None:
+            raise FoveateError("revision needs a hub model; this version loads bundled names and local folders")
+        model = load_model(name_or_path, weights=weights, dtype=_dtype(dtype), device=_device(device))
+        return cls(model)
+
+    def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
+        """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
+        self._hides_progress = disable
+
+    def __call__(
+        self, prompts: str | Sequence[str], **options: Unpack[Options]
+    ) -> PipelineOutput | tuple[Images]:
+        """Draws all images of all prompts as one batch.
+
+        Args:
+            prompts: One or several texts, none of them empty.
+            **options: See `foveate.pipeline_options.Settings`.
+
+        Returns:
+            Images, seeds, configuration and report; `(images,)` with `return_dict=False`.
+
+        Raises:
+            FoveateError: A value out of range, an impossible size, policies that contradict each other.
+            Cancelled: A callback asked to stop; nothing of the call remains.
+        """
+        output = self.generate(prompts, **options)
+        return output if options.get("return_dict", True) else (output.images,)
+
+    def generate(self, prompts: str | Sequence[str], **options: Unpack[Options]) -> PipelineOutput:
+        """The same as the call, whatever `return_dict` says."""
+        began = time.perf_counter()
+        job = resolve(prompts, Settings(**options), self.model.spec)
+        step = None
+        with closing(self._steps(job)) as steps:
+            for step in steps:  # noqa: B007 - the last one is what counts
+                pass
+        assert step is not None, "a schedule has at least one scale"
+        return self._finish(job, step, began)
+
+    def stream(
+        self, prompts: str | Sequence[str], previews: int = 3, **options: Unpack[Options]
+    ) -> Generator[ScaleEvent, None, None]:
+        """Draws like the call and hands out every scale; the last event carries the call's output.
+
+        Closing the iterator cancels.
+
+        Args:
+            prompts: One or several texts.
+            previews: How many of the last scales come with decoded pictures, the final one included; 0 or more.
+            **options: See `foveate.pipeline_options.Settings`.
+        """
+        if previews < 0:
+            raise FoveateError(f"previews must be 0 or more, got {previews}")
+        job = resolve(prompts, Settings(**options), self.model.spec)
+        return self._events(job, previews)
+
+    def _events(self, job: Job, previews: int) -> Generator[ScaleEvent, None, None]:
+        began = time.perf_counter()
+        num_scales = len(job.schedule)
+        with closing(self._steps(job)) as steps:
+            for step in steps:
+                is_last = step.scale == num_scales - 1
+                output = self._finish(job, step, began) if is_last else None
+                images = output.images if output is not None and previews else None
+                if output is None and step.scale >= num_scales - previews:
+                    images = self._decode(step.f_hat_BZHW, job.settings.output_type)
+                work = step.trace.scales[-1]
+                yield ScaleEvent(
+                    scale=step.scale,
+                    grid=work.grid,
+                    tokens_run=sum(row.head_tokens for (_, is_cond), row in work.work.rows.items() if is_cond),
+                    tokens_full=job.num_images * work.grid[0] * work.grid[1],
+                    ms=work.ms,
+                    images=images,
+                    output=output,
+                )
+
+    def _steps(self, job: Job) -> Generator[BatchStep, None, None]:
+        """Runs the requests of a call side by side, scale by scale; closing it frees all of them."""
+        bound = job.policy.bind(job.schedule, self.model.transformer.shape)
+        began = time.perf_counter()
+        requests = self._requests(job)
+        text_ms = 1e3 * (time.perf_counter() - began)
+        num_scales = len(job.schedule)
+        with ExitStack() as stack:
+            runs = [stack.enter_context(closing(self._engine.run(bound, request))) for request in requests]
+            bar = stack.enter_context(tqdm(total=num_scales, disable=self._hides_progress, unit="scale", leave=False))
+            for steps in zip(*runs, strict=True):
+                scale = steps[0].scale
+                latents = [step.f_hat_BZHW for step in steps]
+                f_hat_BZHW = latents[0] if len(latents) == 1 else torch.cat(latents)
+                bar.set_description(f"scale {scale + 1}/{num_scales}")
+                bar.update()
+                if job.settings.callback_on_step_end is not None:
+                    job.settings.callback_on_step_end(self, scale, num_scales - 1 - scale, {"latents": f_hat_BZHW})
+                yield BatchStep(
+                    scale=scale,
+                    f_hat_BZHW=f_hat_BZHW,
+                    trace=merge_traces([step.trace for step in steps]),
+                    requests=requests,
+                    bound=bound,
+                    text_ms=text_ms,
+                )
+
+    def _requests(self, job: Job) -> tuple[Request, ...]:
+        """One request for the batch, or one per image where bits must not depend on the batch."""
+        conditions = job.per_image(self.model.text.encode(list(job.prompts)))
+        negatives: tuple[Tensor, ...] = ()
+        if job.negatives is not None and job.guidance.is_needed(0):
+            negatives = job.per_image(self.model.text.encode(list(job.negatives)))
+
+        def request(images: Sequence[int]) -> Request:
+            return Request(
+                schedule=job.schedule,
+                guidance=job.guidance,
+                temperatures=job.temperatures,
+                filters=job.filters,
+                sampler=self._sampler(job, images),
+                conditions=tuple(conditions[i] for i in images) + tuple(negatives[i] for i in images if negatives),
+                num_images=len(images),
+                wants_maps=job.settings.trace,
+            )
+
+        everything = range(job.num_images)
+        return tuple(request([i]) for i in everything) if job.settings.batch_invariant else (request(everything),)
+
+    def _sampler(self, job: Job, images: Sequence[int]) -> Sampler:
+        if job.settings.rng == "keyed":
+            return KeyedSampler(seeds=tuple(job.seeds[i] for i in images))
+        if job.settings.generator is not None:
+            return ReferenceSampler(generator=job.settings.generator)
+        return ReferenceSampler(generator=torch.Generator(self.model.device).manual_seed(job.seeds[0]))
+
+    @torch.inference_mode()
+    def _decode(self, f_hat_BZHW: Float[Tensor, "B Z H W"], output_type: str) -> Images:
+        if output_type == "latent":
+            return f_hat_BZHW
+        return to_images(self.model.tokenizer.decode(f_hat_BZHW), output_type)
+
+    def _finish(self, job: Job, step: BatchStep, began: float) -> PipelineOutput:
+        """Decodes, and says what it took."""
+        decoding = time.perf_counter()
+        images = self._decode(step.f_hat_BZHW, job.settings.output_type)
+        if isinstance(images, Tensor) and images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        trace = step.trace
+        trace.text_ms, trace.decoder_ms = step.text_ms, 1e3 * (time.perf_counter() - decoding)
+        for promise in trace.unfired:
+            logger.warning("policy %s did not %s on this schedule", job.policy.spec, promise)
+        return PipelineOutput(
+            images=images,
+            prompts=job.per_image(job.prompts),
+            seeds=job.seeds,
+            config=describe(job, self.model),
+            report=self._report(step, 1e3 * (time.perf_counter() - began)),
+            trace=trace,
+        )
+
+    def _report(self, step: BatchStep, total_ms: float) -> Report:
+        shape, trace = self.model.transformer.shape, step.trace
+        size, heads_width = trace.bytes_per_element, shape.num_heads * shape.head_width
+        run = trace.cost
+        full = [full_cost(request, shape, size) for request in step.requests]
+        limits = [bounds_of(step.bound, request, shape.num_blocks) for request in step.requests]
+        return Report(
+            flops_run=run.flops,
+            flops_full=sum(cost.flops for cost in full),
+            tokens_run=run.tokens,
+            tokens_full=sum(cost.tokens for cost in full),
+            kv_bytes_peak=trace.peak_kv_bytes,
+            kv_bytes_bound=sum(limit.kv_bytes(heads_width, size) for limit in limits),
+            ms=Milliseconds(
+                text=trace.text_ms, transformer=trace.transformer_ms, decoder=trace.decoder_ms, total=total_ms
+            ),
+            unfired=trace.unfired,
+        )
+
+
+def stack_uint8(images: Images) -> np.ndarray:
+    """Pictures of `output_type` pil or np as one uint8 array (n, height, width, 3).
+
+    Raises:
+        FoveateError: Tensors, which hold no bytes.
+    """
+    if isinstance(images, Tensor):
+        raise FoveateError('pictures as bytes need output_type "pil" or "np"')
+    return images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    known = {**DTYPES, **{str(value): value for value in DTYPES.values()}}
+    if str(dtype) not in known:
+        raise FoveateError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    return known[str(dtype)]
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise FoveateError(f'device must be "cpu", "cuda" or "cuda:N", got {device!r}') from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise FoveateError(f'device {device} needs a CUDA build of torch and a GPU, there is none; use "cpu"')
+    return found

@@ -1,0 +1,267 @@
+"""The public call's options: checked, completed from the model's defaults and translated into the engine's words, once."""
+
+import logging
+import math
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import torch
+
+from foveate.core.errors import FoveateError
+from foveate.core.guidance import GuidanceSchedule
+from foveate.core.plan import Policy
+from foveate.core.schedule import ScaleSchedule, parse_ratio, ratio_name, sizes
+from foveate.engine.sample import Filter
+from foveate.families import ModelSpec
+from foveate.policies.registry import load_policy
+
+logger = logging.getLogger("foveate")
+
+PerScale = float | int | Sequence[float | int]
+"""One value for all scales, or one per scale."""
+
+StepCallback = Callable[[Any, int, int, dict[str, Any]], object]
+"""Called as (pipe, scale, scales still to come, {"latents": tensor}); raises `Cancelled` to stop."""
+
+MAX_SEED = 2**63 - 1
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `Pipeline.__call__` and `Pipeline.stream`; `Settings` says what each one means."""
+
+    negative_prompt: str | Sequence[str] | None
+    height: int | None
+    width: int | None
+    aspect_ratio: str | None
+    pixels: str | None
+    guidance_scale: PerScale | None
+    cfg: PerScale | None
+    temperature: PerScale | None
+    tau: PerScale | None
+    top_k: int | Sequence[int] | None
+    top_p: PerScale | None
+    num_images_per_prompt: int
+    seed: int | Sequence[int] | None
+    generator: torch.Generator | None
+    rng: Literal["keyed", "reference"]
+    policy: str | Path | Policy
+    batch_invariant: bool
+    output_type: Literal["pil", "np", "pt", "latent"]
+    return_dict: bool
+    callback_on_step_end: StepCallback | None
+    trace: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Settings:
+    """Options of one call; None stands for the model's default.
+
+    Attributes:
+        negative_prompt: What to move away from; one for all prompts or one for each.
+        height: Pixels, together with `width`; a size that the published schedules know.
+        width: Pixels, together with `height`.
+        aspect_ratio: Width:height, one of the 15 published ratios; together with `pixels` instead of a size.
+        pixels: Pixel budget: 0.06M, 0.25M, 0.60M or 1M.
+        guidance_scale: The family's published `cfg`; one number or one per scale; 1 switches guidance off.
+        cfg: Alias of `guidance_scale`.
+        temperature: Divides logits, above 0; one number or one per scale.
+        tau: Alias of `temperature`.
+        top_k: Keeps the k best values of every symbol; 0 keeps all, 1 is greedy.
+        top_p: Keeps the likeliest values up to this share, in [0, 1]; 0 keeps all.
+        num_images_per_prompt: Images of each prompt, which follow each other in the output.
+        seed: Where every prompt starts, or one start per prompt; image j of a prompt uses seed + j. None draws one.
+        generator: Random state for `rng="reference"`; it advances.
+        rng: `keyed` draws depend on seed, scale and position alone; `reference` draws in the published order for the
+            whole batch, from `generator` or from a new one seeded with `seed`.
+        policy: Name, spec, YAML file or object.
+        batch_invariant: Runs every image by itself, so that it has the same bits in every batch.
+        output_type: `pil` images; `np` uint8 (n, height, width, 3); `pt` float32 in [0, 1], (n, 3, height, width);
+            `latent` float32 latents, not decoded.
+        return_dict: False returns `(images,)` alone.
+        callback_on_step_end: Called after every scale; may raise `Cancelled`.
+        trace: Also keeps which token ran how many blocks.
+    """
+
+    negative_prompt: str | Sequence[str] | None = None
+    height: int | None = None
+    width: int | None = None
+    aspect_ratio: str | None = None
+    pixels: str | None = None
+    guidance_scale: PerScale | None = None
+    cfg: PerScale | None = None
+    temperature: PerScale | None = None
+    tau: PerScale | None = None
+    top_k: int | Sequence[int] | None = None
+    top_p: PerScale | None = None
+    num_images_per_prompt: int = 1
+    seed: int | Sequence[int] | None = None
+    generator: torch.Generator | None = None
+    rng: Literal["keyed", "reference"] = "keyed"
+    policy: str | Path | Policy = "full"
+    batch_invariant: bool = False
+    output_type: Literal["pil", "np", "pt", "latent"] = "pil"
+    return_dict: bool = True
+    callback_on_step_end: StepCallback | None = None
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what does not depend on a model."""
+        _require(self.num_images_per_prompt >= 1, f"num_images_per_prompt must be 1 or more, got {self.num_images_per_prompt}")
+        _require(self.rng in ("keyed", "reference"), f"rng must be keyed or reference, got {self.rng!r}")
+        kinds = ("pil", "np", "pt", "latent")
+        _require(self.output_type in kinds, f"output_type must be one of {', '.join(kinds)}, got {self.output_type!r}")
+        _require(self.guidance_scale is None or self.cfg is None, "give guidance_scale or its alias cfg, not both")
+        _require(self.temperature is None or self.tau is None, "give temperature or its alias tau, not both")
+        _require((self.height is None) == (self.width is None), "give both height and width, or an aspect_ratio")
+        has_shape = self.aspect_ratio is not None or self.pixels is not None
+        _require(self.height is None or not has_shape, "give height and width or aspect_ratio and pixels, not both")
+        is_reference = self.rng == "reference"
+        _require(self.generator is None or is_reference, 'generator needs rng="reference"; use seed with rng="keyed"')
+        _require(self.generator is None or self.seed is None, "give a seed or a generator, not both")
+        _require(not (is_reference and self.batch_invariant), 'batch_invariant needs rng="keyed"')
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Job:
+    """A call in the engine's words, every default filled in.
+
+    `prompts` and `negatives` have one entry per prompt, `seeds` one per image (none with a caller's own generator).
+    """
+
+    settings: Settings
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...] | None
+    seeds: tuple[int, ...]
+    schedule: ScaleSchedule
+    ratio: str
+    budget: str
+    guidance: GuidanceSchedule
+    temperatures: tuple[float, ...]
+    filters: tuple[Filter, ...]
+    policy: Policy
+
+    @property
+    def num_images(self) -> int:
+        """Images of all prompts."""
+        return len(self.prompts) * self.settings.num_images_per_prompt
+
+    def per_image(self, per_prompt: Sequence[Any]) -> tuple[Any, ...]:
+        """Repeats entries per prompt for each of its images."""
+        return tuple(entry for entry in per_prompt for _ in range(self.settings.num_images_per_prompt))
+
+
+def resolve(prompts: str | Sequence[str], settings: Settings, spec: ModelSpec) -> Job:
+    """Completes a call from the model's defaults.
+
+    Raises:
+        FoveateError: A value that is out of range or does not exist; the message says what does.
+    """
+    texts = _prompts([prompts] if isinstance(prompts, str) else list(prompts), "prompt")
+    ratio, budget = _size(settings, spec)
+    schedule = ScaleSchedule.from_template(ratio, budget, spec.patch)
+    count, defaults = len(schedule), spec.defaults
+    guidance = _per_scale("guidance_scale", _first(settings.guidance_scale, settings.cfg), defaults.guidance_scale, count)
+    temperatures = _per_scale("temperature", _first(settings.temperature, settings.tau), defaults.temperature, count)
+    top_k = _per_scale("top_k", settings.top_k, defaults.top_k, count)
+    top_p = _per_scale("top_p", settings.top_p, defaults.top_p, count)
+    for t in temperatures:
+        _require(t > 0, f"temperature must be above 0, got {t}; top_k=1 takes the best value always")
+    for k, p in zip(top_k, top_p, strict=True):
+        _require(k >= 0 and k == int(k), f"top_k must be a whole number, 0 or more, got {k}")
+        _require(0 <= p <= 1, f"top_p must be in [0, 1], got {p}")
+    return Job(
+        settings=settings,
+        prompts=texts,
+        negatives=_negatives(settings.negative_prompt, len(texts)),
+        seeds=_seeds(settings, len(texts)),
+        schedule=schedule,
+        ratio=ratio_name(ratio),
+        budget=budget,
+        guidance=GuidanceSchedule.from_infinity(guidance, count),
+        temperatures=temperatures,
+        filters=tuple(Filter(top_k=int(k), top_p=p) for k, p in zip(top_k, top_p, strict=True)),
+        policy=load_policy(settings.policy),
+    )
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise FoveateError(message)
+
+
+def _first(value: PerScale | None, alias: PerScale | None) -> PerScale | None:
+    return alias if value is None else value
+
+
+def _prompts(texts: list[str], name: str) -> tuple[str, ...]:
+    _require(bool(texts), f"{name}s must hold at least one text, got none")
+    for text in texts:
+        _require(isinstance(text, str), f"{name} must be text, got {type(text).__name__}")
+        _require(bool(text.strip()), f"{name} must not be empty; say what to draw" if name == "prompt" else
+                 f"{name} must not be empty; leave it out")  # fmt: skip
+    return tuple(texts)
+
+
+def _negatives(negative: str | Sequence[str] | None, num_prompts: int) -> tuple[str, ...] | None:
+    if negative is None:
+        return None
+    texts = [negative] * num_prompts if isinstance(negative, str) else list(negative)
+    _require(len(texts) == num_prompts, f"negative_prompt needs one text per prompt, {num_prompts}, got {len(texts)}")
+    return _prompts(texts, "negative_prompt")
+
+
+def _size(settings: Settings, spec: ModelSpec) -> tuple[float, str]:
+    """Template ratio and budget; warns where the model was not trained on them."""
+    if settings.height is not None and settings.width is not None:
+        known = sizes(spec.stride)
+        wanted = (settings.width, settings.height)
+        if wanted not in known:
+            possible = ", ".join(f"{w}x{h}" for w, h in sorted(known))
+            raise FoveateError(f"size must be one of {possible} (width x height), got {wanted[0]}x{wanted[1]}")
+        ratio, budget = known[wanted]
+    else:
+        ratio = parse_ratio(_or(settings.aspect_ratio, spec.ratios[0]))
+        budget = _or(settings.pixels, spec.budgets[0])
+    is_known = budget in spec.budgets and ratio in [parse_ratio(name) for name in spec.ratios]
+    if not is_known:
+        logger.warning(
+            "%s was trained on %s at %s; %s at %s is outside of that and may look wrong",
+            spec.name, ", ".join(spec.ratios), ", ".join(spec.budgets), ratio_name(ratio), budget,
+        )  # fmt: skip
+    return ratio, budget
+
+
+def _or(value: str | None, default: str) -> str:
+    return default if value is None else value
+
+
+def _per_scale(name: str, value: PerScale | None, default: PerScale, count: int) -> tuple[float, ...]:
+    """One value per scale; a default may be longer, for larger pictures."""
+    if value is None:
+        values = [default] * count if isinstance(default, int | float) else list(default)[:count]
+    else:
+        values = [value] * count if isinstance(value, int | float) else list(value)
+    _require(len(values) == count, f"{name} needs one number or {count}, one per scale, got {len(values)}")
+    numbers = tuple(float(v) for v in values)
+    _require(all(math.isfinite(v) for v in numbers), f"{name} must be finite, got {value}")
+    return numbers
+
+
+def _seeds(settings: Settings, num_prompts: int) -> tuple[int, ...]:
+    if settings.generator is not None:
+        return ()
+    per_prompt = settings.num_images_per_prompt
+    seed = secrets.randbelow(2**32) if settings.seed is None else settings.seed
+    if settings.rng == "reference" and not isinstance(seed, int):
+        raise FoveateError('rng="reference" takes one integer seed for the whole batch, got a list')
+    starts = [seed] * num_prompts if isinstance(seed, int) else list(seed)
+    _require(len(starts) == num_prompts, f"seed needs one integer or one per prompt, {num_prompts}, got {len(starts)}")
+    for start in starts:
+        is_ok = isinstance(start, int) and 0 <= start <= MAX_SEED - per_prompt
+        _require(is_ok, f"seed must be an integer in [0, 2^63 - {per_prompt}), got {start}")
+    if settings.rng == "reference":
+        return (starts[0],) * (num_prompts * per_prompt)
+    return tuple(start + j for start in starts for j in range(per_prompt))

@@ -1,0 +1,195 @@
+"""What a pipeline gives back: pictures, seeds, the configuration that makes them again, and what it cost.
+
+Axes: B images, Y pixel rows, X columns.
+"""
+
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+import foveate
+from foveate.core.trace import ScaleTrace, Trace
+from foveate.families import LoadedModel
+from foveate.pipeline_options import Job
+
+Images = list[Image.Image] | np.ndarray | Tensor
+"""As `output_type` asked."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Milliseconds:
+    """Wall-clock time of the parts of a call, and of the whole call."""
+
+    text: float
+    transformer: float
+    decoder: float
+    total: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a call cost, counted while it ran; text encoder and decoder are not part of the FLOPs.
+
+    `full` stands for the same request with nothing left out. `unfired` names savings that the policy promised and that
+    never happened.
+    """
+
+    flops_run: int
+    flops_full: int
+    tokens_run: int
+    tokens_full: int
+    kv_bytes_peak: int
+    kv_bytes_bound: int
+    ms: Milliseconds
+    unfired: tuple[str, ...]
+
+    @property
+    def flops_ratio(self) -> float:
+        """Run over full, in (0, 1]."""
+        return self.flops_run / self.flops_full
+
+    @property
+    def predicted_speedup(self) -> float:
+        """Full over run: what the transformer gains at most if time followed FLOPs; nothing was measured."""
+        return self.flops_full / self.flops_run
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class PipelineOutput:
+    """The pictures of a call; `prompts` and `seeds` have one entry per picture."""
+
+    images: Images
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    config: dict[str, Any]
+    report: Report
+    trace: Trace
+
+    def row_config(self, row: int) -> dict[str, Any]:
+        """The configuration that belongs into the PNG of one picture: the whole batch, and which row it is."""
+        return {**self.config, "row": range(len(self.prompts))[row]}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ScaleEvent:
+    """One finished scale of a stream.
+
+    `tokens_run` and `tokens_full` count tokens of this scale over all images. `images` are decoded previews, None
+    where no preview was asked for; `output` comes with the last scale.
+    """
+
+    scale: int
+    grid: tuple[int, int]
+    tokens_run: int
+    tokens_full: int
+    ms: float
+    images: Images | None = None
+    output: PipelineOutput | None = field(default=None, repr=False)
+
+    @property
+    def image(self) -> Any:
+        """The first preview, or None."""
+        return None if self.images is None else self.images[0]
+
+
+def to_uint8(pixels_B3YX: Float[Tensor, "B 3 Y X"]) -> UInt8[np.ndarray, "B Y X 3"]:
+    """Pixels in [-1, 1] to bytes; truncated, as the published code does."""
+    scaled_B3YX = ((pixels_B3YX.float().clamp(-1, 1) + 1) / 2).mul(255).to(torch.uint8)
+    return scaled_B3YX.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def to_images(pixels_B3YX: Float[Tensor, "B 3 Y X"], output_type: str) -> Images:
+    """Pixels in [-1, 1] in the form that was asked for."""
+    if output_type == "pt":
+        return (pixels_B3YX.float().clamp(-1, 1) + 1) / 2
+    array = to_uint8(pixels_B3YX)
+    return array if output_type == "np" else [Image.fromarray(picture) for picture in array]
+
+
+def merge_traces(traces: Sequence[Trace]) -> Trace:
+    """One trace of requests that ran one image each, as if it had been a batch; the parts are left as they were."""
+    if len(traces) == 1:
+        return traces[0]
+    merged = Trace(
+        shape=traces[0].shape,
+        text_tokens={(i, c): n for i, t in enumerate(traces) for (_, c), n in t.text_tokens.items()},
+        bytes_per_element=traces[0].bytes_per_element,
+        peak_kv_bytes=sum(t.peak_kv_bytes for t in traces),
+        unfired=tuple(name for name in traces[0].unfired if all(name in t.unfired for t in traces)),
+    )
+    merged.scales = [_merge_scale([t.scales[s] for t in traces]) for s in range(len(traces[0].scales))]
+    return merged
+
+
+def _merge_scale(parts: Sequence[ScaleTrace]) -> ScaleTrace:
+    rows = {(i, c): work for i, part in enumerate(parts) for (_, c), work in part.work.rows.items()}
+    grid_tokens = max(part.work.grid_tokens for part in parts)
+    keeps = [part.keep_Bl for part in parts if part.keep_Bl is not None]
+    depths = [part.depth_Bl for part in parts if part.depth_Bl is not None]
+    return replace(
+        parts[0],
+        ran=any(part.ran for part in parts),
+        work=replace(parts[0].work, grid_tokens=grid_tokens, rows=rows),
+        ms=sum(part.ms for part in parts),
+        keep_Bl=torch.cat(keeps) if keeps else None,
+        depth_Bl=torch.cat(depths) if depths else None,
+    )
+
+
+def processor_name(device: torch.device) -> str:
+    """The machine as bits depend on it: the processor's name, and the accelerator's where one computes."""
+    name = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = models[0] if models else name
+    name = name or platform.machine()
+    return f"{name} + {torch.cuda.get_device_name(device)}" if device.type == "cuda" else name
+
+
+def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
+    """Everything that decides the bits of a batch, defaults included, as plain JSON data."""
+    grid, stride = job.schedule.grids[-1], model.spec.stride
+    return {
+        "format": 1,
+        "model": model.spec.name,
+        "weights": {"kind": model.weights, "sha256": model.sha256},
+        "prompts": list(job.prompts),
+        "negative_prompts": None if job.negatives is None else list(job.negatives),
+        "num_images_per_prompt": job.settings.num_images_per_prompt,
+        "seeds": list(job.seeds),
+        "rng": job.settings.rng,
+        "width": grid[1] * stride,
+        "height": grid[0] * stride,
+        "aspect_ratio": job.ratio,
+        "pixels": job.budget,
+        "guidance_scale": list(job.guidance.weights),
+        "temperature": list(job.temperatures),
+        "top_k": [rule.top_k for rule in job.filters],
+        "top_p": [rule.top_p for rule in job.filters],
+        "policy": {
+            "spec": job.policy.spec,
+            "fingerprint": job.policy.fingerprint,
+            "parts": [{"policy": part.name, **part.settings()} for part in job.policy.parts_of()],
+        },
+        "batch_invariant": job.settings.batch_invariant,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "foveate": foveate.__version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+        },
+        "machine": processor_name(model.device),
+    }

@@ -1,0 +1,211 @@
+"""LD-Pruning: "Where to Refine, When to Stop" (arXiv 2606.00310). Two rules that read the latent discrepancy.
+
+LHEP (where): a scale refines only tokens whose place in the previous scale's residual holds high-frequency energy. The
+others run no block and repeat the previous residual (Eqs. 7-11, 14, 24-27; Algorithm 1).
+SATS (when): the unconditional branch stops for good once the gap between the branches' logits changes little from one
+scale to the next (Eqs. 12-13).
+
+Where the paper is silent we chose, each as a field or noted here: bilinear enlargement of the energy; averages that count
+real neighbours only; odd grids padded by reflection; the gap as a root-mean-square, since a norm grows with the token
+count; the gap is watched from one scale before the first that SATS may stop.
+Axes: B images, Z latent channels, (h, w) grids, l tokens, k tokens that ran, V outputs.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveate.core.cost import ModelShape
+from foveate.core.plan import (
+    Base,
+    Bound,
+    Directive,
+    Policy,
+    Rule,
+    ScalePlan,
+    TokenSelection,
+    keep_by_mass,
+    require,
+)
+from foveate.core.schedule import Grid, ScaleSchedule
+from foveate.core.signals import BranchLogits, Signal, Signals
+
+_LOG = logging.getLogger("foveate")
+
+_HAAR = 0.5 * torch.tensor([[[-1.0, 1.0], [-1.0, 1.0]], [[-1.0, -1.0], [1.0, 1.0]], [[-1.0, 1.0], [1.0, -1.0]]])
+"""The three detail kernels of Eq. 8; the low-pass one is left out."""
+
+
+def _even(map_BZhw: Tensor, axis: int) -> Tensor:
+    """Makes an axis even: an odd one grows by its reflection, a single entry by a copy of itself."""
+    size = map_BZhw.shape[axis]
+    return torch.cat((map_BZhw, map_BZhw.narrow(axis, max(size - 2, 0), 1)), dim=axis) if size % 2 else map_BZhw
+
+
+def haar_energy(residual_BZhw: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B h2 w2"]:
+    """Squared Haar detail of each 2x2 patch, summed over channels and kernels (Eqs. 7-9); half the grid, rounded up."""
+    padded = _even(_even(residual_BZhw, -2), -1)
+    flat = padded.double().flatten(0, 1).unsqueeze(1)
+    detail = F.conv2d(flat, _HAAR.to(flat)[:, None], stride=2)
+    return detail.square().sum(1).unflatten(0, residual_BZhw.shape[:2]).sum(1)
+
+
+def detail_energy(residual_BZhw: Float[Tensor, "B Z h w"], grid: Grid) -> Float[Tensor, "B y x"]:
+    """High-frequency energy of a residual, smoothed over 3x3 patches and enlarged to the coming grid (Eq. 10); float64."""
+    raw_B1hw = haar_energy(residual_BZhw)[:, None]
+    smooth_B1hw = F.avg_pool2d(raw_B1hw, 3, stride=1, padding=1, count_include_pad=False)
+    return F.interpolate(smooth_B1hw, size=grid, mode="bilinear", align_corners=False)[:, 0]
+
+
+def keep_by_energy(energy_Bl: Float[Tensor, "B l"], share: float) -> Bool[Tensor, "B l"]:
+    """Keeps the fewest tokens that hold `share` of the energy, and those that tie with the last of them (Eq. 11)."""
+    return keep_by_mass(energy_Bl, share)
+
+
+def branch_gap(logits: BranchLogits, norm: Literal["rms", "l2"]) -> float:
+    """Distance between the branches' logits (Eq. 12): root-mean-square, or the literal 2-norm. Reads the device once."""
+    difference_kV = (logits.cond_kV - logits.uncond_kV).double()
+    return float(difference_kV.square().mean().sqrt() if norm == "rms" else difference_kV.square().sum().sqrt())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _State:
+    """Per image: the latest gap and whether the branch still runs; and the energy's source, the latest residual."""
+
+    gaps: tuple[float | None, ...] = ()
+    is_guided: tuple[bool, ...] = ()
+    source_BZhw: Tensor | None = None
+
+
+class BoundLDPruning(Bound):
+    """LD-Pruning on one schedule."""
+
+    is_static = False
+
+    def __init__(self, policy: "LDPruning", schedule: ScaleSchedule) -> None:
+        self.policy, self.schedule = policy, schedule
+        num_scales = len(schedule)
+        self.last = num_scales - policy.skip_last
+        self.first_lhep = max(num_scales - policy.lhep_scales, 1)
+        self.first_sats = max(num_scales - policy.sats_scales, 1)
+        self.has_lhep = policy.lhep and policy.energy_share < 1 and self.first_lhep < self.last
+        self.has_sats = policy.sats and policy.sats_threshold > 0 and self.first_sats < self.last
+        wants = (policy.skip_last, self.has_sats, self.has_lhep)
+        kinds = (Directive.SCALES, Directive.BRANCH, Directive.TOKENS)
+        self.directives = tuple(kind for kind, is_on in zip(kinds, wants, strict=True) if is_on)
+        self.is_static = not (self.has_lhep or self.has_sats)
+
+    def record(self, scale: int) -> frozenset[Signal]:
+        """The residual for LHEP, the logits for SATS; both from one scale before the first use."""
+        wanted: set[Signal] = set()
+        is_read = scale < self.last - 1
+        if is_read and self.has_lhep and scale >= self.first_lhep - 1:
+            wanted.add(Signal.RESIDUAL)
+        if is_read and self.has_sats and scale >= self.first_sats - 1:
+            wanted.add(Signal.LOGITS)
+        return frozenset(wanted)
+
+    def start(self) -> _State:
+        """Nothing seen yet."""
+        return _State()
+
+    def ceiling(self, scale: int) -> ScalePlan:
+        """Content decides, so the bound is everything but the scales that never run."""
+        return ScalePlan(runs=scale < self.last)
+
+    def plan(self, scale: int, signals: Signals | None, state: Any) -> tuple[ScalePlan, Any]:
+        """Prunes by energy and stops branches."""
+        if scale >= self.last:
+            return ScalePlan(runs=False), state
+        state = self._watch_gap(signals, state) if signals is not None and signals.logits is not None else state
+        plan = ScalePlan(unconditional=state.is_guided if not all(state.is_guided) else None)
+        if not self.has_lhep or scale < self.first_lhep or signals is None or signals.residual_BZhw is None:
+            return plan, state
+        source_BZhw = signals.residual_BZhw
+        if self.policy.energy_from == "last_computed" and state.source_BZhw is not None:
+            source_BZhw = state.source_BZhw
+        selection = TokenSelection(
+            score_Bl=self._token_energy(source_BZhw, scale), share=self.policy.energy_share, rule=Rule.MASS
+        )
+        base = Base.PREVIOUS if self.policy.fill == "base" else Base.ZERO
+        pruned = ScalePlan(unconditional=plan.unconditional, selections=(selection,), base=base)
+        return pruned, _State(gaps=state.gaps, is_guided=state.is_guided, source_BZhw=source_BZhw)
+
+    def _token_energy(self, residual_BZhw: Tensor, scale: int) -> Float[Tensor, "B l"]:
+        """Energy per token: on the latent grid, averaged over the latents of a token."""
+        energy_Byx = detail_energy(residual_BZhw, self.schedule.latent_grid(scale))
+        return F.avg_pool2d(energy_Byx[:, None], self.schedule.patch).flatten(1)
+
+    def _watch_gap(self, signals: Signals, state: _State) -> _State:
+        """Eq. 13: gamma = |gap - previous gap| / previous gap, below the threshold once is enough."""
+        logits = signals.logits or ()
+        before = state.gaps or (None,) * len(logits)
+        is_guided = list(state.is_guided or (True,) * len(logits))
+        gaps = [None if both is None else branch_gap(both, self.policy.gap_norm) for both in logits]
+        for image, (gap, previous) in enumerate(zip(gaps, before, strict=True)):
+            if gap is None or previous is None or signals.scale < self.first_sats:
+                continue
+            gamma = abs(gap - previous) / (previous + 1e-8)
+            is_guided[image] = is_guided[image] and gamma >= self.policy.sats_threshold
+        return _State(gaps=tuple(gaps), is_guided=tuple(is_guided), source_BZhw=state.source_BZhw)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LDPruning(Policy):
+    """LHEP and SATS.
+
+    `energy_share` (rho, in (0, 1]) of the energy is refined on the last `lhep_scales` scales; the unconditional branch may
+    stop on the last `sats_scales` once its gap changes by less than `sats_threshold` (delta). `skip_last` scales do not
+    run at all. `energy_from` = "last_computed" ranks by the residual in front of the first pruned scale throughout, since
+    areas once dropped look flat to later scales.
+    """
+
+    name: ClassVar[str] = "ld-pruning"
+    energy_share: float = 0.5
+    sats_threshold: float = 0.15
+    lhep: bool = True
+    sats: bool = True
+    lhep_scales: int = 3
+    sats_scales: int = 4
+    skip_last: int = 0
+    fill: Literal["base", "zero"] = "base"
+    energy_from: Literal["previous", "last_computed"] = "previous"
+    gap_norm: Literal["rms", "l2"] = "rms"
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        require(0 < self.energy_share <= 1, "energy_share", "in (0, 1]", self.energy_share)
+        require(self.sats_threshold >= 0, "sats_threshold", "0 or more", self.sats_threshold)
+        for name in ("lhep_scales", "sats_scales", "skip_last"):
+            require(getattr(self, name) >= 0, name, "0 or more", getattr(self, name))
+        require(self.fill in ("base", "zero"), "fill", "base or zero", self.fill)
+        sources = ("previous", "last_computed")
+        require(self.energy_from in sources, "energy_from", " or ".join(sources), self.energy_from)
+        require(self.gap_norm in ("rms", "l2"), "gap_norm", "rms or l2", self.gap_norm)
+
+    @classmethod
+    def neutral(cls) -> "LDPruning":
+        """All the energy, and a threshold that is never met."""
+        return cls(energy_share=1.0, sats_threshold=0.0)
+
+    def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> Bound:
+        """Counts from the end of the schedule: on 13 scales LHEP acts at 10-12 and SATS at 9-12, as in the paper.
+
+        Raises:
+            FoveateError: `skip_last` leaves no scale.
+        """
+        require(self.skip_last < len(schedule), "skip_last", f"less than the {len(schedule)} scales", self.skip_last)
+        left = sum(scale.num_tokens for scale in schedule.scales[: len(schedule) - self.skip_last])
+        if 3 * left < schedule.num_tokens:
+            _LOG.warning(
+                "ld-pruning: skip_last=%d leaves %d of %d tokens on this schedule; expect a blurred picture",
+                self.skip_last,
+                left,
+                schedule.num_tokens,
+            )
+        return BoundLDPruning(self, schedule)

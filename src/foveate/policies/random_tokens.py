@@ -1,0 +1,74 @@
+"""RandomTokens: keeps a random share of the tokens of the last scales. The control for every token score.
+
+The choice is keyed by (`key`, scale) alone, so it is the same for every image and every run.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from foveate.core.cost import ModelShape
+from foveate.core.plan import Base, Bound, Directive, Policy, Rule, ScalePlan, TokenSelection, require
+from foveate.core.schedule import ScaleSchedule
+from foveate.core.signals import Signals
+
+
+class BoundRandomTokens(Bound):
+    """Scores from a keyed generator on the last scales."""
+
+    def __init__(self, policy: "RandomTokens", schedule: ScaleSchedule) -> None:
+        self.policy, self.schedule = policy, schedule
+        self.first = max(len(schedule) - policy.num_scales, 1)
+        is_on = policy.keep_ratio < 1 and self.first < len(schedule)
+        self.directives = (Directive.TOKENS,) if is_on else ()
+
+    def plan(self, scale: int, signals: Signals | None, state: Any) -> tuple[ScalePlan, Any]:
+        """Keeps the tokens with the highest random scores."""
+        if scale < self.first or self.policy.keep_ratio == 1:
+            return ScalePlan(), state
+        draws = np.random.Philox(key=np.array([self.policy.key, scale], dtype=np.uint64))
+        score_l = np.random.Generator(draws).random(self.schedule.scales[scale].num_tokens)
+        return self._keep(torch.from_numpy(score_l)), state
+
+    def ceiling(self, scale: int) -> ScalePlan:
+        """As many tokens, the first ones."""
+        if scale < self.first or self.policy.keep_ratio == 1:
+            return ScalePlan()
+        return self._keep(-torch.arange(self.schedule.scales[scale].num_tokens).double())
+
+    def _keep(self, score_l: torch.Tensor) -> ScalePlan:
+        base = Base.PREVIOUS if self.policy.fill == "base" else Base.ZERO
+        selection = TokenSelection(score_Bl=score_l[None], share=self.policy.keep_ratio, rule=Rule.COUNT)
+        return ScalePlan(selections=(selection,), base=base)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomTokens(Policy):
+    """Keeps `keep_ratio` of the tokens, in (0, 1], of each of the last `num_scales` scales.
+
+    `fill` says what the others commit: "base" the previous residual, "zero" nothing.
+    """
+
+    name: ClassVar[str] = "random-tokens"
+    keep_ratio: float = 0.5
+    num_scales: int = 3
+    fill: Literal["base", "zero"] = "base"
+    key: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        require(0 < self.keep_ratio <= 1, "keep_ratio", "in (0, 1]", self.keep_ratio)
+        require(self.num_scales >= 0, "num_scales", "0 or more", self.num_scales)
+        require(self.fill in ("base", "zero"), "fill", "base or zero", self.fill)
+        require(self.key >= 0, "key", "0 or more", self.key)
+
+    @classmethod
+    def neutral(cls) -> "RandomTokens":
+        """Keeps everything."""
+        return cls(keep_ratio=1.0)
+
+    def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> Bound:
+        """Counts from the end of the schedule; scale 0 always runs."""
+        return BoundRandomTokens(self, schedule)

@@ -1,0 +1,143 @@
+"""Policies by name, spec string or YAML file; other packages add theirs through the entry point `foveate.policies`."""
+
+import difflib
+import warnings
+from dataclasses import fields
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from foveate.core.errors import FoveateError
+from foveate.core.plan import Composed, Policy
+from foveate.policies.depthvar import DepthVAR
+from foveate.policies.drop_branch import DropBranch
+from foveate.policies.full import Full
+from foveate.policies.ld_pruning import LDPruning
+from foveate.policies.random_tokens import RandomTokens
+from foveate.policies.skip_scales import SkipScales
+from foveate.policies.uniform_depth import UniformDepth
+
+REGISTRY: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (Full, LDPruning, DepthVAR, SkipScales, DropBranch, RandomTokens, UniformDepth)
+}
+"""Every policy that foveate ships, by name."""
+
+PRESETS: dict[str, tuple[str, str]] = {
+    "ld-pruning-draft": ("ld-pruning:skip_last=2", "LD-Pruning with the last two scales left out, as its fastest rows"),
+    "preset-faithful": ("ld-pruning:energy_share=0.9", "little is lost, little is saved"),
+    "preset-balanced": ("ld-pruning", "LD-Pruning as published, every scale runs"),
+    "preset-draft": ("ld-pruning:skip_last=1", "for a first look: the last scale does not run"),
+}
+"""Names for settings: (spec, what it is for)."""
+
+
+def all_policies() -> dict[str, type[Policy]]:
+    """The registry and what installed packages add to it.
+
+    A plug-in that cannot be imported is named in a warning and left out.
+    """
+    found = dict(REGISTRY)
+    for entry in entry_points(group="foveate.policies"):
+        try:
+            policy = entry.load()
+        except Exception as error:  # a broken plug-in must not stop the rest
+            warnings.warn(f"policy plug-in {entry.name} ({entry.value}) was left out: {error}", stacklevel=2)
+            continue
+        found[policy.name] = policy
+    return found
+
+
+def _unknown(kind: str, name: str, known: list[str]) -> FoveateError:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return FoveateError(f"no {kind} {name!r}; {hint}there are {', '.join(known)}")
+
+
+def _value(policy: type[Policy], name: str, text: str) -> Any:
+    """A field's value from text, by the field's annotation."""
+    kind = get_type_hints(policy)[name]
+    if get_origin(kind) is not None and not isinstance(kind, type):
+        choices = [str(choice) for choice in get_args(kind)]
+        if text not in choices:
+            raise FoveateError(f"{policy.name}: {name} must be {' or '.join(choices)}, got {text}")
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise FoveateError(f"{policy.name}: {name} must be true or false, got {text}")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise FoveateError(f"{policy.name}: {name} must be a {kind.__name__}, got {text!r}") from None
+
+
+def _build(name: str, given: dict[str, Any]) -> Policy:
+    """A policy from its name and fields, as text or as values."""
+    known = all_policies()
+    name = name.strip().replace("_", "-")
+    if name in PRESETS:
+        preset = load_policy(PRESETS[name][0])
+        return _with(preset, type(preset), given)
+    if name not in known:
+        raise _unknown("policy", name, [*known, *PRESETS])
+    return _with(None, known[name], given)
+
+
+def _with(base: Policy | None, kind: type[Policy], given: dict[str, Any]) -> Policy:
+    names = [f.name for f in fields(kind)]
+    values: dict[str, Any] = {} if base is None else base.settings()
+    for key, value in given.items():
+        field_name = key.strip().replace("-", "_")
+        if field_name not in names:
+            raise _unknown(f"field of {kind.name}", field_name, names or ["(none)"])
+        values[field_name] = _value(kind, field_name, str(value).strip())
+    return kind(**values)
+
+
+def _part(text: str) -> Policy:
+    name, _, rest = text.partition(":")
+    given: dict[str, Any] = {}
+    for item in rest.split(",") if rest.strip() else []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise FoveateError(f"policy fields are written name=value, got {item!r} in {text!r}")
+        given[key] = value
+    return _build(name, given)
+
+
+def _from_yaml(path: Path) -> Policy:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FoveateError(f"cannot read policy file {path}: {str(error).splitlines()[0]}") from None
+    entries = data if isinstance(data, list) else [data]
+    parts = []
+    for entry in entries:
+        if not isinstance(entry, dict) or "policy" not in entry:
+            raise FoveateError(f"policy file {path} needs a mapping with the key policy, or a list of them")
+        given = {str(key): value for key, value in entry.items() if key != "policy"}
+        parts.append(_build(str(entry["policy"]), given))
+    return join(parts)
+
+
+def join(parts: list[Policy]) -> Policy:
+    """One policy of several, from left to right; a single one is returned as it is."""
+    if not parts:
+        raise FoveateError("a policy needs at least one part, got none")
+    return parts[0] if len(parts) == 1 else Composed(parts=tuple(p for part in parts for p in part.parts_of()))
+
+
+def load_policy(policy: str | Path | Policy) -> Policy:
+    """A policy from an object, a spec such as `ld-pruning:sats=false|skip-scales:count=2`, or a YAML file.
+
+    Raises:
+        FoveateError: An unknown name or field (the closest is named), a value out of range, an unreadable file.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    text = str(policy)
+    if text.endswith((".yaml", ".yml")):
+        return _from_yaml(Path(text))
+    return join([_part(part) for part in text.split("|")])

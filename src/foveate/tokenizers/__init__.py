@@ -1,0 +1,1 @@
+"""Latents to bits or ids and back, and latents to pixels."""

@@ -1,0 +1,158 @@
+"""What both trainers share: a clock that survives a restart, the learning-rate curve, averaging and checkpoints.
+
+The schedule runs on seconds of training done, not on steps or on the wall: a run that was stopped, paused or moved to
+another machine goes on where it was. No step counts for more than `MAX_STEP_S`, so a pause loses nothing.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MAX_STEP_S = 4.0
+"""Longest time that one step adds to the clock, in seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Optimisation:
+    """How one of the two networks is trained.
+
+    `minutes` of training on the machine at hand (at least `min_minutes` before the decay could end early); the rate is
+    constant up to `constant_share` of them and then falls along a cosine to `final_rate` of its peak.
+    """
+
+    minutes: float
+    batch: int
+    rate: float
+    constant_share: float = 0.45
+    final_rate: float = 0.05
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    ema: float = 0.999
+    clip: float = 1.0
+    seed: int = 0
+
+    def rate_at(self, progress: float, step: int) -> float:
+        """Learning rate at a share of the minutes, `progress` in [0, 1]."""
+        warm = min(1.0, (step + 1) / self.warmup_steps)
+        if progress <= self.constant_share:
+            return self.rate * warm
+        along = (min(progress, 1.0) - self.constant_share) / (1.0 - self.constant_share)
+        return self.rate * warm * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * along)))
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """The state of a training run: everything a checkpoint holds."""
+
+    model: nn.Module
+    average: dict[str, Tensor]
+    optimiser: torch.optim.Optimizer
+    generator: torch.Generator
+    clock_s: float = 0.0
+    step: int = 0
+    samples: int = 0
+    recent: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, model: nn.Module, optimisation: Optimisation) -> "Run":
+        """Begins a run: AdamW on everything, decay on matrices only."""
+        matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+        others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+        optimiser = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": optimisation.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=optimisation.rate,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        average = {name: value.detach().float().clone() for name, value in model.state_dict().items()}
+        generator = torch.Generator().manual_seed(optimisation.seed)
+        return cls(model=model, average=average, optimiser=optimiser, generator=generator)
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint by atomic rename."""
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimiser": self.optimiser.state_dict(),
+            "generator": self.generator.get_state(),
+            "clock_s": self.clock_s,
+            "step": self.step,
+            "samples": self.samples,
+            "recent": self.recent,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Continues from a checkpoint; the clock, the random state and the optimiser go on where they stopped."""
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        device = next(self.model.parameters()).device
+        self.average = {name: value.to(device) for name, value in state["average"].items()}
+        self.generator.set_state(state["generator"])
+        self.clock_s, self.step, self.samples = state["clock_s"], state["step"], state["samples"]
+        self.recent = state["recent"]
+
+    def update(self, loss: Tensor, optimisation: Optimisation) -> None:
+        """Takes one optimiser step and moves the average towards the weights."""
+        progress = self.clock_s / (60 * optimisation.minutes)
+        for group in self.optimiser.param_groups:
+            group["lr"] = optimisation.rate_at(progress, self.step)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), optimisation.clip)
+        self.optimiser.step()
+        decay = min(optimisation.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                self.average[name].lerp_(value.float(), 1 - decay)
+
+    def note(self, **figures: float) -> None:
+        """Keeps running means of what the log prints."""
+        for name, value in figures.items():
+            self.recent[name] = 0.98 * self.recent.get(name, value) + 0.02 * value
+
+
+def steps(
+    run: Run,
+    optimisation: Optimisation,
+    checkpoint: Path,
+    log: Callable[[str], None],
+    every_s: float = 120.0,
+) -> Iterator[int]:
+    """Yields step numbers until the minutes are used up; checkpoints and logs between them.
+
+    Args:
+        run: Continued from `checkpoint` if that file exists.
+        optimisation: Says how many minutes there are.
+        checkpoint: Written every `every_s` seconds of training and at the end.
+        log: Receives one line per checkpoint.
+        every_s: Seconds of training between checkpoints.
+    """
+    if checkpoint.exists():
+        run.load(checkpoint)
+        log(f"continued at step {run.step}, {run.clock_s / 60:.1f} of {optimisation.minutes} minutes")
+    saved_s = run.clock_s
+    while run.clock_s < 60 * optimisation.minutes:
+        began = time.perf_counter()
+        yield run.step
+        run.step += 1
+        run.samples += optimisation.batch
+        run.clock_s += min(time.perf_counter() - began, MAX_STEP_S)
+        if run.clock_s - saved_s >= every_s:
+            run.save(checkpoint)
+            rate = run.samples / run.clock_s
+            figures = " ".join(f"{name} {value:.4f}" for name, value in run.recent.items())
+            log(f"{run.clock_s / 60:6.1f} min  step {run.step}  {rate:.1f} samples/s  {figures}")
+            saved_s = run.clock_s
+    run.save(checkpoint)

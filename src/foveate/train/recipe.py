@@ -1,0 +1,281 @@
+"""The whole recipe of a bundled model from one file: corpus, tokenizer, transformer, export; resumable at any moment.
+
+Each stage writes into the output folder and is left out when its result is there; a stage that was stopped goes on from
+its last checkpoint. The same file serves a CPU and a GPU: `device` and the minutes are all that differ.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from jaxtyping import UInt8
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from foveate.conditioning.minilm import TextEncoder
+from foveate.core.errors import FoveateError
+from foveate.core.guidance import GuidanceSchedule
+from foveate.core.schedule import ScaleSchedule
+from foveate.engine.executor import Engine
+from foveate.engine.sample import Filter, KeyedSampler
+from foveate.engine.state import Request
+from foveate.families import Defaults, ModelSpec
+from foveate.folder import save_folder
+from foveate.models.infinity import Infinity, InfinityConfig
+from foveate.policies.full import Full
+from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
+from foveate.tokenizers.bsq import BSQTokenizer
+from foveate.train.captions import all_captions
+from foveate.train.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
+from foveate.train.loop import Optimisation
+from foveate.train.minilm_import import import_minilm
+from foveate.train.tokenizer import TokenizerRecipe, composite, latents_of, psnr_of, reconstruct, train_tokenizer
+from foveate.train.transformer import Examples, TransformerRecipe, train_transformer
+
+Stage = Literal["corpus", "tokenizer", "transformer", "export", "all"]
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that a training file says."""
+
+    name: str
+    budget: str
+    corpus: CorpusConfig
+    tokenizer: TokenizerRecipe
+    transformer: TransformerRecipe
+    defaults: Defaults
+    sheet: tuple[str, ...]
+    notice: str
+    card: str
+
+
+def load_recipe(path: Path, minutes_scale: float = 1.0) -> Recipe:
+    """Reads a training file; `corpus` in it names another file beside it.
+
+    Raises:
+        FoveateError: The file cannot be read, or a field is missing or unknown.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        corpus = CorpusConfig.from_dict(yaml.safe_load((path.parent / data["corpus"]).read_text(encoding="utf-8")))
+        schedule = ScaleSchedule.from_template(1.0, data["budget"])
+        run = {"device": data["device"], "dtype": data["dtype"]}
+        shape = data["autoencoder"] | {"channel_multipliers": tuple(data["autoencoder"]["channel_multipliers"])}
+        tokenizer = TokenizerRecipe(
+            shape=AutoencoderConfig(**shape),
+            grids=schedule.grids,
+            optimisation=_optimisation(data["tokenizer"].pop("optimisation"), minutes_scale),
+            **data["tokenizer"],
+            **run,
+        )
+        transformer = TransformerRecipe(
+            shape=InfinityConfig(**data["transformer"].pop("shape")),
+            schedule=schedule,
+            optimisation=_optimisation(data["transformer"].pop("optimisation"), minutes_scale),
+            **data["transformer"],
+            **run,
+        )
+        notice = (path.parent / data["notice"]).read_text(encoding="utf-8")
+        card = (path.parent / data["card"]).read_text(encoding="utf-8")
+        defaults = Defaults(**data["defaults"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise FoveateError(f"cannot read the training file {path}: {error!r}") from None
+    return Recipe(
+        name=data["name"],
+        budget=data["budget"],
+        corpus=corpus,
+        tokenizer=tokenizer,
+        transformer=transformer,
+        defaults=defaults,
+        sheet=tuple(data["sheet"]),
+        notice=notice,
+        card=card,
+    )
+
+
+def _optimisation(fields: dict[str, Any], minutes_scale: float) -> Optimisation:
+    return Optimisation(**(fields | {"minutes": fields["minutes"] * minutes_scale}))
+
+
+def train(config: Path, out: Path, stage: Stage = "all", log: Log = print, minutes_scale: float = 1.0) -> Path:
+    """Runs one stage or all of them.
+
+    Args:
+        config: The training file.
+        out: Folder of the run; give it again to resume.
+        stage: What to run; "all" runs what is missing.
+        log: Receives progress lines.
+        minutes_scale: Multiplies the minutes of both networks, for a dry run.
+
+    Returns:
+        The folder of the exported model, or of the stage's result.
+    """
+    recipe = load_recipe(config, minutes_scale)
+    out.mkdir(parents=True, exist_ok=True)
+    run = TrainingFolder(recipe, out, log)
+    stages = ["corpus", "tokenizer", "transformer", "export"] if stage == "all" else [stage]
+    result = out
+    for name in stages:
+        log(f"stage {name}")
+        result = {
+            "corpus": run.corpus,
+            "tokenizer": run.tokenizer,
+            "transformer": run.transformer,
+            "export": run.export,
+        }[name]()
+    return result
+
+
+class TrainingFolder:
+    """The stages of one recipe in one folder."""
+
+    def __init__(self, recipe: Recipe, out: Path, log: Log) -> None:
+        self.recipe, self.out, self.log = recipe, out, log
+
+    def corpus(self) -> Path:
+        """Builds the corpus, unless it is there."""
+        folder = self.out / "corpus"
+        if not folder.exists():
+            build_corpus(self.recipe.corpus, folder, self.out / "packages", self.log)
+        return folder
+
+    def tokenizer(self) -> Path:
+        """Trains the autoencoder, unless its weights are there; logs PSNR on seen and on held-out drawings."""
+        path = self.out / "autoencoder.safetensors"
+        if path.exists():
+            return path
+        corpus = load_corpus(self.corpus())
+        seen, held_out = _drawings(corpus, "train"), _drawings(corpus, "test")
+        preview = seen[:: max(1, len(seen) // 8)][:8]
+
+        def draw(model: Autoencoder) -> None:
+            pixels = composite(preview)
+            both = torch.cat([pixels, reconstruct(model, pixels, self.recipe.tokenizer.grids)])
+            save_sheet(both, 8, self.out / "tokenizer.png")
+
+        checkpoint = self.out / "tokenizer.ckpt"
+        weights = train_tokenizer(self.recipe.tokenizer, seen, checkpoint, self.log, draw)
+        save_file({name: value.contiguous() for name, value in weights.items()}, path)
+        for name, drawings in (("seen", seen), ("held out", held_out)):
+            if len(drawings):
+                self.log(f"tokenizer PSNR on {name} drawings: {self._psnr(drawings):.2f} dB")
+        return path
+
+    def transformer(self) -> Path:
+        """Trains the transformer, unless its weights are there; draws a sample sheet along the way."""
+        path = self.out / "transformer.safetensors"
+        if path.exists():
+            return path
+        encoder = self._text_encoder()
+        corpus = load_corpus(self.corpus())
+        drawings = corpus.split("train")
+        with torch.inference_mode():
+            latents = latents_of(self.autoencoder(), composite(_drawings(corpus, "train"))).clone()
+        captions = tuple(tuple(encoder.encode(all_captions(drawing))) for drawing in drawings)
+        device = self.recipe.transformer.device
+        examples = Examples(
+            latents=latents.to(device), captions=tuple(tuple(c.to(device) for c in each) for each in captions)
+        )
+
+        def draw(weights: dict[str, Tensor]) -> None:
+            self.sample_sheet(weights, encoder, self.out / "samples.png")
+
+        checkpoint = self.out / "transformer.ckpt"
+        weights = train_transformer(self.recipe.transformer, examples, checkpoint, self.log, draw)
+        save_file({name: value.contiguous() for name, value in weights.items()}, path)
+        draw(weights)
+        return path
+
+    def export(self) -> Path:
+        """Writes the model folder that `Pipeline.from_pretrained` reads."""
+        folder = self.out / self.recipe.name
+        spec = ModelSpec(
+            name=self.recipe.name,
+            transformer=self.recipe.transformer.shape,
+            autoencoder=self.recipe.tokenizer.shape,
+            budgets=(self.recipe.budget,),
+            ratios=("1:1",),
+            defaults=self.recipe.defaults,
+        )
+        save_folder(
+            folder,
+            config=spec.to_json(),
+            transformer=self._infinity(load_file(self.out / "transformer.safetensors")),
+            autoencoder=self.autoencoder(),
+            text_encoder=import_minilm(),
+            notice=self.recipe.notice,
+            model_card=self.recipe.card,
+        )
+        return folder
+
+    def autoencoder(self) -> Autoencoder:
+        """The trained autoencoder, on the CPU."""
+        model = Autoencoder(self.recipe.tokenizer.shape)
+        model.load_state_dict(load_file(self.out / "autoencoder.safetensors"))
+        return model.eval()
+
+    def _infinity(self, weights: Mapping[str, Tensor]) -> Infinity:
+        model = Infinity(self.recipe.transformer.shape)
+        model.load_state_dict({name: value.cpu() for name, value in weights.items()})
+        return model.eval()
+
+    def _text_encoder(self) -> TextEncoder:
+        """The text encoder with the rounding that users get, so that training sees the same features."""
+        folder = self.out / "text_encoder"
+        if not folder.exists():
+            import_minilm().save(folder)
+        return TextEncoder.from_folder(folder)
+
+    def _psnr(self, drawings: UInt8[np.ndarray, "n Y X 4"]) -> float:
+        model = self.autoencoder()
+        values = [
+            psnr_of(reconstruct(model, part, self.recipe.tokenizer.grids), part) for part in composite(drawings).split(16)
+        ]
+        return float(torch.cat(values).mean())
+
+    def sample_sheet(self, weights: Mapping[str, Tensor], encoder: TextEncoder, path: Path) -> None:
+        """Draws the recipe's prompts with the given weights, through the engine that users run."""
+        prompts = self.recipe.sheet
+        schedule = self.recipe.transformer.schedule
+        model = self._infinity(weights)
+        tokenizer = BSQTokenizer(self.autoencoder())
+        heat = self.recipe.defaults.temperature
+        temperatures = heat if isinstance(heat, tuple) else (heat,) * len(schedule)
+        request = Request(
+            schedule=schedule,
+            guidance=GuidanceSchedule.from_infinity(self.recipe.defaults.guidance_scale, len(schedule)),
+            temperatures=temperatures,
+            filters=(Filter(top_k=0, top_p=0.0),) * len(schedule),
+            sampler=KeyedSampler(seeds=tuple(range(len(prompts)))),
+            conditions=tuple(encoder.encode(list(prompts))),
+            num_images=len(prompts),
+        )
+        *_, last = Engine(model, tokenizer).run(Full().bind(schedule, model.shape), request)
+        save_sheet(tokenizer.decode(last.f_hat_BZHW), 8, path)
+
+
+def _drawings(corpus: Corpus, split: str) -> UInt8[np.ndarray, "n Y X 4"]:
+    index = [drawing.index for drawing in corpus.split(split)]
+    return np.ascontiguousarray(corpus.images_NYXc[index])
+
+
+def save_sheet(pixels: Tensor, columns: int, path: Path) -> None:
+    """Writes pixels in [-1, 1] as one picture of many, by atomic rename."""
+    images = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    rows = math.ceil(len(images) / columns)
+    size = images.shape[1]
+    sheet = np.full((rows * size, columns * size, 3), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        y, x = divmod(i, columns)
+        sheet[y * size : (y + 1) * size, x * size : (x + 1) * size] = image
+    partial = path.with_suffix(".partial.png")
+    Image.fromarray(sheet).save(partial)
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""What ran where, drawn over the image."""

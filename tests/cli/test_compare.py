@@ -1,0 +1,67 @@
+"""`foveate compare`: its JSON, its page, its bounds and what it refuses."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foveate.cli.comparing import check_bound
+from foveate.cli.prompts import BUILT_IN_PROMPTS
+from foveate.eval.compare import compare
+from foveate.pipeline import Pipeline
+
+
+def test_json_page_and_bounds(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red cat\n\ntwo dogs\n")
+    ran = run(
+        "compare", "-p", "skip-scales:count=1", "--prompts", "p.txt", "--seeds", 2, "--runs", 1, "-m", toy_folder,
+        "--html", "r/report.html", "--fail-if", "flops_ratio < 0.9", "--fail-if", "psnr.mean < 1", "--json",
+    )  # fmt: skip
+    data = ran.data
+    assert ran.code == 1
+    assert ran.err.startswith("foveate: warning: flops_ratio < 0.9 holds: flops_ratio is 0.")
+    assert ran.err.count("\n") == 1
+    assert {"schema_version", "n", "psnr", "ssim", "identical", "yardstick_psnr", "speedup", "flops_ratio"} <= set(data)
+    assert set(data["speedup"]) == {"transformer", "decoder", "end_to_end"}
+    assert data["n"] == 4
+    assert "two dogs" in (tmp_path / "r" / "report.html").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.txt", "r"]
+
+
+def test_table_for_people(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red cat\n")
+    ran = run(
+        "compare", "-p", "full", "--prompts", "p.txt", "--runs", 1, "-m", toy_folder, "--fail-if", "psnr.min < 99"
+    )
+    assert (ran.code, ran.err) == (0, "")
+    assert "1 of 1" in ran.out
+
+
+def test_every_figure_can_be_bounded(toy_pipe: Pipeline) -> None:
+    report = compare(toy_pipe, "full", ["a cat"], runs=1)
+    for name in ("n", "identical", "yardstick_psnr", "flops_ratio", "psnr.p10", "ssim.min", "speedup.end_to_end"):
+        assert check_bound(f"{name} >= 0") == name
+        assert report.check(f"{name} >= 0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["--policy"]),
+        (["-p", "ful"], ["did you mean full"]),
+        (["-p", "full", "--against", "ful"], ["did you mean full"]),
+        (["-p", "full", "--prompts", "none.txt"], ["cannot read none.txt"]),
+        (["-p", "full", "--seeds", "0"], ["--seeds must be 1 or more"]),
+        (["-p", "full", "--fail-if", "ssim is low"], ["--fail-if is written like"]),
+        (["-p", "full", "--fail-if", "beauty < 1"], ["no figure 'beauty'"]),
+        (["-p", "full", "--html", "."], ["is a folder"]),
+    ],
+)
+def test_refusals(run: Callable[..., Any], tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
+    run("compare", *arguments).assert_refused(*parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_built_in_prompts_are_distinct() -> None:
+    assert len(set(BUILT_IN_PROMPTS)) == len(BUILT_IN_PROMPTS) == 16

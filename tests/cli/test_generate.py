@@ -1,0 +1,192 @@
+"""`foveate generate`: files, JSON, the round trip through a PNG, and that failures leave nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from foveate.cli import drawing
+from foveate.core.trace import Trace
+from foveate.pipeline import Pipeline
+from foveate.png import read_png_config, save_png
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_writes_pictures_and_one_json_object(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
+    ran = run(
+        "generate", "A red cat!", "two dogs", "-m", toy_folder, "-n", 2, "--seed", 7, "-p", "skip-scales:count=2",
+        "-o", "out", "--json",
+    )  # fmt: skip
+    assert (ran.code, ran.err) == (0, "")
+    data = ran.data
+    assert list(data) == ["schema_version", "images", "policy", "ms", "flops", "tokens"]
+    assert data["schema_version"] == 1
+    assert [image["path"] for image in data["images"]] == [
+        "out/a-red-cat-7.png", "out/a-red-cat-8.png", "out/two-dogs-7.png", "out/two-dogs-8.png",
+    ]  # fmt: skip
+    assert [image["seed"] for image in data["images"]] == [7, 8, 7, 8]
+    assert data["images"][2]["prompt"] == "two dogs"
+    assert data["policy"]["spec"] == "skip-scales:count=2"
+    assert len(data["policy"]["fingerprint"]) == 12
+    assert set(data["ms"]) == {"text", "transformer", "decoder", "total"}
+    assert 0 < data["flops"]["run"] < data["flops"]["full"]
+    assert data["tokens"] == {"run": 4 * 121, "full": 4 * 521}
+    assert names(tmp_path) == [Path(image["path"]).name for image in data["images"]]
+    assert read_png_config(tmp_path / "out" / "two-dogs-7.png")["row"] == 2
+
+
+def test_table_and_paths_for_people(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
+    ran = run("generate", "a cat", "--model", toy_folder, "--seed", 1, "--output", "one.png", "--guidance-scale", "1")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.splitlines()[-1] == "one.png"
+    for word in ("time", "FLOPs", "tokens", "predicted speedup", "256x256"):
+        assert word in ran.out
+    assert names(tmp_path) == ["one.png"]
+    assert read_png_config(tmp_path / "one.png")["guidance_scale"] == [1.0] * 7
+
+
+def test_previews_and_trace(
+    run: Callable[..., Any], toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = run("generate", "a cat", "-m", toy_folder, "--seed", 1, "-o", "out", "--preview", "--trace", "--json")
+    assert ran.code == 0, ran.err
+    image = ran.data["images"][0]
+    assert image["previews"] == [f"out/a-cat-1-scale-{scale:02}.png" for scale in range(6)]
+    assert Image.open(tmp_path / image["previews"][0]).size == (256, 256)
+    assert Image.open(tmp_path / image["map"]).format == "PNG"
+    trace = Trace.from_json(json.loads((tmp_path / ran.data["trace"]).read_text()))
+    assert trace.cost.tokens == ran.data["tokens"]["run"]
+
+
+def test_config_file_and_flags_that_win(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        f"prompts: [a cat]\nmodel: {toy_folder}\nseed: 5\nnum_images: 1\nguidance-scale: [1, 2, 2, 2, 2, 2, 2]\n"
+        "top-k: 3\njson: true\n"
+    )
+    data = run("generate", "--config", "c.yaml", "--seed", 9, "-o", "x.png").data
+    assert data["images"] == [{"path": "x.png", "seed": 9, "prompt": "a cat"}]
+    config = read_png_config(tmp_path / "x.png")
+    assert config["guidance_scale"] == [1.0] + [2.0] * 6
+    assert config["top_k"] == [3] * 7
+    (tmp_path / "c.yaml").write_text("generate: {polici: full}\n")
+    run("generate", "a", "--config", "c.yaml").assert_refused("polici", "Did you mean --policy?")
+    (tmp_path / "c.yaml").write_text("- a\n")
+    run("generate", "a", "--config", "c.yaml").assert_refused("must map flags to values")
+    (tmp_path / "c.yaml").write_text("a: [\n")
+    run("generate", "a", "--config", "c.yaml").assert_refused("is not YAML")
+
+
+def test_from_makes_the_same_pixels_again(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
+    first = run("generate", "a cat", "a dog", "-m", toy_folder, "-p", "ld-pruning", "--temperature", "0.7", "--json")
+    source = first.data["images"][1]["path"]
+    again = run("generate", "--from", source, "-m", toy_folder, "--json")
+    assert again.code == 0, again.err
+    assert again.data["identical"] is True
+    assert again.data["differences"] == []
+    assert again.data["images"][0]["seed"] == first.data["images"][1]["seed"]
+    pixels = np.asarray(Image.open(tmp_path / source))
+    assert np.array_equal(pixels, np.asarray(Image.open(tmp_path / again.data["images"][0]["path"])))
+
+    other = pixels.copy()
+    other[0, 0] ^= 1
+    config = read_png_config(tmp_path / source)
+    config["versions"]["numpy"] = "0.1"
+    save_png(Image.fromarray(other), tmp_path / "other.png", config)
+    again = run("generate", "--from", "other.png", "-m", toy_folder)
+    assert again.code == 1
+    assert "not identical" in again.out
+    assert "versions.numpy: 0.1 then" in again.out
+
+    del config["seeds"]
+    save_png(Image.fromarray(other), tmp_path / "damaged.png", config)
+    run("generate", "--from", "damaged.png", "-m", toy_folder).assert_refused("damaged")
+    run("generate", "--from", source, "--seed", 3).assert_refused("--from draws a stored picture as it was")
+    run("generate", "--from", source).assert_refused("local model, toy")
+    run("generate", "--from", "none.png").assert_refused("cannot read none.png")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["give at least one prompt"]),
+        (["  "], ["must not be empty"]),
+        (["a", "-n", "0"], ["-n must be 1 or more, got 0"]),
+        (["a", "b", "-o", "x.png"], ["one picture, but 2"]),
+        (["a", "--model", "emojy"], ["no model 'emojy'", "did you mean emoji"]),
+        (["a", "--policy", "ld-prunning"], ["did you mean ld-pruning"]),
+        (["a", "--policy", "skip-scales:cout=1"], ["did you mean count"]),
+        (["a", "--policy", "skip-scales:count=-1"], ["count must be 0 or more"]),
+        (["a", "--policy", "skip-scales:count=9"], ["count must be less than"]),
+        (["a", "--policy", "none.yaml"], ["cannot read policy file none.yaml"]),
+        (["a", "--size", "256"], ["WIDTHxHEIGHT"]),
+        (["a", "--size", "100x100"], ["size must be one of", "256x256"]),
+        (["a", "--size", "256x256", "--pixels", "1M"], ["leave out --aspect-ratio and --pixels"]),
+        (["a", "--aspect-ratio", "7:1"], ["aspect ratio must be one of"]),
+        (["a", "--pixels", "9M"], ["0.25M"]),
+        (["a", "--temperature", "0"], ["temperature must be above 0"]),
+        (["a", "--temperature", "hot"], ["--temperature must be a number"]),
+        (["a", "--guidance-scale", "1,2"], ["one per scale, got 2"]),
+        (["a", "--seed", "-1"], ["seed must be"]),
+        (["a", "--seed", "1.5"], ["--seed must be a whole number"]),
+        (["a", "--top-p", "2"], ["top_p must be in [0, 1]"]),
+        (["a", "--dtype", "int8"], ["--dtype", "bfloat16"]),
+        (["a", "--device", "abacus"], ["device"]),
+        (["a", "--threads", "0"], ["--threads must be 1 or more"]),
+        (["a", "--bogus"], ["Unknown option: --bogus", "foveate generate --help"]),
+        (["a", "--sed", "1"], ["Did you mean --seed?"]),
+        (["a", "--config", "none.yaml"], ["cannot read the configuration none.yaml"]),
+    ],
+)
+def test_refuses_in_one_line_and_leaves_nothing(
+    run: Callable[..., Any], toy_folder: Path, tmp_path: Path, arguments: list[str], parts: list[str]
+) -> None:
+    model = [] if "--model" in arguments else ["--model", str(toy_folder)]
+    run("generate", *arguments, *model, "--json").assert_refused(*parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_weights_and_places(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    run("generate", "a", "-m", broken).assert_refused("needs config.json")
+    for path in toy_folder.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    next(broken.glob("transformer*.safetensors")).write_bytes(b"no weights")
+    run("generate", "a", "-m", broken).assert_refused("transformer")
+    (tmp_path / "file").write_text("in the way")
+    run("generate", "a", "-m", toy_folder, "-o", "file/out").assert_refused("cannot write to file/out")
+    (tmp_path / "folder.png").mkdir()
+    run("generate", "a", "-m", toy_folder, "-o", "folder.png").assert_refused("it is a folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "file", "folder.png"]
+
+
+def test_what_stops_halfway_leaves_nothing(
+    run: Callable[..., Any], toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[Path] = []
+
+    def save_one(image: Image.Image, path: Path, config: dict[str, Any]) -> Path:
+        if saved:
+            raise OSError(28, "No space left on device", str(path))
+        saved.append(save_png(image, path, config))
+        return saved[0]
+
+    monkeypatch.setattr(drawing, "save_png", save_one)
+    run("generate", "a cat", "-n", 2, "-m", toy_folder).assert_refused("No space left on device")
+    assert len(saved) == 1
+    assert list(tmp_path.iterdir()) == []
+
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "stream", interrupt)
+    ran = run("generate", "a cat", "-m", toy_folder)
+    assert (ran.code, ran.out, ran.err) == (130, "", "foveate: interrupted\n")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,89 @@
+"""`policies`, `models`, `env` and `train`: what they print, and what they refuse."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foveate.families import model_names
+from foveate.policies.registry import PRESETS, REGISTRY, load_policy
+from foveate.train import recipe
+
+
+def test_policies(run: Callable[..., Any]) -> None:
+    data = run("policies", "--json").data
+    assert {policy["name"] for policy in data["policies"]} >= set(REGISTRY)
+    assert {preset["name"] for preset in data["presets"]} == set(PRESETS)
+    for policy in data["policies"]:
+        given = ",".join(f"{f['name']}={str(f['default']).lower()}" for f in policy["fields"])
+        assert load_policy(policy["name"] + (":" + given if given else "")) == load_policy(policy["name"])
+        assert policy["summary"]
+    ran = run("policies")
+    assert ran.code == 0
+    assert "energy_share" in ran.out
+
+
+def test_one_policy(run: Callable[..., Any]) -> None:
+    data = run("policies", "LD_Pruning", "--json").data
+    assert [policy["name"] for policy in data["policies"]] == ["ld-pruning"]
+    assert "energy_share" in run("policies", "ld-pruning").out
+    preset = run("policies", "preset-draft", "--json").data["presets"][0]
+    assert {f["name"]: f["default"] for f in preset["fields"]}["skip_last"] == 1
+    run("policies", "ld-prunin").assert_refused("did you mean ld-pruning")
+
+
+def test_models(run: Callable[..., Any]) -> None:
+    data = run("models", "--json").data
+    assert [model["name"] for model in data["models"]] == model_names()
+    by_name = {model["name"]: model for model in data["models"]}
+    assert by_name["emoji"]["alias_of"] == "emoji-tiny"
+    assert by_name["infinity-2b"]["parameters"]["transformer"] > 1_800_000_000
+    assert by_name["infinity-2b"]["default_size"] == [1024, 1024]
+    assert "infinity-125m" in run("models").out
+
+
+def test_env(run: Callable[..., Any], toy_folder: Path) -> None:
+    data = run("env", "--json").data
+    assert data["versions"]["torch"]
+    assert data["cpu"]["threads"] >= 1
+    assert isinstance(data["cpu"]["has_bf16_instructions"], bool)
+    assert "versions.torch" in run("env").out
+    needs = run("env", "--json", "--model", toy_folder).data["model"]
+    assert needs["kv_bytes"]["float32"] == 2 * needs["kv_bytes"]["bfloat16"] > 0
+    assert needs["weight_bytes"]["float32"] == 4 * sum(needs["parameters"].values())
+    run("env", "--model", "infinity-2").assert_refused("did you mean infinity-2b")
+
+
+def test_bound_of_env_is_what_the_engine_allocates(
+    run: Callable[..., Any], toy_folder: Path, toy_pipe: Any
+) -> None:
+    needs = run("env", "--json", "--model", toy_folder).data["model"]
+    assert needs["kv_bytes"]["float32"] == toy_pipe.generate("a cat", seed=1).report.kv_bytes_bound
+
+
+def test_train_passes_everything_on(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def train(config: Path, out: Path, stage: str, log: Callable[[str], None], minutes_scale: float) -> Path:
+        seen.extend([config, out, stage, minutes_scale])
+        log("half done")
+        return out / "model"
+
+    monkeypatch.setattr(recipe, "train", train)
+    (tmp_path / "r.yaml").write_text("name: toy\n")
+    ran = run("train", "--config", "r.yaml", "--out", "run", "--stage", "export", "--minutes-scale", 0.5)
+    assert (ran.code, ran.out, ran.err) == (0, "run/model\n", "half done\n")
+    assert seen == [Path("r.yaml"), Path("run"), "export", 0.5]
+
+
+def test_train_refusals(run: Callable[..., Any], tmp_path: Path) -> None:
+    run("train", "--out", "x").assert_refused("--config")
+    run("train", "--config", "none.yaml", "--out", "x").assert_refused("no recipe at none.yaml")
+    (tmp_path / "r.yaml").write_text("name: toy\n")
+    run("train", "--config", "r.yaml", "--out", "x", "--minutes-scale", 0).assert_refused("--minutes-scale")
+    run("train", "--config", "r.yaml", "--out", "x", "--stage", "exprt").assert_refused("--stage")
+    run("train", "--config", "r.yaml", "--out", "x").assert_refused("cannot read the training file")
+    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]

@@ -1,0 +1,92 @@
+"""Toys for all tests: the real classes at tiny sizes, with random weights, as a model folder and as a pipeline."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from foveate.conditioning.minilm import MiniLM, MiniLMConfig, TextEncoder
+from foveate.families import Defaults, ModelSpec
+from foveate.folder import save_folder
+from foveate.models.infinity import Infinity, InfinityConfig
+from foveate.models.random_weights import fill_randomly
+from foveate.pipeline import Pipeline
+from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
+
+# The first example of a test pays for imports and shape checks, so none has a deadline.
+settings.register_profile("foveate", deadline=None)
+settings.load_profile("foveate")
+
+TOY_WORDS = "[PAD] [UNK] [CLS] [SEP] a red green blue cat dog apple rocket on left right of big small two the house"
+
+TOY_TEXT = MiniLMConfig(vocab_size=64, max_positions=64, width=24, num_heads=3, num_blocks=2, hidden_width=48)
+
+TOY_SPEC = ModelSpec(
+    name="toy",
+    transformer=InfinityConfig(
+        depth=3, width=64, heads=4, bits=8, text_width=24, pool_heads=4, text_tokens=64, ff_width=128
+    ),
+    autoencoder=AutoencoderConfig(
+        latent_channels=8, base_channels=32, channel_multipliers=(1, 1, 1), num_res_blocks=1, patch=4
+    ),
+    budgets=("0.06M",),
+    ratios=("1:1",),
+    defaults=Defaults(guidance_scale=2.5, temperature=0.5),
+)
+
+
+def toy_tokenizer() -> Tokenizer:
+    """A word-piece tokenizer of two dozen words."""
+    vocab = {word: index for index, word in enumerate([*TOY_WORDS.split(), "##s"])}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
+    return tokenizer
+
+
+def toy_text_encoder() -> TextEncoder:
+    """The text encoder at toy size."""
+    model = MiniLM(TOY_TEXT)
+    fill_randomly(model, seed=1)
+    return TextEncoder(model=model, tokenizer=toy_tokenizer())
+
+
+def toy_transformer() -> Infinity:
+    """The transformer at toy size; its head is loud enough that codes depend on the prompt."""
+    model = Infinity(TOY_SPEC.transformer)
+    fill_randomly(model, seed=2)
+    model.head.weight.data *= 2
+    return model.requires_grad_(requires_grad=False).eval()
+
+
+def toy_autoencoder() -> Autoencoder:
+    """The autoencoder at toy size."""
+    model = Autoencoder(TOY_SPEC.autoencoder)
+    fill_randomly(model, seed=3)
+    return model.requires_grad_(requires_grad=False).eval()
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete model folder; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("models") / "toy"
+    save_folder(
+        folder,
+        config=TOY_SPEC.to_json(),
+        transformer=toy_transformer(),
+        autoencoder=toy_autoencoder(),
+        text_encoder=toy_text_encoder(),
+        notice="A toy.\n",
+        model_card="# toy\n",
+        dtype=torch.float32,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_pipe(toy_folder: Path) -> Pipeline:
+    """The toy as a pipeline; calls do not change it."""
+    return Pipeline.from_pretrained(toy_folder)

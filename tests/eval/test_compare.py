@@ -1,0 +1,58 @@
+"""A comparison on the toy: its figures, its bounds and its page."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from foveate.core.errors import FoveateError
+from foveate.eval.compare import ComparisonReport, compare, read_prompts
+from foveate.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module")
+def report(toy_pipe: Pipeline) -> ComparisonReport:
+    return compare(toy_pipe, "skip-scales:count=1", ["a red cat", "two dogs"], seeds=2, runs=1, batch_size=2)
+
+
+def test_json_has_the_contract_keys(report: ComparisonReport) -> None:
+    data = json.loads(json.dumps(report.to_json()))
+    assert {"n", "psnr", "ssim", "identical", "yardstick_psnr", "speedup", "flops_ratio"} <= set(data)
+    assert set(data["speedup"]) == {"transformer", "decoder", "end_to_end"}
+    assert data["n"] == 4
+    assert data["flops_ratio"] < 0.6
+    assert data["policy"] == "skip-scales"
+    assert [row["seed"] for row in data["images"]] == [0, 1, 0, 1]
+
+
+def test_check(report: ComparisonReport) -> None:
+    assert report.check("flops_ratio < 0.6")
+    assert not report.check("psnr.mean >= 99.5")
+    with pytest.raises(FoveateError, match="there are n, psnr.mean"):
+        report.check("beauty >= 1")
+    with pytest.raises(FoveateError, match="is written like"):
+        report.check("psnr.mean is high")
+
+
+def test_page_needs_nothing_beside_itself(report: ComparisonReport, tmp_path: Path) -> None:
+    page = report.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 8
+    assert "http" not in page
+    assert "two dogs (seed 1)" in page
+
+
+def test_same_policy_is_identical(toy_pipe: Pipeline) -> None:
+    report = compare(toy_pipe, "full", ["a red cat"], runs=1)
+    assert report.fidelity.identical == report.fidelity.num_images == 1
+    assert report.flops_ratio == 1.0
+    assert report.check("psnr.min == 100")
+    assert report.yardstick_psnr < 60
+
+
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n\n two dogs \n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.txt") == ["a cat", "two dogs"]
+    with pytest.raises(FoveateError, match="at least one prompt"):
+        read_prompts([])
+    with pytest.raises(FoveateError, match="cannot read prompts"):
+        read_prompts("a red cat")

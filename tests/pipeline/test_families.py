@@ -1,0 +1,96 @@
+"""Names, folders and shapes: what loads, what is refused, and that dtypes and random weights behave."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import TOY_SPEC, toy_autoencoder, toy_text_encoder, toy_transformer
+from safetensors.torch import load_file
+
+from foveate.core.errors import CheckpointError, FoveateError, UnsupportedError
+from foveate.families import SHAPES, ModelSpec
+from foveate.folder import save_folder, weights_sha256
+from foveate.pipeline import Pipeline
+
+
+def test_unknown_names_are_listed() -> None:
+    with pytest.raises(FoveateError, match=r"no model 'infinity-3b'; there are emoji, .*infinity-8b"):
+        Pipeline.from_pretrained("infinity-3b")
+
+
+def test_shapes_need_random_weights() -> None:
+    with pytest.raises(UnsupportedError, match='weights="random"'):
+        Pipeline.from_pretrained("infinity-2b")
+
+
+def test_published_shapes_agree_with_their_tokenizers() -> None:
+    assert {name: (spec.transformer.bits, spec.stride) for name, spec in SHAPES.items()} == {
+        "infinity-125m": (16, 16), "infinity-2b": (32, 16), "infinity-8b": (56, 16),
+    }  # fmt: skip
+
+
+def test_config_survives_json() -> None:
+    assert ModelSpec.from_json(json.loads(json.dumps(TOY_SPEC.to_json()))) == TOY_SPEC
+    with pytest.raises(CheckpointError, match="format 1"):
+        ModelSpec.from_json({**TOY_SPEC.to_json(), "format": 2})
+    with pytest.raises(CheckpointError, match="colour"):
+        ModelSpec.from_json({**TOY_SPEC.to_json(), "colour": 2})
+
+
+def test_folder_keeps_weights(toy_folder: Path, toy_pipe: Pipeline) -> None:
+    for key, value in toy_transformer().state_dict().items():
+        assert torch.equal(value, toy_pipe.model.transformer.state_dict()[key]), key
+    assert toy_pipe.model.sha256 == weights_sha256(toy_folder)
+
+
+def test_folder_is_float16_by_default(tmp_path: Path) -> None:
+    save_folder(
+        tmp_path, config=TOY_SPEC.to_json(), transformer=toy_transformer(), autoencoder=toy_autoencoder(),
+        text_encoder=toy_text_encoder(), notice="n", model_card="c",
+    )  # fmt: skip
+    stored = load_file(tmp_path / "transformer.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    pipe = Pipeline.from_pretrained(tmp_path, dtype="bfloat16")
+    assert pipe.model.transformer.compute_dtype is torch.bfloat16
+    latents = pipe.generate("a red cat", seed=1, output_type="latent").images
+    assert isinstance(latents, torch.Tensor)
+    assert torch.isfinite(latents).all()
+
+
+@pytest.mark.parametrize("missing", ["config.json", "transformer.safetensors", "tokenizer.json"])
+def test_missing_files_are_named(toy_folder: Path, tmp_path: Path, missing: str) -> None:
+    shutil.copytree(toy_folder, tmp_path / "m")
+    (tmp_path / "m" / missing).unlink()
+    with pytest.raises(CheckpointError, match=missing.split(".")[0]):
+        Pipeline.from_pretrained(tmp_path / "m")
+
+
+def test_random_weights_are_the_same_every_time(toy_folder: Path) -> None:
+    a, b = (Pipeline.from_pretrained(toy_folder, weights="random") for _ in range(2))
+    one, two = (p.generate("a red cat", seed=1, output_type="latent").images for p in (a, b))
+    assert isinstance(one, torch.Tensor)
+    assert torch.equal(one, two)  # type: ignore[arg-type]
+    assert a.model.text.encode(["four words in here"])[0].shape == (6, 24)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"device": "tpu9"}, "device must be"),
+        ({"weights": "some"}, "weights must be"),
+        ({"revision": "main"}, "revision needs a hub model"),
+    ],
+)
+def test_loading_refusals(toy_folder: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(FoveateError, match=message):
+        Pipeline.from_pretrained(toy_folder, **options)  # type: ignore[arg-type]
+
+
+def test_import_does_not_import_torch() -> None:
+    code = "import sys, foveate; foveate.FoveateError; assert 'torch' not in sys.modules; assert 'Pipeline' in dir(foveate)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,203 @@
+"""The pipeline on the toy: alone and in a batch, cancelled, streamed, seeded, reported, and every refusal."""
+
+import gc
+import json
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from foveate.core.errors import Cancelled, FoveateError
+from foveate.engine.forecast import forecast
+from foveate.engine.kv_cache import KVCache
+from foveate.engine.state import RequestState
+from foveate.pipeline import Pipeline, stack_uint8
+from foveate.pipeline_options import Settings, resolve
+from foveate.policies.registry import load_policy
+
+PROMPTS = ["a red cat", "two big dogs on the left of the house"]
+
+
+def draw(pipe: Pipeline, prompts: Any, **options: Any) -> np.ndarray:
+    return stack_uint8(pipe.generate(prompts, output_type="np", **options).images)
+
+
+def test_alone_equals_batch_bit_for_bit(toy_pipe: Pipeline) -> None:
+    batch = draw(toy_pipe, PROMPTS, seed=[3, 9], num_images_per_prompt=2, batch_invariant=True, policy="ld-pruning")
+    alone = draw(toy_pipe, PROMPTS[1], seed=10, batch_invariant=True, policy="ld-pruning")
+    assert batch.shape == (4, 256, 256, 3)
+    assert np.array_equal(batch[3], alone[0])
+    assert not np.array_equal(batch[2], batch[3])
+
+
+def test_merged_trace_counts_what_a_batch_counts(toy_pipe: Pipeline) -> None:
+    options: dict[str, Any] = {"seed": 1, "output_type": "latent", "trace": True, "policy": "drop-branch:count=2"}
+    batch = toy_pipe.generate(PROMPTS, **options)
+    apart = toy_pipe.generate(PROMPTS, batch_invariant=True, **options)
+    assert batch.report.flops_run == apart.report.flops_run
+    assert batch.report.tokens_run == apart.report.tokens_run == 2 * 521
+    assert batch.report.kv_bytes_peak == apart.report.kv_bytes_peak == apart.report.kv_bytes_bound
+    depths = [scale.depth_Bl.shape for scale in apart.trace.scales if scale.depth_Bl is not None]
+    assert depths == [scale.depth_Bl.shape for scale in batch.trace.scales if scale.depth_Bl is not None] != []
+
+
+@pytest.mark.parametrize("policy", ["full", "skip-scales:count=2", "drop-branch:count=3", "uniform-depth"])
+def test_forecast_equals_count(toy_pipe: Pipeline, policy: str) -> None:
+    output = toy_pipe.generate([PROMPTS[0]] * 2, seed=1, output_type="latent", policy=policy)
+    job = resolve([PROMPTS[0]] * 2, Settings(seed=1, policy=policy), toy_pipe.model.spec)
+    request = toy_pipe._requests(job)[0]
+    shape = toy_pipe.model.transformer.shape
+    bound = load_policy(policy).bind(job.schedule, shape)
+    assert bound.is_static
+    assert forecast(bound, request, shape) == output.trace.cost
+    assert (policy == "full") == (output.report.flops_ratio == 1.0)
+
+
+def test_forecast_is_an_upper_bound(toy_pipe: Pipeline) -> None:
+    output = toy_pipe.generate(PROMPTS, seed=1, output_type="latent", policy="ld-pruning")
+    job = resolve(PROMPTS, Settings(seed=1, policy="ld-pruning"), toy_pipe.model.spec)
+    shape = toy_pipe.model.transformer.shape
+    cost = forecast(job.policy.bind(job.schedule, shape), toy_pipe._requests(job)[0], shape)
+    assert cost.flops >= output.report.flops_run
+    assert cost.tokens >= output.report.tokens_run
+
+
+def test_cancel_leaves_nothing(toy_pipe: Pipeline) -> None:
+    before = draw(toy_pipe, PROMPTS[0], seed=5)
+    seen = []
+
+    def stop(pipe: Pipeline, scale: int, left: int, tensors: dict[str, Any]) -> None:
+        seen.append((scale, left, tuple(tensors["latents"].shape)))
+        if scale == 2:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled, match="enough"):
+        toy_pipe(PROMPTS[0], seed=5, callback_on_step_end=stop)
+    assert seen == [(0, 6, (1, 8, 16, 16)), (1, 5, (1, 8, 16, 16)), (2, 4, (1, 8, 16, 16))]
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) in (KVCache, RequestState)]
+    assert np.array_equal(before, draw(toy_pipe, PROMPTS[0], seed=5))
+
+
+def test_closed_stream_leaves_nothing(toy_pipe: Pipeline) -> None:
+    events = toy_pipe.stream(PROMPTS[0], seed=5)
+    assert next(events).scale == 0
+    events.close()  # type: ignore[attr-defined]
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is KVCache]
+
+
+def test_stream_equals_call(toy_pipe: Pipeline) -> None:
+    events = list(toy_pipe.stream(PROMPTS, previews=3, seed=2, policy="ld-pruning"))
+    called = toy_pipe.generate(PROMPTS, seed=2, policy="ld-pruning")
+    assert [event.images is not None for event in events] == [False] * 4 + [True] * 3
+    output = events[-1].output
+    assert output is not None
+    assert all(event.output is None for event in events[:-1])
+    assert np.array_equal(stack_uint8(output.images), stack_uint8(called.images))
+    assert np.array_equal(stack_uint8(events[-1].images), stack_uint8(called.images))  # type: ignore[arg-type]
+    assert sum(event.tokens_run for event in events) == called.report.tokens_run
+    assert sum(event.tokens_full for event in events) == called.report.tokens_full == 2 * 521
+    assert output.config == called.config
+
+
+def test_seeds_come_back_and_reproduce(toy_pipe: Pipeline) -> None:
+    drawn = toy_pipe.generate(PROMPTS, num_images_per_prompt=2, output_type="latent")
+    start = drawn.seeds[0]
+    assert drawn.seeds == (start, start + 1, start, start + 1)
+    assert drawn.prompts == (PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1])
+    again = toy_pipe.generate(PROMPTS, num_images_per_prompt=2, output_type="latent", seed=start)
+    assert torch.equal(drawn.images, again.images)  # type: ignore[arg-type]
+    other = toy_pipe.generate(PROMPTS, num_images_per_prompt=2, output_type="latent", seed=start + 1)
+    assert not torch.equal(drawn.images, other.images)  # type: ignore[arg-type]
+
+
+def test_reference_draws_follow_the_generator(toy_pipe: Pipeline) -> None:
+    generator = torch.Generator().manual_seed(11)
+    by_generator = toy_pipe.generate(PROMPTS, rng="reference", generator=generator, output_type="latent")
+    by_seed = toy_pipe.generate(PROMPTS, rng="reference", seed=11, output_type="latent")
+    assert torch.equal(by_generator.images, by_seed.images)  # type: ignore[arg-type]
+    assert by_generator.seeds == ()
+    assert by_seed.seeds == (11, 11)
+
+
+def test_config_holds_every_default_as_json(toy_pipe: Pipeline) -> None:
+    config = toy_pipe.generate(PROMPTS[0], seed=4, output_type="latent", cfg=3.0, policy="skip-scales").config
+    assert json.loads(json.dumps(config)) == config
+    assert config["guidance_scale"] == [3.0] * 7
+    assert config["temperature"] == [0.5] * 7
+    assert (config["width"], config["height"], config["pixels"], config["aspect_ratio"]) == (256, 256, "0.06M", "1:1")
+    assert config["policy"]["parts"] == [{"policy": "skip-scales", "count": 1}]
+    assert len(config["weights"]["sha256"]) == 64
+    assert set(config["versions"]) == {"foveate", "torch", "numpy", "python"}
+
+
+def test_output_types_agree(toy_pipe: Pipeline) -> None:
+    pil = toy_pipe.generate(PROMPTS[0], seed=1)
+    array = draw(toy_pipe, PROMPTS[0], seed=1)
+    tensor = toy_pipe.generate(PROMPTS[0], seed=1, output_type="pt").images
+    assert isinstance(tensor, torch.Tensor)
+    assert np.array_equal(stack_uint8(pil.images), array)
+    assert np.array_equal((tensor * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy(), array)
+    assert isinstance(toy_pipe(PROMPTS[0], seed=1, return_dict=False, output_type="latent"), tuple)
+
+
+def test_negative_prompt_matters_only_with_guidance(toy_pipe: Pipeline) -> None:
+    plain = draw(toy_pipe, PROMPTS[0], seed=1)
+    assert not np.array_equal(plain, draw(toy_pipe, PROMPTS[0], seed=1, negative_prompt="green apple"))
+    unguided = draw(toy_pipe, PROMPTS[0], seed=1, cfg=1)
+    assert np.array_equal(unguided, draw(toy_pipe, PROMPTS[0], seed=1, cfg=1, negative_prompt="green apple"))
+
+
+def test_size_outside_of_training_warns(toy_pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "foveate"):
+        output = toy_pipe.generate(PROMPTS[0], seed=1, aspect_ratio="3:2", output_type="latent")
+    assert "3:2 at 0.06M" in caplog.text
+    assert output.config["width"] > output.config["height"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0}, "temperature must be above 0"),
+        ({"top_p": 1.5}, r"top_p must be in \[0, 1\]"),
+        ({"top_k": -1}, "top_k must be a whole number"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be 1 or more"),
+        ({"guidance_scale": [1.0, 2.0]}, "guidance_scale needs one number or 7"),
+        ({"guidance_scale": 2.0, "cfg": 2.0}, "alias cfg"),
+        ({"guidance_scale": float("nan")}, "must be finite"),
+        ({"tau": [0.5] * 8}, "temperature needs one number or 7"),
+        ({"height": 256}, "both height and width"),
+        ({"height": 250, "width": 250}, "size must be one of .*256x256.*got 250x250"),
+        ({"height": 256, "width": 256, "pixels": "1M"}, "not both"),
+        ({"aspect_ratio": "9:17"}, "aspect ratio must be one of"),
+        ({"pixels": "9M"}, "no pixel budget '9M'; there are 0.06M"),
+        ({"generator": torch.Generator()}, 'generator needs rng="reference"'),
+        ({"rng": "reference", "batch_invariant": True}, 'batch_invariant needs rng="keyed"'),
+        ({"rng": "dice"}, "rng must be keyed or reference"),
+        ({"seed": -1}, "seed must be an integer"),
+        ({"seed": [1, 2]}, "seed needs one integer or one per prompt"),
+        ({"output_type": "jpg"}, "output_type must be one of"),
+        ({"negative_prompt": ""}, "negative_prompt must not be empty"),
+        ({"policy": "ld-prunning"}, "did you mean ld-pruning"),
+    ],
+)
+def test_refusals_say_the_remedy(toy_pipe: Pipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FoveateError, match=message) as caught:
+        resolve(PROMPTS[0], Settings(**options), toy_pipe.model.spec)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prompts", ["", "  ", [], ["a cat", ""]])
+def test_empty_prompts_are_refused(toy_pipe: Pipeline, prompts: Any) -> None:
+    with pytest.raises(FoveateError, match="prompt"):
+        toy_pipe(prompts)
+
+
+def test_policies_do_not_leak_into_the_next_call(toy_pipe: Pipeline) -> None:
+    before = draw(toy_pipe, PROMPTS[0], seed=1)
+    pruned = draw(toy_pipe, PROMPTS[0], seed=1, policy="skip-scales")
+    assert not np.array_equal(before, pruned)
+    assert np.array_equal(before, draw(toy_pipe, PROMPTS[0], seed=1))

@@ -1,0 +1,225 @@
+"""Tiny real models with loud random weights, requests for them, and spies, for the tests of core, engine and policies."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from foveate.core.guidance import GuidanceSchedule
+from foveate.core.plan import Bound, Policy, ScalePlan
+from foveate.core.schedule import Grid, ScaleSchedule
+from foveate.core.trace import Trace
+from foveate.engine.executor import Engine
+from foveate.engine.sample import Filter, KeyedSampler, Sampler
+from foveate.engine.state import Request
+from foveate.models.infinity import Infinity, InfinityConfig
+from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
+from foveate.tokenizers.bsq import BSQTokenizer
+
+TEXT_WIDTH = 32
+LATENT_CHANNELS = 8
+SEEDS = (3, 7, 11)
+LENGTHS = (5, 9, 5)
+
+GRIDS: dict[str, tuple[tuple[Grid, ...], int]] = {
+    "square": (((1, 1), (2, 2), (4, 4), (6, 6), (8, 8)), 1),
+    "wide": (((1, 1), (1, 2), (2, 4), (3, 6), (5, 10)), 1),
+    "odd": (((1, 1), (3, 2), (5, 3), (7, 5), (9, 7)), 1),
+    "patches": (((1, 1), (2, 2), (3, 3), (4, 5), (5, 6)), 2),
+}
+"""Token grids and patch of every toy."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Toy:
+    """A model, a tokenizer and a schedule that belong together."""
+
+    name: str
+    model: Infinity
+    tokenizer: BSQTokenizer
+    schedule: ScaleSchedule
+
+    @property
+    def num_blocks(self) -> int:
+        return self.model.shape.num_blocks
+
+
+def make_model(patch: int = 1, dtype: torch.dtype = torch.float32) -> Infinity:
+    """Every parameter is drawn, biases and norms too, so that none of them can be forgotten unseen."""
+    config = InfinityConfig(
+        depth=5,
+        width=64,
+        heads=4,
+        bits=LATENT_CHANNELS * patch**2,
+        text_width=TEXT_WIDTH,
+        pool_heads=2,
+        text_tokens=16,
+    )
+    model = Infinity(config)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        parameter.data.normal_(generator=generator)
+        if name.endswith("scale_mul_1H11"):
+            parameter.data.mul_(0.2).add_(math.log(4.0))
+        elif name.endswith("norm.weight"):
+            parameter.data.mul_(0.2).add_(1.0)
+        elif parameter.dim() == 1:
+            parameter.data.mul_(0.2)
+        else:
+            parameter.data.mul_((parameter.numel() // parameter.shape[0]) ** -0.5)
+    return model.requires_grad_(requires_grad=False).to(dtype).eval()
+
+
+@lru_cache
+def toy(name: str, dtype: torch.dtype = torch.float32) -> Toy:
+    """A toy by the name of its grids; tests leave it as it is."""
+    grids, patch = GRIDS[name]
+    config = AutoencoderConfig(
+        latent_channels=LATENT_CHANNELS, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, patch=4
+    )
+    autoencoder = Autoencoder(config).requires_grad_(requires_grad=False).eval()
+    return Toy(
+        name=name,
+        model=make_model(patch, dtype),
+        tokenizer=BSQTokenizer(autoencoder, patch),
+        schedule=ScaleSchedule.from_grids(grids, patch=patch),
+    )
+
+
+def text_features(seed: int, length: int) -> Tensor:
+    """Random features of a prompt."""
+    return torch.randn(length, TEXT_WIDTH, generator=torch.Generator().manual_seed(100 + seed))
+
+
+def make_request(
+    schedule: ScaleSchedule,
+    seeds: Sequence[int] = SEEDS,
+    lengths: Sequence[int] = LENGTHS,
+    weights: Sequence[float] = (2.0, 2.5, 3.0, 3.0, 2.0),
+    sampler: Sampler | None = None,
+    rule: Filter | None = None,
+    negatives: Sequence[Tensor] = (),
+    hidden_blocks: tuple[int, ...] = (),
+    wants_maps: bool = True,
+) -> Request:
+    """A request whose images each have their own seed and prompt."""
+    num_scales = len(schedule)
+    return Request(
+        schedule=schedule,
+        guidance=GuidanceSchedule(weights=tuple(weights), hidden_blocks=hidden_blocks),
+        temperatures=(0.5, 1.0, 1.5, 1.0, 0.7)[:num_scales],
+        filters=(rule or Filter(top_k=0, top_p=0.0),) * num_scales,
+        sampler=sampler or KeyedSampler(seeds=tuple(seeds)),
+        conditions=(*(text_features(seed, n) for seed, n in zip(seeds, lengths, strict=True)), *negatives),
+        num_images=len(seeds),
+        wants_maps=wants_maps,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choice:
+    """What the sampler saw and chose at one scale."""
+
+    logits: tuple[Tensor, ...]
+    kept: tuple[Tensor, ...] | None
+    symbols: tuple[Tensor, ...]
+
+    def positions(self, image: int, num_tokens: int) -> list[int]:
+        return list(range(num_tokens)) if self.kept is None else self.kept[image].tolist()
+
+
+@dataclass(kw_only=True)
+class SpySampler(Sampler):
+    """Notes what another sampler sees and chooses, per scale that ran; may fail at a scale instead."""
+
+    inner: Sampler
+    fails_at: int | None = None
+    choices: dict[int, Choice] = field(default_factory=dict)
+
+    def choose(self, scale, grid, logits, kept, rule):
+        if scale == self.fails_at:
+            raise RuntimeError("the toy broke")
+        symbols = self.inner.choose(scale, grid, logits, kept, rule)
+        kept = None if kept is None else tuple(kept)
+        self.choices[scale] = Choice(logits=tuple(logits), kept=kept, symbols=tuple(symbols))
+        return symbols
+
+
+class SpyBound(Bound):
+    """Notes the signals that a bound policy gets and the plans that it gives."""
+
+    def __init__(self, inner: Bound) -> None:
+        self.inner = inner
+        self.directives, self.is_static = inner.directives, inner.is_static
+        self.signals, self.plans = [], []
+
+    def record(self, scale):
+        return self.inner.record(scale)
+
+    def start(self):
+        return self.inner.start()
+
+    def ceiling(self, scale):
+        return self.inner.ceiling(scale)
+
+    def plan(self, scale, signals, state):
+        plan, state = self.inner.plan(scale, signals, state)
+        self.signals.append(signals)
+        self.plans.append(plan)
+        return plan, state
+
+
+class FixedBound(Bound):
+    """Plans that are written down."""
+
+    def __init__(self, plans: Sequence[ScalePlan]) -> None:
+        self.plans = tuple(plans)
+
+    def plan(self, scale, signals, state):
+        return self.plans[scale], state
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """A finished run: the latent after every scale, the trace, and what the spies noted."""
+
+    f_hats: tuple[Tensor, ...]
+    trace: Trace
+    choices: dict[int, Choice]
+    bound: SpyBound
+
+    @property
+    def f_hat(self) -> Tensor:
+        return self.f_hats[-1]
+
+
+def run(subject: Toy, policy: Policy | Bound, request: Request | None = None, model: Infinity | None = None) -> Result:
+    """Runs a policy to the end with spies on it."""
+    request = request or make_request(subject.schedule)
+    model = model or subject.model
+    bound = SpyBound(policy.bind(subject.schedule, model.shape) if isinstance(policy, Policy) else policy)
+    spy = SpySampler(inner=request.sampler)
+    steps = list(Engine(model, subject.tokenizer).run(bound, with_sampler(request, spy)))
+    f_hats = tuple(step.f_hat_BZHW for step in steps)
+    return Result(f_hats=f_hats, trace=steps[-1].trace, choices=spy.choices, bound=bound)
+
+
+def with_sampler(request: Request, sampler: Sampler) -> Request:
+    """The same request with another sampler."""
+    values = {name: getattr(request, name) for name in request.__slots__}
+    return Request(**(values | {"sampler": sampler}))
+
+
+def same_bits(a: Result, b: Result) -> bool:
+    """Whether two runs chose the same symbols and made the same latents, bit for bit."""
+    if a.choices.keys() != b.choices.keys() or len(a.f_hats) != len(b.f_hats):
+        return False
+    symbols = all(
+        torch.equal(x, y)
+        for s in a.choices
+        for x, y in zip(a.choices[s].symbols, b.choices[s].symbols, strict=True)
+    )
+    return symbols and all(torch.equal(x, y) for x, y in zip(a.f_hats, b.f_hats, strict=True))
