@@ -2,9 +2,9 @@
 
     python benchmarks/frontier.py --out docs/results
 
-Fidelity: all prompts, keyed randomness, one seed, against the full run in the same batches. Time: batch 1, the full run and
-the setting alternating, medians. Text match: how often the drawing's own label is the nearest of all labels. The trivial
-controls stand in the same table, and so does the yardstick, the full run with another seed.
+Fidelity: all prompts, keyed randomness, one seed, against the full run in the same batches. Time: batch 1, the full run
+and the setting alternating, medians. Text match: how often the drawing's own label is the nearest of all labels. The
+trivial controls stand in the same table, and so does the yardstick, the full run with another seed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import torch
 from foveate.conditioning.minilm import TextEncoder
 from foveate.eval.fidelity import fidelity_report
 from foveate.families import find_folder
-from foveate.pipeline import Pipeline
+from foveate.pipeline import Pipeline, stack_uint8
 from foveate.policies.registry import load_policy
 
 HERE = Path(__file__).parent
@@ -75,9 +75,9 @@ class Result:
         """A line of the Markdown table."""
         match = "-" if self.text_match is None else f"{100 * self.text_match:.0f} %"
         return (
-            f"| `{self.spec.replace('|', chr(92) + '|')}` | {self.transformer_ms:.0f} | {self.transformer_speedup:.2f}x | "
-            f"{self.end_to_end_speedup:.2f}x | {100 * self.flops_ratio:.0f} % | {self.psnr['mean']:.1f} | "
-            f"{self.psnr['p10']:.1f} | {self.ssim['mean']:.3f} | {match} |"
+            f"| `{self.spec.replace('|', chr(92) + '|')}` | {self.transformer_ms:.0f} | "
+            f"{self.transformer_speedup:.2f}x | {self.end_to_end_speedup:.2f}x | {100 * self.flops_ratio:.0f} % | "
+            f"{self.psnr['mean']:.1f} | {self.psnr['p10']:.1f} | {self.ssim['mean']:.3f} | {match} |"
         )
 
 
@@ -91,8 +91,8 @@ def draw(pipe: Pipeline, prompts: Sequence[str], spec: str, seed: int, batch: in
     """All prompts in batches; uint8 pictures and run / full FLOPs."""
     images, run, full = [], 0, 0
     for i in range(0, len(prompts), batch):
-        out = pipe(list(prompts[i : i + batch]), seed=seed, policy=load_policy(spec), output_type="np")
-        images.append(np.stack(out.images))
+        out = pipe.generate(prompts[i : i + batch], seed=seed, policy=load_policy(spec), output_type="np")
+        images.append(stack_uint8(out.images))
         run, full = run + out.report.flops_run, full + out.report.flops_full
     return np.concatenate(images), run / full
 
@@ -101,13 +101,14 @@ def clock(pipe: Pipeline, prompts: Sequence[str], spec: str) -> tuple[float, flo
     """Medians at batch 1, alternating with the full run: transformer ms, total ms, and both speed-ups."""
     own_t, own_e, ratio_t, ratio_e = [], [], [], []
     for prompt in prompts:
-        full = pipe(prompt, seed=0, policy="full").report.ms
-        own = pipe(prompt, seed=0, policy=load_policy(spec)).report.ms
+        full = pipe.generate(prompt, seed=0, policy="full").report.ms
+        own = pipe.generate(prompt, seed=0, policy=load_policy(spec)).report.ms
         own_t.append(own.transformer)
         own_e.append(own.total)
         ratio_t.append(full.transformer / own.transformer)
         ratio_e.append(full.total / own.total)
-    return tuple(statistics.median(values) for values in (own_t, own_e, ratio_t, ratio_e))  # type: ignore[return-value]
+    median = statistics.median
+    return median(own_t), median(own_e), median(ratio_t), median(ratio_e)
 
 
 class Matcher:
@@ -141,7 +142,12 @@ def plot(results: Sequence[Result], yardstick: float, path: Path) -> None:
         points = sorted((r.transformer_speedup, r.psnr["mean"]) for r in results if r.family == family)
         if family == "full" or not points:
             continue
-        control = family in ("skip-scales", "drop-branch", "random-tokens", "uniform-depth")
+        control = family in (
+            "skip-scales",
+            "drop-branch",
+            "random-tokens",
+            "uniform-depth",
+        )
         axis.plot(*zip(*points, strict=True), "o--" if control else "s-", label=family, alpha=0.9, lw=1.2, ms=5)
     axis.axhline(yardstick, color="grey", lw=1, ls=":")
     axis.annotate("another seed", (axis.get_xlim()[1], yardstick), ha="right", va="bottom", color="grey", fontsize=9)
@@ -224,12 +230,26 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "frontier.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
     plot(results, yardstick["psnr"]["mean"], given.out / "frontier.png")
-    seed_row = f"| *another seed* | - | - | - | 100 % | {yardstick['psnr']['mean']:.1f} | {yardstick['psnr']['p10']:.1f} | {yardstick['ssim']['mean']:.3f} | - |"
+    decibel = yardstick["psnr"]
+    seed_row = (
+        f"| *another seed* | - | - | - | 100 % | {decibel['mean']:.1f} | {decibel['p10']:.1f} | "
+        f"{yardstick['ssim']['mean']:.3f} | - |"
+    )
     controls = ("full", "skip-scales", "drop-branch")
     tables = {
-        name: "\n".join([HEADER, *(r.row() for r in results if r.family in (*controls, name)), seed_row]) for name in SETTINGS
+        name: "\n".join([HEADER, *(r.row() for r in results if r.family in (*controls, name)), seed_row])
+        for name in SETTINGS
     }
-    headline = ("full", "ld-pruning", "depthvar", "depthvar:reference_scale=-2", "skip-scales", "drop-branch", "random-tokens", "uniform-depth")
+    headline = (
+        "full",
+        "ld-pruning",
+        "depthvar",
+        "depthvar:reference_scale=-2",
+        "skip-scales",
+        "drop-branch",
+        "random-tokens",
+        "uniform-depth",
+    )
     tables["readme"] = "\n".join([HEADER, *(r.row() for r in results if r.spec in headline), seed_row])
     tables["all"] = "\n".join([HEADER, *(r.row() for r in results), seed_row])
     (given.out / "frontier.md").write_text(tables["all"] + "\n", encoding="utf-8")

@@ -2,9 +2,9 @@
 
     python benchmarks/model_report.py --corpus RUN/corpus --out docs/results
 
-Needs the corpus that `foveate train` built. Forty prompts go into an unselected sheet, 100 are scored: the nearest drawing of
-the whole corpus (EfficientNet-lite0 features, white ground) should be the one that was asked for. The same score of the
-tokenizer's reconstructions of those drawings is the ceiling.
+Needs the corpus that `foveate train` built. Forty prompts go into an unselected sheet, 100 are scored: the nearest
+drawing of the whole corpus (EfficientNet-lite0 features, white ground) should be the one that was asked for. The same
+score of the tokenizer's reconstructions of those drawings is the ceiling.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from foveate.eval.features import features, load_network
 from foveate.eval.fidelity import foreground_psnr, psnr
 from foveate.eval.quality import TextMatch, kid, nearest
 from foveate.families import find_folder
-from foveate.pipeline import Pipeline
+from foveate.pipeline import Pipeline, stack_uint8
 from foveate.pipeline_output import to_uint8
 from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.train.corpus import Corpus, load_corpus
@@ -45,8 +45,8 @@ def rebuilt(autoencoder: Autoencoder, images: np.ndarray, grids: tuple[tuple[int
 
 def draw(pipe: Pipeline, prompts: Sequence[str], seed: int) -> np.ndarray:
     """Pictures of all prompts, in batches of eight."""
-    parts = [pipe.generate(prompts[i : i + 8], seed=seed, output_type="np").images for i in range(0, len(prompts), 8)]
-    return np.concatenate(parts)
+    parts = [pipe.generate(prompts[i : i + 8], seed=seed, output_type="np") for i in range(0, len(prompts), 8)]
+    return np.concatenate([stack_uint8(part.images) for part in parts])
 
 
 def share(found: np.ndarray, labels: Sequence[str], wanted: Sequence[str]) -> float:

@@ -1,4 +1,6 @@
-"""Does a saving reach the clock? Measured speed-up of the transformer beside the FLOP ratio, alternating in one process.
+"""Does a saving reach the clock?
+
+Measured speed-up of the transformer beside the FLOP ratio, alternating in one process.
 
     python benchmarks/speed.py --model infinity-125m --weights random --pixels 0.25M --runs 3
 
@@ -11,6 +13,7 @@ import json
 import platform
 import statistics
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -33,14 +36,16 @@ class Row:
     """Measured speed-up over the one that the FLOPs promise."""
 
 
-def measure(pipe: Pipeline, policies: list[str], prompt: str, runs: int, **call: object) -> list[Row]:
+def measure(pipe: Pipeline, policies: list[str], prompt: str, runs: int, **call: Any) -> list[Row]:
     """Runs the rounds and returns one row per policy, the full one first."""
     specs = ["full", *policies]
     times: dict[str, list[float]] = {spec: [] for spec in specs}
     flops: dict[str, int] = {}
     for round_index in range(runs + 1):
         for spec in specs:
-            report = pipe(prompt, seed=round_index, policy=load_policy(spec), output_type="latent", **call).report
+            report = pipe.generate(
+                prompt, seed=round_index, policy=load_policy(spec), output_type="latent", **call
+            ).report
             flops[spec] = report.flops_run
             if round_index:
                 times[spec].append(report.ms.transformer)

@@ -1,4 +1,4 @@
-"""Tiny real models with loud random weights, requests for them, and spies, for the tests of core, engine and policies."""
+"""Tiny real models with loud random weights, requests for them, and spies: for tests of core, engine and policies."""
 
 import math
 from collections.abc import Sequence
@@ -213,13 +213,17 @@ def with_sampler(request: Request, sampler: Sampler) -> Request:
     return Request(**(values | {"sampler": sampler}))
 
 
+def checked(policy, field: str, value: object):
+    """Runs a policy's own checks on a field: in tests the annotations would refuse some values even earlier."""
+    object.__setattr__(policy, field, value)
+    policy.__post_init__()
+
+
 def same_bits(a: Result, b: Result) -> bool:
     """Whether two runs chose the same symbols and made the same latents, bit for bit."""
     if a.choices.keys() != b.choices.keys() or len(a.f_hats) != len(b.f_hats):
         return False
     symbols = all(
-        torch.equal(x, y)
-        for s in a.choices
-        for x, y in zip(a.choices[s].symbols, b.choices[s].symbols, strict=True)
+        torch.equal(x, y) for s in a.choices for x, y in zip(a.choices[s].symbols, b.choices[s].symbols, strict=True)
     )
     return symbols and all(torch.equal(x, y) for x, y in zip(a.f_hats, b.f_hats, strict=True))

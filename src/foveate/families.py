@@ -1,6 +1,6 @@
 """Which transformer, tokenizer, text encoder, sizes and defaults belong together, by name or by folder.
 
-Names are either bundled (with weights) or only shapes that random weights fill. A folder holds a model as `folder` writes it.
+Names are either bundled (with weights) or only shapes that random weights fill. A folder holds what `folder` writes.
 """
 
 from dataclasses import asdict, dataclass
@@ -51,7 +51,7 @@ class ModelSpec:
     text_encoder: str = "minilm"
     budgets: tuple[str, ...] = ("1M",)
     ratios: tuple[str, ...] = _ALL_RATIOS
-    defaults: Defaults = Defaults()  # noqa: RUF009 - a frozen value
+    defaults: Defaults = Defaults()
 
     def __post_init__(self) -> None:
         """Refuses parts that do not fit each other."""
@@ -99,7 +99,7 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _published(
-    name: str, latent: int, multipliers: tuple[int, ...], patch: int, budget: str, shape: dict[str, int]
+    name: str, latent: int, multipliers: tuple[int, ...], patch: int, budget: str, shape: dict[str, Any]
 ) -> ModelSpec:
     """A published Infinity model; its text encoder is T5-XL, 2,048 wide."""
     autoencoder = AutoencoderConfig(latent_channels=latent, base_channels=128, channel_multipliers=multipliers)
@@ -181,7 +181,7 @@ def find_folder(name_or_path: str | Path) -> Path:
     if name in BUNDLED:
         folder = DATA / BUNDLED[name]
         if not (folder / "config.json").is_file():
-            raise CheckpointError(f"the weights of {BUNDLED[name]} are not part of this installation; install the wheel")
+            raise CheckpointError(f"this installation lacks the weights of {BUNDLED[name]}; install the wheel")
         return folder
     if not Path(name_or_path).is_dir():
         raise FoveateError(f"no model {name!r}; there are {', '.join(model_names())}, or a folder with config.json")

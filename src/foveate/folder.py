@@ -1,10 +1,9 @@
-"""A model as a folder: config.json, weights, text encoder, notice and model card; written by training, read by `families`.
+"""A model as a folder: written by training, read by `families`.
 
-    config.json                       shapes, sizes trained on, defaults (`families.ModelSpec`)
-    transformer*.safetensors          float16 unless asked otherwise, in shards below 15 MiB
-    autoencoder*.safetensors
-    text_encoder.safetensors, tokenizer.json
-    NOTICE, MODEL_CARD.md
+- config.json: shapes, sizes trained on, defaults (`families.ModelSpec`)
+- transformer*.safetensors, autoencoder*.safetensors: float16 unless asked otherwise, in shards below 15 MiB
+- text_encoder.safetensors, tokenizer.json
+- NOTICE, MODEL_CARD.md
 """
 
 import hashlib

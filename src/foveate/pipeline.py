@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -68,17 +68,18 @@ class Pipeline:
         cls,
         name_or_path: str | Path = "emoji",
         *,
-        weights: Literal["pretrained", "random"] = "pretrained",
+        weights: str = "pretrained",
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
         revision: str | None = None,
-        local_files_only: bool = False,
+        local_files_only: bool = False,  # noqa: ARG003 - always true here
     ) -> "Pipeline":
         """Loads a bundled model, a model folder, or the shape of a published model.
 
         Args:
             name_or_path: A registered name, or a folder with config.json.
-            weights: `random` fills the shape with noise, for timing; the text features are then random as well.
+            weights: `pretrained`, or `random`, which fills the shape with noise, for timing; the text features are then
+                random as well.
             dtype: What the model computes in, whatever the files hold: float32, bfloat16 or float16.
             device: Where it runs.
             revision: Of a hub model; this version has none, so it must be None.
@@ -97,9 +98,7 @@ class Pipeline:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
         self._hides_progress = disable
 
-    def __call__(
-        self, prompts: str | Sequence[str], **options: Unpack[Options]
-    ) -> PipelineOutput | tuple[Images]:
+    def __call__(self, prompts: str | Sequence[str], **options: Unpack[Options]) -> PipelineOutput | tuple[Images]:
         """Draws all images of all prompts as one batch.
 
         Args:

@@ -1,4 +1,4 @@
-"""The public call's options: checked, completed from the model's defaults and translated into the engine's words, once."""
+"""The public call's options: checked, completed from the model's defaults, put into the engine's words, once."""
 
 import logging
 import math
@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 
@@ -46,10 +46,10 @@ class Options(TypedDict, total=False):
     num_images_per_prompt: int
     seed: int | Sequence[int] | None
     generator: torch.Generator | None
-    rng: Literal["keyed", "reference"]
+    rng: str
     policy: str | Path | Policy
     batch_invariant: bool
-    output_type: Literal["pil", "np", "pt", "latent"]
+    output_type: str
     return_dict: bool
     callback_on_step_end: StepCallback | None
     trace: bool
@@ -99,17 +99,18 @@ class Settings:
     num_images_per_prompt: int = 1
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | None = None
-    rng: Literal["keyed", "reference"] = "keyed"
+    rng: str = "keyed"
     policy: str | Path | Policy = "full"
     batch_invariant: bool = False
-    output_type: Literal["pil", "np", "pt", "latent"] = "pil"
+    output_type: str = "pil"
     return_dict: bool = True
     callback_on_step_end: StepCallback | None = None
     trace: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what does not depend on a model."""
-        _require(self.num_images_per_prompt >= 1, f"num_images_per_prompt must be 1 or more, got {self.num_images_per_prompt}")
+        num = self.num_images_per_prompt
+        _require(num >= 1, f"num_images_per_prompt must be 1 or more, got {num}")
         _require(self.rng in ("keyed", "reference"), f"rng must be keyed or reference, got {self.rng!r}")
         kinds = ("pil", "np", "pt", "latent")
         _require(self.output_type in kinds, f"output_type must be one of {', '.join(kinds)}, got {self.output_type!r}")
@@ -163,8 +164,9 @@ def resolve(prompts: str | Sequence[str], settings: Settings, spec: ModelSpec) -
     ratio, budget = _size(settings, spec)
     schedule = ScaleSchedule.from_template(ratio, budget, spec.patch)
     count, defaults = len(schedule), spec.defaults
-    guidance = _per_scale("guidance_scale", _first(settings.guidance_scale, settings.cfg), defaults.guidance_scale, count)
-    temperatures = _per_scale("temperature", _first(settings.temperature, settings.tau), defaults.temperature, count)
+    cfg, tau = _first(settings.guidance_scale, settings.cfg), _first(settings.temperature, settings.tau)
+    guidance = _per_scale("guidance_scale", cfg, defaults.guidance_scale, count)
+    temperatures = _per_scale("temperature", tau, defaults.temperature, count)
     top_k = _per_scale("top_k", settings.top_k, defaults.top_k, count)
     top_p = _per_scale("top_p", settings.top_p, defaults.top_p, count)
     for t in temperatures:

@@ -96,7 +96,7 @@ class ScaleEvent:
     output: PipelineOutput | None = field(default=None, repr=False)
 
     @property
-    def image(self) -> Any:
+    def image(self) -> Image.Image | np.ndarray | Tensor | None:
         """The first preview, or None."""
         return None if self.images is None else self.images[0]
 
@@ -150,8 +150,8 @@ def processor_name(device: torch.device) -> str:
     name = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = models[0] if models else name
+        models = [line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
     name = name or platform.machine()
     return f"{name} + {torch.cuda.get_device_name(device)}" if device.type == "cuda" else name
 

@@ -55,16 +55,12 @@ def test_env(run: Callable[..., Any], toy_folder: Path) -> None:
     run("env", "--model", "infinity-2").assert_refused("did you mean infinity-2b")
 
 
-def test_bound_of_env_is_what_the_engine_allocates(
-    run: Callable[..., Any], toy_folder: Path, toy_pipe: Any
-) -> None:
+def test_bound_of_env_is_what_the_engine_allocates(run: Callable[..., Any], toy_folder: Path, toy_pipe: Any) -> None:
     needs = run("env", "--json", "--model", toy_folder).data["model"]
     assert needs["kv_bytes"]["float32"] == toy_pipe.generate("a cat", seed=1).report.kv_bytes_bound
 
 
-def test_train_passes_everything_on(
-    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_passes_everything_on(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
 
     def train(config: Path, out: Path, stage: str, log: Callable[[str], None], minutes_scale: float) -> Path:

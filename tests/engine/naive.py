@@ -16,6 +16,7 @@ from torch import Tensor
 from foveate.core.plan import Base, Fill
 from foveate.core.protocols import BlockContext
 from foveate.core.rows import Rows
+from foveate.core.signals import Signal
 from foveate.engine.state import Request
 from tests.toys import LATENT_CHANNELS, Result, Toy
 
@@ -76,7 +77,7 @@ def sample_bits(logits_lV: Tensor, positions: Sequence[int], num_tokens: int, se
 
 
 def codes_of(bits_ld: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Codes (Z, h, w) of one image: bit c * patch^2 + dy * patch + dx of a token is channel c of latent (dy, dx) in it."""
+    """Codes (Z, h, w) of one image: bit c * patch^2 + dy * patch + dx of a token is channel c of latent (dy, dx)."""
     codes = torch.zeros(LATENT_CHANNELS, grid[0] * patch, grid[1] * patch)
     for token, bits in enumerate(bits_ld.tolist()):
         for index, bit in enumerate(bits):
@@ -126,7 +127,10 @@ def generate(toy: Toy, request: Request, seeds: Sequence[int]) -> tuple[list[Ten
 
 @dataclass(kw_only=True)
 class Decision:
-    """What one image runs at one scale; a token of depth D runs the first D blocks of `order`."""
+    """What one image runs at one scale; a token of depth D runs the first D blocks of `order`.
+
+    Only recorded changes fill later scales; a dropped token's change is what is filled there, or zero.
+    """
 
     keep_l: list[bool]
     depth_l: list[int]
@@ -135,6 +139,7 @@ class Decision:
     is_guided: bool
     is_cached: bool = False
     repeats_base: bool = False
+    is_recorded: bool = False
 
 
 def decisions_of(result: Result, image: int) -> list[Decision | None]:
@@ -155,6 +160,7 @@ def decisions_of(result: Result, image: int) -> list[Decision | None]:
                 is_guided=(image, False) in trace.work.rows,
                 is_cached=plan.fill is Fill.CACHED,
                 repeats_base=plan.base is Base.PREVIOUS,
+                is_recorded=Signal.BLOCK_DELTAS in result.bound.record(trace.scale),
             )
         )
     return decisions
@@ -227,7 +233,8 @@ class PlannedRow:
                 change_lC[active] = part - before
             x_lC = x_lC + change_lC
             fresh.append(change_lC)
-        self.deltas, self.grid = fresh, grid
+        if decision.is_recorded:
+            self.deltas, self.grid = fresh, grid
         sums = [sum(float(delta[t].abs().mean()) for delta in fresh) for t in tokens]
         return model.logits(x_lC, Rows((len(x_lC),)), self.prepared), sums
 
@@ -253,9 +260,7 @@ def generate_planned(
             guide = request.guidance.weights[scale]
             logits = guide * logits + (1 - guide) * uncond.run(scale, start, decision)[0]
         logits = logits / request.temperatures[scale]
-        codes = codes_of(
-            sample_bits(logits, range(h * w), h * w, seed, scale, request.filters[scale]), (h, w), patch
-        )
+        codes = codes_of(sample_bits(logits, range(h * w), h * w, seed, scale, request.filters[scale]), (h, w), patch)
         base, residual = residual, torch.zeros(LATENT_CHANNELS, h * patch, w * patch)
         for y in range(h * patch):
             for x in range(w * patch):

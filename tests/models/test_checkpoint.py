@@ -24,7 +24,9 @@ from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 CONFIG = InfinityConfig(
     depth=4, width=16, heads=2, bits=4, text_width=12, pool_heads=4, chunks=2, text_tokens=6, ff_width=32
 )
-AE_CONFIG = AutoencoderConfig(latent_channels=4, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1, patch=2)
+AE_CONFIG = AutoencoderConfig(
+    latent_channels=4, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1, patch=2
+)
 
 
 def random_state(module: torch.nn.Module, seed: int = 1) -> dict[str, Tensor]:

@@ -4,12 +4,16 @@ import importlib.util
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from foveate.core.schedule import ScaleSchedule
+from foveate.models.infinity import Infinity, InfinityConfig
 
 DATA = Path(__file__).parent / "data"
 CASES = ("argmax", "batch2", "cfg_at_layer", "patchify", "sampled_wide")
@@ -46,6 +50,24 @@ def test_reproduces_reference(name: str) -> None:
     assert result.codes_equal
     assert result.latent_error <= 1e-4
     assert result.image_error <= 5e-3
+    assert "without fused norms" in result.reason
+
+
+def test_the_paths_of_the_reference_are_told_apart() -> None:
+    result = parity.run_infinity("argmax", *read_case("infinity_argmax"), restarts_positions=False)
+    assert result.status == "fail"
+    assert result.max_logit_error > 1e-2
+    assert result.latent_error <= 1e-4
+
+
+def test_restarted_positions_are_those_of_the_first_tokens() -> None:
+    config = InfinityConfig(depth=1, width=16, heads=2, bits=4, text_width=8, pool_heads=2, text_tokens=4, ff_width=8)
+    schedule = ScaleSchedule.from_template(1.0, "0.06M")
+    sequence = torch.cat([Infinity(config).positions(schedule, s) for s in range(7)])
+    restarting = Infinity(replace(config, restarts_positions=True))
+    for scale in (0, 1, 3, 6):
+        tokens = schedule.scales[scale].num_tokens
+        assert torch.equal(restarting.positions(schedule, scale), sequence[:tokens])
 
 
 def test_all_cases_are_here() -> None:

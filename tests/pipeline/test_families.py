@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import TOY_SPEC, toy_autoencoder, toy_text_encoder, toy_transformer
 from safetensors.torch import load_file
 
 from foveate.core.errors import CheckpointError, FoveateError, UnsupportedError
 from foveate.families import SHAPES, ModelSpec
 from foveate.folder import save_folder, weights_sha256
 from foveate.pipeline import Pipeline
+from tests.conftest import TOY_SPEC, toy_autoencoder, toy_text_encoder, toy_transformer
 
 
 def test_unknown_names_are_listed() -> None:
@@ -65,7 +65,7 @@ def test_folder_is_float16_by_default(tmp_path: Path) -> None:
 def test_missing_files_are_named(toy_folder: Path, tmp_path: Path, missing: str) -> None:
     shutil.copytree(toy_folder, tmp_path / "m")
     (tmp_path / "m" / missing).unlink()
-    with pytest.raises(CheckpointError, match=missing.split(".")[0]):
+    with pytest.raises(CheckpointError, match=Path(missing).stem):
         Pipeline.from_pretrained(tmp_path / "m")
 
 
@@ -92,5 +92,5 @@ def test_loading_refusals(toy_folder: Path, options: dict[str, str], message: st
 
 
 def test_import_does_not_import_torch() -> None:
-    code = "import sys, foveate; foveate.FoveateError; assert 'torch' not in sys.modules; assert 'Pipeline' in dir(foveate)"
+    code = "import sys, foveate; foveate.FoveateError; dir(foveate); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

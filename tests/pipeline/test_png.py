@@ -49,7 +49,8 @@ def test_other_pixels_and_threads_are_noticed(toy_pipe: Pipeline, file: Path) ->
 
 
 def test_differences_ignore_the_row() -> None:
-    assert differences({"row": 1, "a": {"b": 1}}, {"a": {"b": 2}, "c": 3}) == ["a.b: 1 then, 2 now", "c: None then, 3 now"]
+    then, now = {"row": 1, "a": {"b": 1}}, {"a": {"b": 2}, "c": 3}
+    assert differences(then, now) == ["a.b: 1 then, 2 now", "c: None then, 3 now"]
 
 
 def test_failed_write_leaves_nothing(tmp_path: Path) -> None:

@@ -37,11 +37,10 @@ def one_entry(name: str) -> dict[str, Any]:
 
 
 def _policy(name: str, policy: type[Policy]) -> dict[str, Any]:
-    module = inspect.getdoc(sys.modules[policy.__module__]) or ""
     return {
         "name": name,
-        "summary": _first_line(inspect.getdoc(policy) or module),
-        "source": _first_line(module),
+        "summary": _first_line(inspect.getdoc(sys.modules[policy.__module__]) or ""),
+        "details": _plain_text(inspect.getdoc(policy) or ""),
         "fields": _fields(policy, {f.name: f.default for f in fields(policy)}),
     }
 
@@ -53,7 +52,7 @@ def _preset(name: str) -> dict[str, Any]:
         "name": name,
         "spec": spec,
         "summary": summary,
-        "source": _first_line(inspect.getdoc(sys.modules[type(policy).__module__]) or ""),
+        "details": _plain_text(inspect.getdoc(type(policy)) or ""),
         "fields": _fields(type(policy), policy.settings()),
     }
 
@@ -63,11 +62,16 @@ def _fields(policy: type[Policy], values: dict[str, Any]) -> list[dict[str, Any]
     return [{"name": f.name, "type": _kind(kinds[f.name]), "default": values[f.name]} for f in fields(policy)]
 
 
-def _kind(annotation: Any) -> str:
+def _kind(annotation: object) -> str:
     if isinstance(annotation, type):
         return annotation.__name__
     return " | ".join(_kind(choice) if isinstance(choice, type) else str(choice) for choice in get_args(annotation))
 
 
 def _first_line(text: str) -> str:
-    return text.partition("\n")[0].strip()
+    return _plain_text(text.partition("\n")[0])
+
+
+def _plain_text(text: str) -> str:
+    """One line without marks of code."""
+    return " ".join(text.replace("`", "").split())

@@ -35,6 +35,11 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console(file=sys.stdout).print(table)
 
 
+def print_gap() -> None:
+    """An empty line between two tables."""
+    sys.stdout.write("\n")
+
+
 def print_paths(paths: Iterable[object]) -> None:
     """One path a line, never wrapped, so that other programs can read them."""
     for path in paths:
@@ -46,7 +51,7 @@ def warn(message: str) -> None:
     sys.stderr.write(f"foveate: warning: {' '.join(message.split())}\n")
 
 
-def in_units(count: float, unit: str = "") -> str:
+def in_units(count: int | float, unit: str = "") -> str:
     """A count with three digits and a prefix, as in `1.23 G`."""
     for prefix in ("", "k", "M", "G", "T"):
         if abs(count) < 1000:  # noqa: PLR2004 - the step between prefixes

@@ -14,7 +14,7 @@ from foveate.cli.options import ModelOptions, SamplingOptions, SizeOptions, numb
 from foveate.cli.staging import Staging, slug, unique_names
 from foveate.pipeline import Pipeline
 from foveate.pipeline_options import Options
-from foveate.pipeline_output import PipelineOutput, Report
+from foveate.pipeline_output import Images, PipelineOutput, Report
 from foveate.png import save_png
 from foveate.policies.registry import load_policy
 
@@ -92,9 +92,10 @@ def _run(
     raise AssertionError("the last event of a stream carries the output")
 
 
-def _pictures(images: Any) -> list[Image.Image]:
-    """The pictures of `output_type="pil"`, which is what this command asks for."""
-    return list(images)
+def _pictures(images: Images) -> list[Image.Image]:
+    """The same, known to be pictures."""
+    assert isinstance(images, list), "this command asks for PIL images"
+    return images
 
 
 def _stems(output: PipelineOutput, options: GenerateOptions) -> list[str]:

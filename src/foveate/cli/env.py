@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from foveate.cli.console import print_facts, print_json
+from foveate.cli.console import in_units, print_facts, print_json
 
 
 @Parameter(name="*")
@@ -47,4 +47,6 @@ def _lines(group: str, values: object) -> list[tuple[str, str]]:
         return [line for name, value in values.items() for line in _lines(f"{group}.{name}", value)]
     if isinstance(values, list):
         return [(group, ", ".join(str(value) for value in values) or "none")]
+    if isinstance(values, int) and "bytes" in group:
+        return [(group, in_units(values, "B"))]
     return [(group, "none" if values is None else str(values))]

@@ -71,7 +71,9 @@ def generate(
             quiet=options.quiet, config=options.config,
         )  # fmt: skip
         if (prompts, size, sampling, options) != (None, _SIZE, _SAMPLING, told):
-            raise FoveateError("--from draws a stored picture as it was; besides it only --model, --output and --json fit")
+            raise FoveateError(
+                "--from draws a stored picture as it was; besides it only --model, --output and --json fit"
+            )
         from foveate.cli import redrawing  # noqa: PLC0415 - torch is loaded when the command runs
 
         return redrawing.redraw(options.source, model, options)

@@ -44,6 +44,7 @@ def build_app() -> App:
         help_format="plaintext",
         default_parameter=Parameter(negative=()),
         config=apply_config_file,
+        suppress_keyboard_interrupt=False,
     )
     for name, summary in _COMMANDS.items():
         app.command(f"foveate.cli.{name}:{name}", name=name, help=summary)

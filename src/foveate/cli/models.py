@@ -22,6 +22,9 @@ class ModelsOptions:
 
 _DEFAULTS = ModelsOptions()
 
+_FEW = 4
+"""Aspect ratios that fit into a table."""
+
 
 def models(*, options: ModelsOptions = _DEFAULTS) -> int:
     """List the models by name.
@@ -47,5 +50,7 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
         return (model["name"], "", "", "not in this installation", "")
     width, height = model["default_size"]
     weights = in_units(model["file_bytes"], "B") + ", bundled" if model["is_bundled"] else "only its shape; random"
-    trained = f"{', '.join(model['budgets'])}; {', '.join(model['ratios'])}"
+    ratios = model["ratios"]
+    shapes = ", ".join(ratios) if len(ratios) <= _FEW else f"{len(ratios)} aspect ratios"
+    trained = f"{', '.join(model['budgets'])} pixels, {shapes}"
     return (model["name"], in_units(sum(model["parameters"].values())), f"{width}x{height}", weights, trained)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from foveate.cli.console import print_facts, print_json, print_table
+from foveate.cli.console import print_facts, print_gap, print_json, print_table
 
 
 @Parameter(name="*")
@@ -45,15 +45,15 @@ def policies(name: str | None = None, *, options: PoliciesOptions = _DEFAULTS) -
 def _print_list(found: dict[str, Any]) -> None:
     rows = [(p["name"], p["summary"], ", ".join(_setting(f) for f in p["fields"])) for p in found["policies"]]
     print_table(("policy", "what it does", "fields and defaults"), rows)
-    print_table((), [("", "")])
+    print_gap()
     print_table(("preset", "stands for", "what for"), [(p["name"], p["spec"], p["summary"]) for p in found["presets"]])
 
 
 def _print_one(entry: dict[str, Any]) -> None:
     facts = [("name", entry["name"])]
     facts += [("spec", entry["spec"])] if "spec" in entry else []
-    print_facts([*facts, ("what it does", entry["summary"]), ("source", entry["source"])])
-    print_table((), [("", "")])
+    print_facts([*facts, ("what it does", entry["summary"]), ("in detail", entry["details"])])
+    print_gap()
     print_table(("field", "type", "default"), [(f["name"], f["type"], _plain(f["default"])) for f in entry["fields"]])
 
 

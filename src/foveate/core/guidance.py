@@ -31,7 +31,7 @@ class GuidanceSchedule:
     ) -> "GuidanceSchedule":
         """From the Infinity family's `cfg`: a number, or one per scale.
 
-        An `insertion` of -j also combines the hidden states after block depth-j.
+        An `insertion` of -j combines the hidden states after block depth-j, and the logits no more.
 
         Raises:
             FoveateError: A list of another length, or an insertion outside the blocks.
@@ -42,7 +42,7 @@ class GuidanceSchedule:
         if insertion > 0 or (insertion and num_blocks + insertion <= 0):
             raise FoveateError(f"insertion must be 0 or -1 ... -{num_blocks - 1}, got {insertion}")
         hidden = (num_blocks + insertion,) if insertion else ()
-        return cls(weights=tuple(values[:num_scales]), hidden_blocks=hidden)
+        return cls(weights=tuple(values[:num_scales]), hidden_blocks=hidden, on_logits=not hidden)
 
     @classmethod
     def from_var(cls, cfg: float, num_scales: int) -> "GuidanceSchedule":

@@ -103,7 +103,8 @@ class ScaleSchedule:
         """A schedule of any grids; `finest` follows from the template that ends or begins the same way, if one does."""
         known = tuple((int(h), int(w)) for h, w in grids)
         if finest is None:
-            finest = next((t[-1] for t in TEMPLATES.values() if t[: len(known)] == known), known[-1])
+            alike = [template[-1] for template in TEMPLATES.values() if template[: len(known)] == known]
+            finest = (alike or known[-1:])[0]
         return cls(grids=known, finest=finest, patch=patch)
 
     @classmethod

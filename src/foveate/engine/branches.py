@@ -14,14 +14,14 @@ from foveate.core.cost import Row
 from foveate.core.rows import Rows
 
 
-def split_rows(packed_nV: Float[Tensor, "n V"], live: Sequence[Row], rows: Rows) -> dict[Row, Float[Tensor, "k V"]]:
+def split_rows(packed_nV: Float[Tensor, "n V"], live: Sequence[Row], rows: Rows) -> dict[Row, Float[Tensor, "_k V"]]:
     """Each row's part of a packed list."""
     return dict(zip(live, packed_nV.split(rows.counts), strict=True))
 
 
 def combine_logits(
-    logits: Mapping[Row, Float[Tensor, "k V"]], weight: float, temperature: float
-) -> list[Float[Tensor, "k V"]]:
+    logits: Mapping[Row, Float[Tensor, "_k V"]], weight: float, temperature: float
+) -> list[Float[Tensor, "_k V"]]:
     """Guided logits of each image, over the temperature; conditional ones where the other branch does not run."""
     guided = []
     for image in sorted(image for image, is_cond in logits if is_cond):

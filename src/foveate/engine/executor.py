@@ -138,7 +138,7 @@ class Engine:
 
     def _logits(
         self, state: RequestState, x_nC: Float[Tensor, "n C"], layout: TokenLayout, has_uncond: bool
-    ) -> dict[Row, Float[Tensor, "k V"]]:
+    ) -> dict[Row, Float[Tensor, "_k V"]]:
         """Head outputs of the conditional rows, and of the unconditional ones where something reads them."""
         headed = [row for row in state.live if row[1] or has_uncond]
         rows = Rows(layout.rows.counts[: len(headed)])

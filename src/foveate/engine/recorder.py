@@ -91,7 +91,7 @@ class Recorder:
         return self.change_sum_Bl
 
 
-def branch_logits(logits: Mapping[Row, Float[Tensor, "k V"]], num_images: int) -> tuple[BranchLogits | None, ...]:
+def branch_logits(logits: Mapping[Row, Float[Tensor, "_k V"]], num_images: int) -> tuple[BranchLogits | None, ...]:
     """Both branches' logits per image, None where only one ran."""
     return tuple(
         BranchLogits(cond_kV=logits[(image, True)], uncond_kV=logits[(image, False)])

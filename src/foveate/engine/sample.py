@@ -77,10 +77,10 @@ class Sampler(ABC):
         self,
         scale: int,
         grid: Grid,
-        logits: Sequence[Float[Tensor, "k d V"]],
-        kept: Sequence[Int[Tensor, " k"]] | None,
+        logits: Sequence[Float[Tensor, "_k d V"]],
+        kept: Sequence[Int[Tensor, " _k"]] | None,
         rule: Filter,
-    ) -> list[Int[Tensor, "k d"]]:
+    ) -> list[Int[Tensor, "_k d"]]:
         """Symbols of each image's tokens that ran.
 
         Args:
@@ -106,10 +106,10 @@ class KeyedSampler(Sampler):
         self,
         scale: int,
         grid: Grid,
-        logits: Sequence[Float[Tensor, "k d V"]],
-        kept: Sequence[Int[Tensor, " k"]] | None,
+        logits: Sequence[Float[Tensor, "_k d V"]],
+        kept: Sequence[Int[Tensor, " _k"]] | None,
         rule: Filter,
-    ) -> list[Int[Tensor, "k d"]]:
+    ) -> list[Int[Tensor, "_k d"]]:
         """Bit = u < p1; id = argmax(p / -log u)."""
         chosen = []
         for image, logits_kdV in enumerate(logits):
@@ -143,10 +143,10 @@ class ReferenceSampler(Sampler):
         self,
         scale: int,
         grid: Grid,
-        logits: Sequence[Float[Tensor, "k d V"]],
-        kept: Sequence[Int[Tensor, " k"]] | None,
+        logits: Sequence[Float[Tensor, "_k d V"]],
+        kept: Sequence[Int[Tensor, " _k"]] | None,
         rule: Filter,
-    ) -> list[Int[Tensor, "k d"]]:
+    ) -> list[Int[Tensor, "_k d"]]:
         """Draws (B * l * d, V) exponentials, also when greedy."""
         _, num_symbols, num_values = logits[0].shape
         num_tokens = grid[0] * grid[1]
@@ -163,16 +163,16 @@ class ReferenceSampler(Sampler):
 class ForcedSampler(Sampler):
     """Symbols that are given for every scale, (B, l, d) each: for parity and for editing."""
 
-    symbols: tuple[Int[Tensor, "B l d"], ...]
+    symbols: tuple[Int[Tensor, "B _l d"], ...]
 
     def choose(
         self,
         scale: int,
         grid: Grid,
-        logits: Sequence[Float[Tensor, "k d V"]],
-        kept: Sequence[Int[Tensor, " k"]] | None,
+        logits: Sequence[Float[Tensor, "_k d V"]],
+        kept: Sequence[Int[Tensor, " _k"]] | None,
         rule: Filter,
-    ) -> list[Int[Tensor, "k d"]]:
+    ) -> list[Int[Tensor, "_k d"]]:
         """Returns what was given."""
         device = logits[0].device
         return [_take(symbols_ld.to(device), kept, image) for image, symbols_ld in enumerate(self.symbols[scale])]

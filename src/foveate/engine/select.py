@@ -32,7 +32,7 @@ class TokenLayout:
 
     live: tuple[Row, ...]
     num_tokens: int
-    kept: tuple[Int[Tensor, " k"], ...] | None
+    kept: tuple[Int[Tensor, " _k"], ...] | None
     keep_Bl: Bool[Tensor, "B l"] | None
     rows: Rows
 

@@ -1,8 +1,8 @@
 """A policy against another one, mostly the full run: how much faster, how alike, how many FLOPs; from one process.
 
 Both run alternating (A B A B ...) after a warm-up, so that a machine that slows down slows both. Times are medians over
-the runs; pictures have the same keyed randomness. The yardstick is the PSNR between two seeds of the full run: what a new
-seed changes is what a method may not come near.
+the runs; pictures have the same keyed randomness. The yardstick is the PSNR between two seeds of the full run: a
+method below it changes as much as a new seed does.
 """
 
 import json
@@ -209,9 +209,7 @@ def _side(pipe: Pipeline, policy: Policy, chunks: Sequence[list[str]], seeds: in
     )
 
 
-def _yardstick(
-    pipe: Pipeline, chunks: Sequence[list[str]], seeds: int, first_seed: int, full: _Side | None
-) -> float:
+def _yardstick(pipe: Pipeline, chunks: Sequence[list[str]], seeds: int, first_seed: int, full: _Side | None) -> float:
     """Mean PSNR between two seeds of the full run of a prompt; uses pictures that exist where it can."""
     policy = load_policy("full")
     first = full or _side(pipe, policy, chunks, seeds, first_seed)
@@ -220,9 +218,7 @@ def _yardstick(
     return float(psnr(first.pictures, _side(pipe, policy, chunks, 1, first_seed + 1).pictures).mean())
 
 
-def _report(
-    sides: tuple[Policy, Policy], timed: tuple[list[_Side], list[_Side]], yardstick: float
-) -> ComparisonReport:
+def _report(sides: tuple[Policy, Policy], timed: tuple[list[_Side], list[_Side]], yardstick: float) -> ComparisonReport:
     ours, reference = timed[0][0], timed[1][0]
     parts = ("transformer", "decoder", "total")
     ours_ms, reference_ms = ({part: median(p.ms(part) for p in passes) for part in parts} for passes in timed)
@@ -240,9 +236,7 @@ def _report(
         against=sides[1].spec,
         fidelity=fidelity_report(ours.pictures, reference.pictures),
         yardstick_psnr=yardstick,
-        speedup=Speedup(
-            transformer=speedup["transformer"], decoder=speedup["decoder"], end_to_end=speedup["total"]
-        ),
+        speedup=Speedup(transformer=speedup["transformer"], decoder=speedup["decoder"], end_to_end=speedup["total"]),
         flops_ratio=sum(r.flops_run for r in ours.reports) / sum(r.flops_full for r in ours.reports),
         runs=len(timed[0]),
         rows=tuple(ImageRow(prompt=t, seed=s, psnr=p, ssim=m, is_identical=i) for t, s, p, m, i in values),

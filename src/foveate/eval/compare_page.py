@@ -74,7 +74,8 @@ def render(policy: str, against: str, figures: Mapping[str, str], pairs: Sequenc
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{ours} against {other}</title><style>{_STYLE}</style></head><body>
 <h1><code>{ours}</code> against <code>{other}</code></h1>
-<p class="sub">Left {other}, right {ours}; the same prompts, seeds and randomness. Another seed changes a picture by the yardstick.</p>
+<p class="sub">Left {other}, right {ours}; the same prompts, seeds and randomness.
+Another seed changes a picture by the yardstick.</p>
 <div class="tiles">{tiles}</div>
 <div class="pairs">{"".join(_figure(pair) for pair in pairs)}</div>
 <details><summary>All figures</summary><table>{rows}</table></details>

@@ -15,6 +15,7 @@ drown in rounding.
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class FidelityReport:
     foreground_psnr: Summary
     identical: int
 
-    def to_json(self) -> dict[str, int | dict[str, float]]:
+    def to_json(self) -> dict[str, Any]:
         """Returns the report as plain data, in the keys that every JSON output of this library uses."""
         return {
             "n": self.num_images,

@@ -19,8 +19,8 @@ class TextMemory:
     """Keys and values of the text of every row for one block, computed once per request."""
 
     lengths: tuple[int, ...]
-    k_RNTD: tuple[Float[Tensor, "N T D"], ...]
-    v_RNTD: tuple[Float[Tensor, "N T D"], ...]
+    k_RNTD: tuple[Float[Tensor, "N _T D"], ...]
+    v_RNTD: tuple[Float[Tensor, "N _T D"], ...]
 
     def keep(self, rows: Sequence[int]) -> "TextMemory":
         """Memory of some of the rows, in the given order."""

@@ -101,7 +101,7 @@ def save_sharded(state: State, folder: str | Path, stem: str, max_bytes: int = 1
 
 
 def infer_infinity_config(state: State) -> InfinityConfig:
-    """Reads the shape of an Infinity transformer off its weights.
+    """Reads the shape of an Infinity transformer off its weights (what leaves no trace in them keeps its default).
 
     Raises:
         CheckpointError: A weight that the shape follows from is missing.
@@ -167,9 +167,8 @@ def load_transformer(model: Infinity, state: State, *, dtype: torch.dtype | None
         if match is not None:
             index = int(match[1] or 0) * per_chunk + int(match[2])
             name = f"block_chunks.{index // size}.module.{index % size}.{match[3]}"
-        if name.endswith("scale_mul_1H11") and tensor.dim() == 4:
-            tensor = tensor.reshape(1, -1, 1, 1)
-        _put(tensors, name, tensor)
+        is_gain = name.endswith("scale_mul_1H11")
+        _put(tensors, name, tensor.reshape(1, -1, 1, 1) if is_gain else tensor)
     _fill(model, tensors, "transformer", dtype)
 
 

@@ -30,7 +30,12 @@ NUM_LEVELS = 15
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InfinityConfig:
-    """Shape of a transformer; `bits` per token is four times the latent channels where tokens are 2x2 patches."""
+    """Shape of a transformer; `bits` per token is four times the latent channels where tokens are 2x2 patches.
+
+    `restarts_positions` repeats a slip of the reference code that only its path without fused norms has: there the
+    tokens of every scale get the rotary positions of the first tokens of the sequence. The published inference script
+    takes the other path, and in training both are right; only numbers recorded on the path without differ.
+    """
 
     depth: int
     width: int
@@ -41,6 +46,7 @@ class InfinityConfig:
     chunks: int = 1
     text_tokens: int = 512
     ff_width: int | None = None
+    restarts_positions: bool = False
 
     def __post_init__(self) -> None:
         """Refuses shapes that cannot be built."""
@@ -48,6 +54,8 @@ class InfinityConfig:
             raise FoveateError(f"width / heads must be a multiple of 4, got {self.width} / {self.heads}")
         if self.depth % self.chunks:
             raise FoveateError(f"depth must be a multiple of chunks, got {self.depth} and {self.chunks}")
+        if self.hidden <= 0:
+            raise FoveateError(f"width {self.width} rounds to no feed-forward width; give ff_width")
 
     @property
     def hidden(self) -> int:
@@ -303,7 +311,14 @@ class Infinity(nn.Module):
         return self.word_embed(tokens_BlZ).float() + self.lvl_embed.weight[scale].float()
 
     def positions(self, schedule: ScaleSchedule, scale: int) -> Float[Tensor, "l D"]:
-        """Cosines and sines of the rotary angles of a scale's tokens; float32.
+        """Cosines and sines of the rotary angles of a scale's tokens; float32."""
+        if not self.config.restarts_positions:
+            return self._grid_positions(schedule, scale)
+        sequence_LD = torch.cat([self._grid_positions(schedule, s) for s in range(scale + 1)])
+        return sequence_LD[: schedule.scales[scale].num_tokens]
+
+    def _grid_positions(self, schedule: ScaleSchedule, scale: int) -> Float[Tensor, "l D"]:
+        """The angles of a scale's own grid.
 
         Grid positions are scaled to the finest grid of the aspect ratio and rounded half to even in float32, as the
         published models were trained.

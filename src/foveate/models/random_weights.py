@@ -30,7 +30,7 @@ def empty_module(build: Callable[[], M], dtype: torch.dtype, device: torch.devic
 
 
 def fill_randomly(module: nn.Module, seed: int = RANDOM_SEED) -> None:
-    """Fills every parameter: matrices normal over the root of their fan-in, norms one, biases zero; changes `module`."""
+    """Fills every parameter: matrices normal over the root of their fan-in, norms one, biases zero."""
     devices = {parameter.device for parameter in module.parameters()}
     generators = {device: torch.Generator(device).manual_seed(seed) for device in devices}
     for name, parameter in module.named_parameters():

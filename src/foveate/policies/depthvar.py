@@ -1,9 +1,10 @@
 """DepthVAR: a transformer depth per token (arXiv 2604.17286).
 
 From some scale on each token gets a score q in [0, 1] and runs the first round(q P) of the P blocks in bit-reversal
-order. A block that a token skips adds what the same block added there at the latest scale, enlarged; codes are weighted by
-q. Scores come from the previous scale's changes: their percentile, rotated from scale to scale so that no token is always
-favoured, through a curve whose mean is the budget. Every scale beyond the reference one costs what the reference costs.
+order. A block that a token skips adds what the same block added there at the latest scale, enlarged; codes are weighted
+by q. Scores come from the previous scale's changes: their percentile, rotated from scale to scale so that no token is
+always favoured, through a curve whose mean is the budget. Every scale beyond the reference one costs what the reference
+costs.
 
 Where the paper is silent we chose, each as a field: the budget rule, the curve, the rotation, the rounding (a literal
 floor never runs the last block and misses the budget by 13-15 % at 12 blocks), and codes weighted by q itself.
@@ -141,7 +142,7 @@ class BoundDepthVAR(Bound):
 class DepthVAR(Policy):
     """A depth per token, with the compute of `reference_scale` (R, negative from the end) on every later scale.
 
-    `rotation`: "even" shifts the percentiles by j/n at the j-th of n dynamic scales, "round-robin" by the budgets spent,
+    `rotation`: "even" shifts percentiles by j/n at the j-th of n dynamic scales, "round-robin" by the budgets spent,
     "none" not at all. `rounding` is added before the floor: 0.5 rounds, 0 is the paper's literal floor. `fill`:
     "cached" adds the resized earlier change of a skipped block, "identity" nothing. `blend` weights the codes by the
     "score" or by the "depth" share.

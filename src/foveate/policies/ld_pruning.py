@@ -5,9 +5,9 @@ others run no block and repeat the previous residual (Eqs. 7-11, 14, 24-27; Algo
 SATS (when): the unconditional branch stops for good once the gap between the branches' logits changes little from one
 scale to the next (Eqs. 12-13).
 
-Where the paper is silent we chose, each as a field or noted here: bilinear enlargement of the energy; averages that count
-real neighbours only; odd grids padded by reflection; the gap as a root-mean-square, since a norm grows with the token
-count; the gap is watched from one scale before the first that SATS may stop.
+Where the paper is silent we chose, each as a field or noted here: bilinear enlargement of the energy; averages that
+count real neighbours only; odd grids padded by reflection; the gap as a root-mean-square, since a norm grows with the
+token count; the gap is watched from one scale before the first that SATS may stop.
 Axes: B images, Z latent channels, (h, w) grids, l tokens, k tokens that ran, V outputs.
 """
 
@@ -56,7 +56,7 @@ def haar_energy(residual_BZhw: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B h2 
 
 
 def detail_energy(residual_BZhw: Float[Tensor, "B Z h w"], grid: Grid) -> Float[Tensor, "B y x"]:
-    """High-frequency energy of a residual, smoothed over 3x3 patches and enlarged to the coming grid (Eq. 10); float64."""
+    """High-frequency energy of a residual, smoothed over 3x3 patches, enlarged to the coming grid (Eq. 10); float64."""
     raw_B1hw = haar_energy(residual_BZhw)[:, None]
     smooth_B1hw = F.avg_pool2d(raw_B1hw, 3, stride=1, padding=1, count_include_pad=False)
     return F.interpolate(smooth_B1hw, size=grid, mode="bilinear", align_corners=False)[:, 0]
@@ -68,7 +68,7 @@ def keep_by_energy(energy_Bl: Float[Tensor, "B l"], share: float) -> Bool[Tensor
 
 
 def branch_gap(logits: BranchLogits, norm: Literal["rms", "l2"]) -> float:
-    """Distance between the branches' logits (Eq. 12): root-mean-square, or the literal 2-norm. Reads the device once."""
+    """Distance of the branches' logits (Eq. 12): root-mean-square, or the literal 2-norm. Reads the device once."""
     difference_kV = (logits.cond_kV - logits.uncond_kV).double()
     return float(difference_kV.square().mean().sqrt() if norm == "rms" else difference_kV.square().sum().sqrt())
 
@@ -159,10 +159,10 @@ class BoundLDPruning(Bound):
 class LDPruning(Policy):
     """LHEP and SATS.
 
-    `energy_share` (rho, in (0, 1]) of the energy is refined on the last `lhep_scales` scales; the unconditional branch may
-    stop on the last `sats_scales` once its gap changes by less than `sats_threshold` (delta). `skip_last` scales do not
-    run at all. `energy_from` = "last_computed" ranks by the residual in front of the first pruned scale throughout, since
-    areas once dropped look flat to later scales.
+    `energy_share` (rho, in (0, 1]) of the energy is refined on the last `lhep_scales` scales; the unconditional branch
+    may stop on the last `sats_scales` once its gap changes by less than `sats_threshold` (delta). `skip_last` scales do
+    not run at all. `energy_from` = "last_computed" ranks by the residual in front of the first pruned scale throughout,
+    since areas once dropped look flat to later scales.
     """
 
     name: ClassVar[str] = "ld-pruning"

@@ -33,8 +33,8 @@ def codes_to_bits(codes_BZhw: Float[Tensor, "B Z h w"]) -> Bool[Tensor, "B h w Z
 class Quantised:
     """Bits of every scale, what the transformer reads before each scale s > 0, and the latent they add up to."""
 
-    bits: tuple[Bool[Tensor, "B h w Z"], ...]
-    inputs: tuple[Float[Tensor, "B Z h w"], ...]
+    bits: tuple[Bool[Tensor, "B _h _w Z"], ...]
+    inputs: tuple[Float[Tensor, "B Z _h _w"], ...]
     f_hat_BZHW: Float[Tensor, "B Z H W"]
 
 

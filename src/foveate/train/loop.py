@@ -23,8 +23,8 @@ MAX_STEP_S = 4.0
 class Optimisation:
     """How one of the two networks is trained.
 
-    `minutes` of training on the machine at hand (at least `min_minutes` before the decay could end early); the rate is
-    constant up to `constant_share` of them and then falls along a cosine to `final_rate` of its peak.
+    The rate is constant for `constant_share` of the `minutes` and then falls along a cosine to `final_rate` of its peak. A
+    checkpoint is written every `checkpoint_s` seconds of training.
     """
 
     minutes: float
@@ -37,6 +37,7 @@ class Optimisation:
     ema: float = 0.999
     clip: float = 1.0
     seed: int = 0
+    checkpoint_s: float = 120.0
 
     def rate_at(self, progress: float, step: int) -> float:
         """Learning rate at a share of the minutes, `progress` in [0, 1]."""
@@ -128,16 +129,14 @@ def steps(
     optimisation: Optimisation,
     checkpoint: Path,
     log: Callable[[str], None],
-    every_s: float = 120.0,
 ) -> Iterator[int]:
     """Yields step numbers until the minutes are used up; checkpoints and logs between them.
 
     Args:
         run: Continued from `checkpoint` if that file exists.
         optimisation: Says how many minutes there are.
-        checkpoint: Written every `every_s` seconds of training and at the end.
+        checkpoint: Written every `checkpoint_s` seconds of training and at the end.
         log: Receives one line per checkpoint.
-        every_s: Seconds of training between checkpoints.
     """
     if checkpoint.exists():
         run.load(checkpoint)
@@ -149,7 +148,7 @@ def steps(
         run.step += 1
         run.samples += optimisation.batch
         run.clock_s += min(time.perf_counter() - began, MAX_STEP_S)
-        if run.clock_s - saved_s >= every_s:
+        if run.clock_s - saved_s >= optimisation.checkpoint_s:
             run.save(checkpoint)
             rate = run.samples / run.clock_s
             figures = " ".join(f"{name} {value:.4f}" for name, value in run.recent.items())

@@ -237,7 +237,8 @@ class TrainingFolder:
     def _psnr(self, drawings: UInt8[np.ndarray, "n Y X 4"]) -> float:
         model = self.autoencoder()
         values = [
-            psnr_of(reconstruct(model, part, self.recipe.tokenizer.grids), part) for part in composite(drawings).split(16)
+            psnr_of(reconstruct(model, part, self.recipe.tokenizer.grids), part)
+            for part in composite(drawings).split(16)
         ]
         return float(torch.cat(values).mean())
 

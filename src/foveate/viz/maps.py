@@ -1,7 +1,7 @@
 """The compute map: per scale, which tokens ran, how deep and in which branches, drawn over the picture.
 
-A panel shows the finished picture, dimmed; tokens that ran are lit, the brighter and warmer the more blocks they ran; tokens
-that did not run stay dark. Tokens lie in grid order, so a panel's cells are the scale's grid.
+A panel shows the finished picture, dimmed; tokens that ran are lit, the brighter and warmer the more blocks they ran;
+tokens that did not run stay dark. Tokens lie in grid order, so a panel's cells are the scale's grid.
 """
 
 from collections.abc import Sequence
@@ -96,7 +96,11 @@ def compute_map(picture: Image.Image, trace: Trace, image_index: int = 0, column
         columns: Panels in a row.
     """
     height_over_width = picture.height / picture.width
-    size = (PANEL, round(PANEL * height_over_width)) if height_over_width <= 1 else (round(PANEL / height_over_width), PANEL)
+    size = (
+        (PANEL, round(PANEL * height_over_width))
+        if height_over_width <= 1
+        else (round(PANEL / height_over_width), PANEL)
+    )
     small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     cells: list[tuple[Image.Image, tuple[str, str]]] = [
         (
@@ -109,9 +113,7 @@ def compute_map(picture: Image.Image, trace: Trace, image_index: int = 0, column
     return _sheet(cells, size, columns)
 
 
-def _sheet(
-    cells: Sequence[tuple[Image.Image, tuple[str, str]]], size: tuple[int, int], columns: int
-) -> Image.Image:
+def _sheet(cells: Sequence[tuple[Image.Image, tuple[str, str]]], size: tuple[int, int], columns: int) -> Image.Image:
     rows = -(-len(cells) // columns)
     cell = (size[0] + _GAP, size[1] + _CAPTION + _GAP)
     sheet = Image.new("RGB", (columns * cell[0] + _GAP, rows * cell[1] + _GAP + 34), "white")

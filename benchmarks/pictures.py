@@ -1,0 +1,70 @@
+"""Draws the pictures of the README and of the policy pages: docs/images.
+
+    python benchmarks/pictures.py
+
+Prompts are those of `forty.txt`, in order and unselected, seed 0; a policy page shows the full run above the policy, the
+same six prompts and draws, and the compute map of the first.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from foveate.pipeline import Pipeline
+from foveate.viz.maps import compute_map
+
+HERE = Path(__file__).parent
+PAGES = {
+    "ld-pruning": ("full", "ld-pruning", "ld-pruning:energy_share=0.3", "ld-pruning-draft"),
+    "depthvar": ("full", "depthvar:reference_scale=-2", "depthvar", "depthvar:fill=identity"),
+    "skip-scales": ("full", "skip-scales", "skip-scales:count=2"),
+    "drop-branch": ("full", "drop-branch", "drop-branch:count=4"),
+    "random-tokens": ("full", "random-tokens", "ld-pruning:sats=false"),
+    "uniform-depth": ("full", "uniform-depth", "depthvar"),
+    "composition": ("full", "ld-pruning|depthvar:reference_scale=-2"),
+}
+CELL, TEXT = 128, 16
+
+
+def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], labels: Sequence[str]) -> Image.Image:
+    """Pictures in rows, each row under its name, columns under the prompts."""
+    width = CELL * max(len(images) for _, images in rows)
+    sheet = Image.new("RGB", (width, TEXT + len(rows) * (CELL + TEXT)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for i, label in enumerate(labels):
+        pen.text((i * CELL + 4, 2), label, fill=(110, 116, 128), font=font)
+    for r, (name, images) in enumerate(rows):
+        top = TEXT + r * (CELL + TEXT)
+        pen.text((4, top + 1), name, fill=(32, 36, 44), font=font)
+        for i, image in enumerate(images):
+            sheet.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (i * CELL, top + TEXT))
+    return sheet
+
+
+def main() -> None:
+    """Draws everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    prompts = (HERE / "forty.txt").read_text(encoding="utf-8").splitlines()
+    pipe = Pipeline.from_pretrained(given.model)
+    pipe.set_progress_bar_config(disable=True)
+    drawn = [image for i in range(0, 40, 8) for image in pipe.generate(prompts[i : i + 8], seed=0).images]
+    sheet = Image.new("RGB", (8 * CELL, 5 * CELL), "white")
+    for i, image in enumerate(drawn):
+        sheet.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (i % 8 * CELL, i // 8 * CELL))
+    sheet.save(given.out / "readme.png", optimize=True)
+    six = prompts[:6]
+    for page, specs in PAGES.items():
+        outs = [pipe.generate(six, seed=0, policy=spec, trace=True) for spec in specs]
+        rows = [(spec, out.images) for spec, out in zip(specs, outs, strict=True)]
+        grid(rows, six).save(given.out / f"{page}.png", optimize=True)
+        compute_map(outs[1].images[0], outs[1].trace, 0).save(given.out / f"{page}-map.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()

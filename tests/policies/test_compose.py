@@ -1,0 +1,191 @@
+"""Composition: a table of every ordered pair of registered policies, and the laws that composed policies obey."""
+
+import itertools
+
+import pytest
+import torch
+
+from foveate.core.errors import PlanConflictError
+from foveate.core.plan import Base, Composed, Fill
+from foveate.core.schedule import ScaleSchedule
+from foveate.policies.full import Full
+from foveate.policies.ld_pruning import LDPruning
+from foveate.policies.registry import REGISTRY, load_policy
+from tests.policies.test_contract import SHAPE, plans_of
+from tests.toys import GRIDS, run, same_bits, toy
+
+OK = ""
+FILLS = "two fills for skipped blocks, {} and {}; keep one"
+CACHED = {"depthvar", "uniform-depth"}
+"""Policies that fill skipped blocks from earlier changes unless told otherwise."""
+
+NAMES = ("full", "ld-pruning", "depthvar", "skip-scales", "drop-branch", "random-tokens", "uniform-depth")
+
+TABLE: dict[str, str] = {
+    "full": "ooooooo",
+    "ld-pruning": "ooooooo",
+    "depthvar": "ooooooo",
+    "skip-scales": "ooooooo",
+    "drop-branch": "ooooooo",
+    "random-tokens": "ooooooo",
+    "uniform-depth": "ooooooo",
+}
+"""Row | column in the order of NAMES: o goes together. Only one base map exists beside zero, and all defaults that
+skip blocks fill alike, so no two defaults conflict."""
+
+OTHER_FILL: dict[str, str] = {
+    "full": "oooo",
+    "ld-pruning": "oooo",
+    "depthvar": "oxox",
+    "depthvar:fill=identity": "xoxo",
+    "skip-scales": "oooo",
+    "drop-branch": "oooo",
+    "random-tokens": "oooo",
+    "random-tokens:fill=zero": "oooo",
+    "ld-pruning:fill=zero": "oooo",
+    "uniform-depth": "oxox",
+    "uniform-depth:fill=identity": "xoxo",
+}
+"""Row | (depthvar, depthvar:fill=identity, uniform-depth, uniform-depth:fill=identity): x is refused, two fills."""
+
+FILLERS = ("depthvar", "depthvar:fill=identity", "uniform-depth", "uniform-depth:fill=identity")
+
+PAIRS = [(a, b) for a in NAMES for b in NAMES]
+
+
+def test_table_names_every_registered_policy():
+    assert set(NAMES) == set(REGISTRY) == set(TABLE)
+    assert all(len(row) == len(NAMES) for row in TABLE.values())
+    assert len(PAIRS) == len(REGISTRY) ** 2
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_every_ordered_pair_goes_together_and_runs(first: str, second: str):
+    assert TABLE[first][NAMES.index(second)] == "o"
+    policy = load_policy(f"{first}|{second}")
+    result = run(toy("wide"), policy)
+    alone = [run(toy("wide"), load_policy(name)).trace.cost.flops for name in (first, second)]
+    # Content decides anew where another policy changed the picture, so a small surplus over the parts is possible.
+    slack = 1.0 if result.bound.is_static or "full" in (first, second) else 1.1
+    assert result.trace.cost.flops <= slack * min(alone)
+    assert torch.isfinite(result.f_hat).all()
+
+
+@pytest.mark.parametrize("first", list(OTHER_FILL))
+def test_two_fills_are_refused_by_name_before_the_run(first: str):
+    for second, verdict in zip(FILLERS, OTHER_FILL[first], strict=True):
+        policy = load_policy(f"{first}|{second}")
+        if verdict == "o":
+            policy.bind(toy("square").schedule, SHAPE)
+            continue
+        fills = ["identity" if "identity" in spec else "cached" for spec in (first, second)]
+        names = [spec.partition(":")[0] for spec in (first, second)]
+        message = rf"{names[0]} \| {names[1]}: " + FILLS.format(*fills)
+        with pytest.raises(PlanConflictError, match=message):
+            policy.bind(toy("square").schedule, SHAPE)
+
+
+def test_conflict_names_the_policy_that_came_last():
+    policy = load_policy("depthvar|skip-scales|uniform-depth:fill=identity")
+    with pytest.raises(PlanConflictError, match=r"^depthvar \| skip-scales \| uniform-depth: two fills"):
+        policy.bind(toy("square").schedule, SHAPE)
+
+
+def test_fills_on_different_scales_do_not_meet():
+    """Conflicts are about scales, not about names: here only the last scale has both."""
+    schedule = toy("square").schedule
+    apart = load_policy("depthvar:reference_scale=3|uniform-depth:fill=identity,num_scales=0")
+    assert apart.bind(schedule, SHAPE)
+    with pytest.raises(PlanConflictError):
+        load_policy("depthvar:reference_scale=3|uniform-depth:fill=identity,num_scales=1").bind(schedule, SHAPE)
+
+
+# Laws
+
+
+@pytest.mark.parametrize("name", list(GRIDS))
+@pytest.mark.parametrize("first", NAMES)
+def test_full_is_neutral_on_either_side(first: str, name: str):
+    alone = run(toy(name), load_policy(first))
+    assert same_bits(run(toy(name), load_policy(first) | Full()), alone)
+    assert same_bits(run(toy(name), Full() | load_policy(first)), alone)
+    assert run(toy(name), Full() | load_policy(first)).trace.unfired == alone.trace.unfired
+
+
+@pytest.mark.parametrize("name", list(GRIDS))
+def test_neutral_parts_together_equal_full(name: str):
+    full = run(toy(name), Full())
+    parts = [kind.neutral() for kind in REGISTRY.values()]
+    assert same_bits(run(toy(name), Composed(parts=tuple(parts))), full)
+    assert same_bits(run(toy(name), Composed.neutral()), full)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.combinations(NAMES, 2)))
+def test_neutral_pair_equals_full(first: str, second: str):
+    pair = REGISTRY[first].neutral() | REGISTRY[second].neutral()
+    assert same_bits(run(toy("odd"), pair), run(toy("odd"), Full()))
+
+
+def test_masks_intersect_and_each_selection_ranks_the_survivors():
+    schedule = ScaleSchedule.from_template(1.0, "0.06M")
+    pair = load_policy("random-tokens:keep_ratio=0.5|random-tokens:keep_ratio=0.5,key=1").bind(schedule, SHAPE)
+    first = load_policy("random-tokens:keep_ratio=0.5").bind(schedule, SHAPE)
+    for scale in (4, 5, 6):
+        num_tokens = schedule.scales[scale].num_tokens
+        both = plans_of(pair, schedule)[scale].keep(1, num_tokens)
+        one = plans_of(first, schedule)[scale].keep(1, num_tokens)
+        assert not (both & ~one).any()
+        assert int(both.sum()) == num_tokens // 4
+
+
+def test_depths_take_the_minimum_and_weights_multiply():
+    schedule = ScaleSchedule.from_template(1.0, "0.06M")
+    specs = ("depthvar", "depthvar:curve=linear,rotation=none", "depthvar|depthvar:curve=linear,rotation=none")
+    a, b, both = (plans_of(load_policy(spec).bind(schedule, SHAPE), schedule)[5] for spec in specs)
+    depth_Bl = torch.minimum(a.depths[0].depth_Bl, b.depths[0].depth_Bl)
+    ran = sum(both.active(block).long() for block in range(SHAPE.num_blocks))
+    assert torch.equal(ran, depth_Bl)
+    assert torch.allclose(both.weight_Bl, a.weight_Bl * b.weight_Bl)
+    assert both.fill is Fill.CACHED
+
+
+def test_branches_intersect():
+    result = run(toy("square"), load_policy("drop-branch:count=3|ld-pruning:sats_threshold=1e-9"))
+    other = run(toy("square"), load_policy("ld-pruning:sats_threshold=1e-9|drop-branch:count=3"))
+    for ran in (result, other):
+        assert [(0, False) in scale.work.rows for scale in ran.trace.scales] == [True, True, False, False, False]
+    assert same_bits(result, other)
+
+
+def test_scales_run_where_all_parts_let_them():
+    result = run(toy("square"), load_policy("skip-scales:count=1|ld-pruning:skip_last=2|skip-scales:count=0"))
+    assert [scale.ran for scale in result.trace.scales] == [True, True, True, False, False]
+
+
+def test_dropped_tokens_of_a_pair_have_a_base_and_no_fill():
+    """LDPruning | DepthVAR: kept tokens have depths and weights, dropped ones repeat the previous residual unweighted."""
+    result = run(toy("square"), load_policy("ld-pruning:sats=false|depthvar"))
+    plan, kept = result.bound.plans[4], result.choices[4].kept
+    assert plan.base is Base.PREVIOUS
+    assert plan.fill is Fill.CACHED
+    before = result.bound.signals[4].residual_BZhw
+    step = result.f_hats[4] - result.f_hats[3]
+    for image in range(3):
+        mask = torch.zeros(64, dtype=torch.bool)
+        mask[kept[image]] = True
+        mask = mask.view(8, 8)
+        base = torch.nn.functional.interpolate(before, size=(8, 8), mode="nearest")[image]
+        assert torch.allclose(step[image][:, ~mask], base[:, ~mask], atol=1e-5)
+        weight = plan.weight_Bl[image].view(8, 8) * 8**-0.5
+        assert torch.allclose(step[image][:, mask].abs(), weight[mask].expand(8, -1), atol=1e-5)
+
+
+def test_composition_is_a_policy_like_any_other():
+    pair = LDPruning() | load_policy("skip-scales")
+    assert pair.spec == "ld-pruning|skip-scales"
+    assert (pair | Full()).parts_of() == (*pair.parts_of(), Full())
+    assert Composed.neutral().bind(toy("square").schedule, SHAPE).directives == ()
+    bound = pair.bind(toy("square").schedule, SHAPE)
+    assert [d.value for d in bound.directives] == ["stop the unconditional branch", "drop tokens", "skip scales"]
+    assert not bound.is_static
+    assert load_policy("depthvar|skip-scales").bind(toy("square").schedule, SHAPE).is_static
