@@ -5,7 +5,7 @@ PIP := $(BIN)/python -m pip
 
 .PHONY: demo test check format wheel clean
 
-# Draws four pictures in three ways and says what was saved and what it cost: demo/
+# Draws four pictures in five ways and says what was saved and what it cost: demo/
 demo: .venv/.installed
 	$(BIN)/python benchmarks/demo.py --output demo
 

@@ -1,4 +1,4 @@
-"""Draws four pictures with the full model and with two methods, and says what each one saved and what it cost.
+"""Draws four pictures with the full model, with two methods and with two trivial controls, and says what each one saved and what it cost.
 
 Everything runs on the bundled model and the CPU; nothing is downloaded. Times are medians of a few rounds in which the
 policies take turns, after a warm-up, so that a machine that slows down slows all of them. Fidelity is the resemblance
@@ -22,7 +22,7 @@ from foveate.pipeline_output import PipelineOutput
 from foveate.png import save_png
 
 PROMPTS = ("a hamburger", "a strawberry", "a cactus", "a red car")
-POLICIES = ("full", "ld-pruning", "depthvar")
+POLICIES = ("full", "ld-pruning", "depthvar", "skip-scales", "drop-branch")
 SEED = 7
 ROUNDS = 3
 MARGIN = 28
@@ -116,7 +116,7 @@ def save(drawn: list[Drawn], comparisons: dict[str, ComparisonReport], folder: P
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Draws four pictures with three policies and compares them.")
+    parser = argparse.ArgumentParser(description="Draws four pictures with five policies and compares them.")
     parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for pictures and reports")
     parser.add_argument("--model", default="emoji", help="a bundled model, or a folder")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds per policy")

@@ -2,8 +2,8 @@
 
     python benchmarks/pictures.py
 
-Prompts are those of `forty.txt`, in order and unselected, seed 0; a policy page shows the full run above the policy, the
-same six prompts and draws, and the compute map of the first.
+Prompts are those of `forty.txt`, in order and unselected, seed 0; a policy page shows the full run above the policy,
+the same six prompts and draws, and the compute map of the first.
 """
 
 import argparse
@@ -61,9 +61,9 @@ def main() -> None:
     six = prompts[:6]
     for page, specs in PAGES.items():
         outs = [pipe.generate(six, seed=0, policy=spec, trace=True) for spec in specs]
-        rows = [(spec, out.images) for spec, out in zip(specs, outs, strict=True)]
+        rows = [(spec, list(out.images)) for spec, out in zip(specs, outs, strict=True)]
         grid(rows, six).save(given.out / f"{page}.png", optimize=True)
-        compute_map(outs[1].images[0], outs[1].trace, 0).save(given.out / f"{page}-map.png", optimize=True)
+        compute_map(rows[1][1][0], outs[1].trace, 0).save(given.out / f"{page}-map.png", optimize=True)
 
 
 if __name__ == "__main__":

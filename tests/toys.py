@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler, Sampler
 from foveate.engine.state import Request
 from foveate.models.infinity import Infinity, InfinityConfig
+from foveate.policies.registry import load_policy
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.bsq import BSQTokenizer
 
@@ -73,7 +74,7 @@ def make_model(patch: int = 1, dtype: torch.dtype = torch.float32) -> Infinity:
     return model.requires_grad_(requires_grad=False).to(dtype).eval()
 
 
-@lru_cache
+@cache
 def toy(name: str, dtype: torch.dtype = torch.float32) -> Toy:
     """A toy by the name of its grids; tests leave it as it is."""
     grids, patch = GRIDS[name]
@@ -205,6 +206,12 @@ def run(subject: Toy, policy: Policy | Bound, request: Request | None = None, mo
     steps = list(Engine(model, subject.tokenizer).run(bound, with_sampler(request, spy)))
     f_hats = tuple(step.f_hat_BZHW for step in steps)
     return Result(f_hats=f_hats, trace=steps[-1].trace, choices=spy.choices, bound=bound)
+
+
+@cache
+def cached_run(spec: str, name: str) -> Result:
+    """A policy with the usual request on a toy; runs once for all tests, which leave the result as it is."""
+    return run(toy(name), load_policy(spec))
 
 
 def with_sampler(request: Request, sampler: Sampler) -> Request:

@@ -6,6 +6,8 @@ The public names are loaded when they are first used, so that `import foveate` i
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from foveate.core.version import __version__
+
 if TYPE_CHECKING:
     from foveate.core.errors import Cancelled as Cancelled
     from foveate.core.errors import FoveateError as FoveateError
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from foveate.policies.registry import load_policy as load_policy
     from foveate.policies.skip_scales import SkipScales as SkipScales
     from foveate.policies.uniform_depth import UniformDepth as UniformDepth
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "Cancelled": "foveate.core.errors",

@@ -22,7 +22,7 @@ from foveate.engine.forecast import full_cost
 from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler
 from foveate.engine.state import Request, bounds_of
 from foveate.families import LoadedModel, load_model
-from foveate.pipeline_options import Job, Options, Settings, resolve
+from foveate.pipeline_options import Job, Options, Settings, resolve, warn_untrained
 from foveate.pipeline_output import (
     Images,
     Milliseconds,
@@ -118,7 +118,7 @@ class Pipeline:
     def generate(self, prompts: str | Sequence[str], **options: Unpack[Options]) -> PipelineOutput:
         """The same as the call, whatever `return_dict` says."""
         began = time.perf_counter()
-        job = resolve(prompts, Settings(**options), self.model.spec)
+        job = self._job(prompts, options)
         step = None
         with closing(self._steps(job)) as steps:
             for step in steps:  # noqa: B007 - the last one is what counts
@@ -140,8 +140,15 @@ class Pipeline:
         """
         if previews < 0:
             raise FoveateError(f"previews must be 0 or more, got {previews}")
-        job = resolve(prompts, Settings(**options), self.model.spec)
+        job = self._job(prompts, options)
         return self._events(job, previews)
+
+    def _job(self, prompts: str | Sequence[str], options: Options) -> Job:
+        """The completed call; warns about sizes that trained weights never saw."""
+        job = resolve(prompts, Settings(**options), self.model.spec)
+        if self.model.weights == "pretrained":
+            warn_untrained(job, self.model.spec)
+        return job
 
     def _events(self, job: Job, previews: int) -> Generator[ScaleEvent, None, None]:
         began = time.perf_counter()
@@ -262,6 +269,7 @@ class Pipeline:
                 text=trace.text_ms, transformer=trace.transformer_ms, decoder=trace.decoder_ms, total=total_ms
             ),
             unfired=trace.unfired,
+            notes=step.bound.notes,
         )
 
 

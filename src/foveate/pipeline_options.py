@@ -169,6 +169,7 @@ def resolve(prompts: str | Sequence[str], settings: Settings, spec: ModelSpec) -
     temperatures = _per_scale("temperature", tau, defaults.temperature, count)
     top_k = _per_scale("top_k", settings.top_k, defaults.top_k, count)
     top_p = _per_scale("top_p", settings.top_p, defaults.top_p, count)
+    _require(all(math.isfinite(w) for w in guidance), f"guidance_scale must be finite, got {guidance}")
     for t in temperatures:
         _require(t > 0, f"temperature must be above 0, got {t}; top_k=1 takes the best value always")
     for k, p in zip(top_k, top_p, strict=True):
@@ -187,6 +188,16 @@ def resolve(prompts: str | Sequence[str], settings: Settings, spec: ModelSpec) -
         filters=tuple(Filter(top_k=int(k), top_p=p) for k, p in zip(top_k, top_p, strict=True)),
         policy=load_policy(settings.policy),
     )
+
+
+def warn_untrained(job: Job, spec: ModelSpec) -> None:
+    """Logs a warning where a model draws at a size that it never saw."""
+    if job.budget in spec.budgets and job.ratio in spec.ratios:
+        return
+    logger.warning(
+        "%s was trained on %s at %s; %s at %s is outside of that and may look wrong",
+        spec.name, ", ".join(spec.ratios), ", ".join(spec.budgets), job.ratio, job.budget,
+    )  # fmt: skip
 
 
 def _require(ok: bool, message: str) -> None:
@@ -216,7 +227,7 @@ def _negatives(negative: str | Sequence[str] | None, num_prompts: int) -> tuple[
 
 
 def _size(settings: Settings, spec: ModelSpec) -> tuple[float, str]:
-    """Template ratio and budget; warns where the model was not trained on them."""
+    """Template ratio and budget."""
     if settings.height is not None and settings.width is not None:
         known = sizes(spec.stride)
         wanted = (settings.width, settings.height)
@@ -227,12 +238,6 @@ def _size(settings: Settings, spec: ModelSpec) -> tuple[float, str]:
     else:
         ratio = parse_ratio(_or(settings.aspect_ratio, spec.ratios[0]))
         budget = _or(settings.pixels, spec.budgets[0])
-    is_known = budget in spec.budgets and ratio in [parse_ratio(name) for name in spec.ratios]
-    if not is_known:
-        logger.warning(
-            "%s was trained on %s at %s; %s at %s is outside of that and may look wrong",
-            spec.name, ", ".join(spec.ratios), ", ".join(spec.budgets), ratio_name(ratio), budget,
-        )  # fmt: skip
     return ratio, budget
 
 

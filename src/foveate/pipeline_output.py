@@ -16,8 +16,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-import foveate
 from foveate.core.trace import ScaleTrace, Trace
+from foveate.core.version import __version__
 from foveate.families import LoadedModel
 from foveate.pipeline_options import Job
 
@@ -40,7 +40,7 @@ class Report:
     """What a call cost, counted while it ran; text encoder and decoder are not part of the FLOPs.
 
     `full` stands for the same request with nothing left out. `unfired` names savings that the policy promised and that
-    never happened.
+    never happened; `notes` says what its settings imply.
     """
 
     flops_run: int
@@ -51,6 +51,7 @@ class Report:
     kv_bytes_bound: int
     ms: Milliseconds
     unfired: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def flops_ratio(self) -> float:
@@ -186,7 +187,7 @@ def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
         "device": model.device.type,
         "threads": torch.get_num_threads(),
         "versions": {
-            "foveate": foveate.__version__,
+            "foveate": __version__,
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": ".".join(map(str, sys.version_info[:3])),

@@ -19,7 +19,18 @@ from foveate.engine.select import TokenLayout
 from foveate.engine.tally import Tally
 from foveate.policies.registry import load_policy
 from tests.engine.naive import attend_list, decisions_of, generate_planned
-from tests.toys import LENGTHS, SEEDS, FixedBound, SpySampler, make_request, run, text_features, toy, with_sampler
+from tests.toys import (
+    LENGTHS,
+    SEEDS,
+    FixedBound,
+    SpySampler,
+    cached_run,
+    make_request,
+    run,
+    text_features,
+    toy,
+    with_sampler,
+)
 
 SHAPE = ModelShape(
     num_blocks=2, width=8, ff_width=16, num_heads=2, head_width=4, head_outputs=4, input_channels=2, text_width=4
@@ -50,9 +61,8 @@ def noise(seed: int, *shape: int) -> torch.Tensor:
 )
 def test_plans_run_as_decided(spec: str, name: str):
     """A run of three images equals each image computed alone, row by row, from lists of tokens."""
-    subject = toy(name)
+    subject, result = toy(name), cached_run(spec, name)
     request = make_request(subject.schedule)
-    result = run(subject, load_policy(spec), request)
     for image in (1, 2) if name == "wide" else (1,):
         text = text_features(SEEDS[image], LENGTHS[image])
         page = generate_planned(subject, text, SEEDS[image], decisions_of(result, image), request)
@@ -61,7 +71,7 @@ def test_plans_run_as_decided(spec: str, name: str):
 
 
 def test_maps_in_the_trace_add_up_to_the_counts():
-    result = run(toy("odd"), load_policy("ld-pruning|depthvar"))
+    result = cached_run("ld-pruning|depthvar", "odd")
     for scale in result.trace.scales:
         for image in range(3):
             row = scale.work.rows[(image, True)]
@@ -217,7 +227,7 @@ def test_hidden_states_of_both_branches_become_their_combination():
 def test_guidance_inside_the_blocks_changes_the_picture():
     subject = toy("square")
     inside = run(subject, load_policy("full"), make_request(subject.schedule, hidden_blocks=(3,)))
-    outside = run(subject, load_policy("full"))
+    outside = cached_run("full", "square")
     assert not torch.equal(inside.f_hat, outside.f_hat)
 
 
@@ -241,7 +251,7 @@ def test_tally_counts_what_ran():
 
 
 def test_trace_survives_json():
-    trace = run(toy("wide"), load_policy("ld-pruning:skip_last=1,sats_threshold=1000")).trace
+    trace = cached_run("ld-pruning:skip_last=1,sats_threshold=1000", "wide").trace
     again = Trace.from_json(trace.to_json())
     assert again.cost == trace.cost
     assert again.dumps() == trace.dumps()

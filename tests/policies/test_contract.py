@@ -1,4 +1,4 @@
-"""What every registered policy owes: its fields, its docstring, a neutral setting, pure plans that nest in its ceiling."""
+"""What every registered policy owes: a frozen record, a docstring, a neutral setting, pure plans below its ceiling."""
 
 import inspect
 from dataclasses import FrozenInstanceError, fields
@@ -13,7 +13,7 @@ from foveate.core.schedule import TEMPLATES, ScaleSchedule
 from foveate.core.signals import BranchLogits, Signal, Signals
 from foveate.engine.state import ceiling_tokens
 from foveate.policies.registry import REGISTRY, load_policy
-from tests.toys import run, toy
+from tests.toys import cached_run, run, toy
 
 SCHEDULES = [
     ScaleSchedule.from_template(1.0, "0.06M"),
@@ -114,7 +114,7 @@ def counts_of(plan: ScalePlan, num_tokens: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", list(REGISTRY))
 def test_promises_are_kept_or_reported(name: str):
-    result = run(toy("square"), REGISTRY[name]())
+    result = cached_run(name, "square")
     promised = {directive.value for directive in result.bound.directives}
     fired = {directive.value for directive in result.trace.fired()}
     assert promised == (promised & fired) | set(result.trace.unfired)
@@ -135,19 +135,19 @@ def test_first_scale_always_runs(name: str):
 def test_skip_scales_leaves_the_last_ones_out():
     plans = plans_of(load_policy("skip-scales:count=2").bind(SCHEDULES[0], SHAPE), SCHEDULES[0])
     assert [plan.runs for plan in plans] == [True] * 5 + [False] * 2
-    result = run(toy("square"), load_policy("skip-scales:count=2"))
-    full = run(toy("square"), load_policy("full"))
+    result = cached_run("skip-scales:count=2", "square")
+    full = cached_run("full", "square")
     assert torch.equal(result.f_hat, full.f_hats[2])
     assert [scale.ran for scale in result.trace.scales] == [True, True, True, False, False]
 
 
 def test_drop_branch_runs_the_prompt_alone_at_the_end():
-    result = run(toy("square"), load_policy("drop-branch:count=2"))
-    full = run(toy("square"), load_policy("full"))
+    result = cached_run("drop-branch:count=2", "square")
+    full = cached_run("full", "square")
     assert [len(scale.work.rows) for scale in result.trace.scales] == [6, 6, 6, 3, 3]
     assert torch.equal(result.f_hats[2], full.f_hats[2])
     assert not torch.equal(result.f_hats[3], full.f_hats[3])
-    everywhere = run(toy("square"), load_policy("drop-branch:count=99"))
+    everywhere = cached_run("drop-branch:count=99", "square")
     assert [len(scale.work.rows) for scale in everywhere.trace.scales] == [3] * 5
 
 
@@ -162,7 +162,7 @@ def test_random_tokens_are_the_same_for_every_image_and_run_but_not_for_every_ke
 
 
 def test_uniform_depth_runs_the_same_blocks_for_all():
-    result = run(toy("square"), load_policy("uniform-depth:keep_ratio=0.4,num_scales=2"))
+    result = cached_run("uniform-depth:keep_ratio=0.4,num_scales=2", "square")
     for scale, num_tokens in ((2, 16), (3, 36), (4, 64)):
         for row in result.trace.scales[scale].work.rows.values():
             ran = (0, 1, 2, 3, 4) if scale == 2 else (0, 4)

@@ -1,4 +1,4 @@
-"""DepthVAR against plain Python loops: the order of blocks, the scores and their budget, and what skipped blocks add."""
+"""DepthVAR against plain Python loops: order of blocks, scores and their budget, and what skipped blocks add."""
 
 import itertools
 import math
@@ -14,9 +14,8 @@ from foveate.core.plan import Fill
 from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Signal, Signals
 from foveate.policies.depthvar import DepthVAR, apply_curve, bit_reversal_order, depth_scores
-from foveate.policies.full import Full
 from tests.engine.naive import decisions_of, generate_planned
-from tests.toys import LENGTHS, SEEDS, checked, make_request, run, same_bits, text_features, toy
+from tests.toys import LENGTHS, SEEDS, cached_run, checked, make_request, run, same_bits, text_features, toy
 
 CURVES = ("power", "linear", "step", "constant")
 
@@ -281,7 +280,7 @@ def test_branches_are_filled_from_their_own_changes():
 
 @pytest.mark.parametrize("policy", [DepthVAR.neutral(), DepthVAR(reference_scale=4)])
 def test_budget_of_one_is_full_bit_for_bit(policy: DepthVAR):
-    assert same_bits(run(toy("square"), policy), run(toy("square"), Full()))
+    assert same_bits(run(toy("square"), policy), cached_run("full", "square"))
 
 
 def test_equal_grids_after_the_reference_run_in_full():

@@ -60,7 +60,7 @@ def _logits_of_engine(model: Infinity, texts: list[Tensor], bits: list[Tensor], 
     seen: list[Tensor] = []
 
     class Spy(ForcedSampler):
-        def choose(self, scale, grid, logits, kept, rule):  # noqa: ANN001, ANN202
+        def choose(self, scale, grid, logits, kept, rule):
             seen.append(torch.stack(list(logits)).flatten(2))
             return super().choose(scale, grid, logits, kept, rule)
 

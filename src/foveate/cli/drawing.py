@@ -181,4 +181,5 @@ def _facts(report: Report, config: dict[str, Any]) -> list[tuple[str, str]]:
         ("FLOPs", f"{in_units(report.flops_run)} of {in_units(report.flops_full)} ({report.flops_ratio:.1%})"),
         ("tokens", f"{report.tokens_run} of {report.tokens_full} ({saved:.1%} saved)"),
         ("predicted speedup", f"{report.predicted_speedup:.2f}x of the transformer"),
+        *(("note", note) for note in report.notes),
     ]

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-import foveate
 from foveate.cli.loading import check_model_name
 from foveate.cli.registered import count_parameters, default_schedule, file_bytes
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.schedule import ScaleSchedule
+from foveate.core.version import __version__
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request, bounds_of
 from foveate.families import BUNDLED, DATA, SHAPES, ModelSpec, find_folder
@@ -32,7 +32,7 @@ def describe(model: str | None = None) -> dict[str, Any]:
     """
     folders = [DATA / name for name in dict.fromkeys(BUNDLED.values())]
     found: dict[str, Any] = {
-        "versions": {"foveate": foveate.__version__, "python": platform.python_version(), **_versions()},
+        "versions": {"foveate": __version__, "python": platform.python_version(), **_versions()},
         "cpu": {
             "name": processor_name(torch.device("cpu")),
             "cores": os.cpu_count(),

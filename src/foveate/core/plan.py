@@ -6,6 +6,7 @@ Axes: B images, l tokens of the scale, P blocks.
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -98,7 +99,8 @@ class TokenSelection:
         ranked_Bl = score_Bl.masked_fill(~survivors_Bl, -torch.inf)
         counts = survivors_Bl.sum(-1).tolist()
         kept = [
-            keep_by_count(row[None], -int(-self.share * n // 1))[0] for row, n in zip(ranked_Bl, counts, strict=True)
+            keep_by_count(row[None], math.ceil(self.share * n - 1e-9))[0]
+            for row, n in zip(ranked_Bl, counts, strict=True)
         ]
         return survivors_Bl & torch.stack(kept)
 
@@ -190,6 +192,8 @@ class Bound(ABC):
 
     directives: tuple[Directive, ...] = ()
     """What it means to reduce on this schedule."""
+    notes: tuple[str, ...] = ()
+    """What the settings imply on this schedule, for people."""
     is_static: bool = True
     """Whether the counts (not necessarily the tokens) are known before the run."""
 
@@ -318,6 +322,7 @@ class BoundComposed(Bound):
     def __init__(self, parts: Sequence[Policy], bounds: Sequence[Bound]) -> None:
         self.parts, self.bounds = tuple(parts), tuple(bounds)
         self.directives = tuple(dict.fromkeys(d for bound in bounds for d in bound.directives))
+        self.notes = tuple(note for bound in bounds for note in bound.notes)
         narrowing = [b for b in bounds if {Directive.TOKENS, Directive.BLOCKS} & set(b.directives)]
         self.is_static = all(bound.is_static for bound in bounds) and len(narrowing) <= 1
 

@@ -42,7 +42,6 @@ class Engine:
     def __init__(self, model: NextScaleModel, tokenizer: ScaleTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
 
-    @torch.inference_mode()
     def run(self, bound: Bound, request: Request) -> Generator[ScaleStep, None, None]:
         """Generates, handing out the latent after every scale.
 
@@ -52,19 +51,23 @@ class Engine:
             PlanConflictError: A plan asks for what cannot be done.
         """
         _refuse_equal_branches(bound, request)
-        state = RequestState.open(self.model, self.tokenizer, bound, request)
+        with torch.inference_mode():
+            state = RequestState.open(self.model, self.tokenizer, bound, request)
         for scale in request.schedule.scales:
-            began = time.perf_counter()
-            plan, state.policy = bound.plan(scale.index, state.signals, state.policy)
-            state.settle_branches(plan, request.guidance, scale.index)
-            traced = (
-                self._scale(state, plan, scale, request, bound.record(scale.index)) if plan.runs else skipped(scale)
-            )
-            _synchronise(state.f_hat_BZHW)
-            state.trace.scales.append(replace(traced, ms=1e3 * (time.perf_counter() - began)))
-            if scale.index == len(request.schedule) - 1:
-                state.trace.unfired = unfired(state.trace, bound.directives)
+            with torch.inference_mode():
+                self._step(state, scale, request, bound)
             yield ScaleStep(scale=scale.index, f_hat_BZHW=state.f_hat_BZHW, trace=state.trace)
+
+    def _step(self, state: RequestState, scale: Scale, request: Request, bound: Bound) -> None:
+        """Asks for the plan of a scale, obeys it and notes what it took."""
+        began = time.perf_counter()
+        plan, state.policy = bound.plan(scale.index, state.signals, state.policy)
+        state.settle_branches(plan, request.guidance, scale.index)
+        traced = self._scale(state, plan, scale, request, bound.record(scale.index)) if plan.runs else skipped(scale)
+        _synchronise(state.f_hat_BZHW)
+        state.trace.scales.append(replace(traced, ms=1e3 * (time.perf_counter() - began)))
+        if scale.index == len(request.schedule) - 1:
+            state.trace.unfired = unfired(state.trace, bound.directives)
 
     def _scale(
         self, state: RequestState, plan: ScalePlan, scale: Scale, request: Request, wanted: frozenset[Signal]

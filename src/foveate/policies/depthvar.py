@@ -89,6 +89,10 @@ class BoundDepthVAR(Bound):
         self.dynamic = [s for s in range(self.reference + 1, num_scales) if self.budgets[s] < 1]
         self.order = bit_reversal_order(num_blocks) if policy.order == "bit-reversal" else tuple(range(num_blocks))
         self.directives = (Directive.BLOCKS,) if self.dynamic else ()
+        self.notes = (
+            f"depthvar: reference scale {self.reference} of 0-{num_scales - 1} implies {self.budget_speedup:.2f}x fewer "
+            "token-blocks",
+        )
 
     @property
     def budget_speedup(self) -> float:

@@ -23,8 +23,8 @@ MAX_STEP_S = 4.0
 class Optimisation:
     """How one of the two networks is trained.
 
-    The rate is constant for `constant_share` of the `minutes` and then falls along a cosine to `final_rate` of its peak. A
-    checkpoint is written every `checkpoint_s` seconds of training.
+    The rate is constant for `constant_share` of the `minutes`, then falls along a cosine to `final_rate` of its peak.
+    A checkpoint is written every `checkpoint_s` seconds of training.
     """
 
     minutes: float

@@ -59,7 +59,7 @@ def panel(picture: Image.Image, scale: ScaleTrace, image_index: int, num_blocks:
     depth_hw = scale.depth_Bl[image_index].view(scale.grid).numpy() / num_blocks
     share = _enlarged(np.where(keep_hw, depth_hw, 0.0), picture.size)[..., None]
     is_run = _enlarged(keep_hw, picture.size)[..., None]
-    lit = 0.45 * pixels + 0.55 * ramp(share[..., 0])
+    lit = np.where(share >= 1, pixels, 0.45 * pixels + 0.55 * ramp(share[..., 0]))
     out = np.where(is_run, lit, 0.22 * grey + 12)
     return _with_grid(out, scale.grid).astype(np.uint8)
 
@@ -133,8 +133,8 @@ def _legend(draw: ImageDraw.ImageDraw, at: tuple[int, int], font: ImageFont.Free
     for i in range(120):
         colour = tuple(int(c) for c in ramp(np.array(i / 119)))
         draw.line([(x + i, y), (x + i, y + 12)], fill=colour)
-    draw.text((x + 128, y), "few blocks ... all blocks", fill=_FAINT, font=font)
-    draw.rectangle([x + 300, y, x + 312, y + 12], fill=(40, 40, 40))
-    draw.text((x + 318, y), "token did not run", fill=_FAINT, font=font)
-    draw.rectangle([x + 440, y, x + 452, y + 12], fill=(222, 224, 228))
-    draw.text((x + 458, y), "scale did not run", fill=_FAINT, font=font)
+    draw.text((x + 128, y), "few blocks ... most blocks (no tint: all)", fill=_FAINT, font=font)
+    draw.rectangle([x + 380, y, x + 392, y + 12], fill=(40, 40, 40))
+    draw.text((x + 398, y), "token did not run", fill=_FAINT, font=font)
+    draw.rectangle([x + 520, y, x + 532, y + 12], fill=(222, 224, 228))
+    draw.text((x + 538, y), "scale did not run", fill=_FAINT, font=font)

@@ -1,0 +1,54 @@
+"""The compute map shows what the trace says."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from foveate.core.cost import ModelShape, RowWork, ScaleWork
+from foveate.core.errors import FoveateError
+from foveate.core.trace import ScaleTrace, Trace
+from foveate.viz.maps import compute_map, panel
+
+SHAPE = ModelShape(
+    num_blocks=4, width=8, ff_width=8, num_heads=1, head_width=8, head_outputs=4, input_channels=2, text_width=4
+)
+GREY = Image.new("RGB", (64, 64), (200, 200, 200))
+
+
+def _scale(keep: list[bool], depth: list[int], *, ran: bool = True, has_maps: bool = True) -> ScaleTrace:
+    rows = {(0, True): RowWork(block_tokens=(sum(keep),) * 4, head_tokens=sum(keep))}
+    return ScaleTrace(
+        scale=1,
+        grid=(2, 2),
+        ran=ran,
+        work=ScaleWork(scale=1, grid_tokens=4 if ran else 0, rows=rows if ran else {}),
+        keep_Bl=torch.tensor([keep]) if has_maps else None,
+        depth_Bl=torch.tensor([depth]) if has_maps else None,
+    )
+
+
+def test_dropped_tokens_are_dark_and_full_ones_untouched() -> None:
+    pixels = panel(GREY, _scale([True, False, True, True], [4, 0, 1, 3]), 0, 4).astype(int)
+    assert (pixels[10, 10] == 200).all(), "all blocks: the picture as it is"
+    assert pixels[10, 50].max() < 80, "did not run: dark"
+    few, most = pixels[50, 10], pixels[50, 50]
+    assert most.sum() > few.sum(), "the more blocks, the brighter"
+
+
+def test_a_scale_that_did_not_run_is_pale() -> None:
+    assert panel(GREY, _scale([True] * 4, [4] * 4, ran=False), 0, 4).min() > 180
+
+
+def test_maps_must_have_been_recorded() -> None:
+    with pytest.raises(FoveateError, match="trace=True"):
+        panel(GREY, _scale([True] * 4, [4] * 4, has_maps=False), 0, 4)
+
+
+def test_the_sheet_holds_one_panel_per_scale_and_the_picture() -> None:
+    trace = Trace(shape=SHAPE, text_tokens={(0, True): 3}, bytes_per_element=4)
+    trace.scales = [_scale([True] * 4, [4] * 4), _scale([True, False, False, False], [4, 0, 0, 0])]
+    sheet = np.asarray(compute_map(GREY, trace, 0, columns=3))
+    assert sheet.shape[1] == 3 * (256 + 12) + 12
+    assert (sheet[60:170, 20:130] == 200).all(), "first panel: everything ran"
+    assert sheet[250, 280 + 200].max() < 80, "second panel: the last token did not run"
