@@ -1,4 +1,4 @@
-"""Draws four pictures with the full model, with two methods and with two trivial controls, and says what each one saved and what it cost.
+"""Draws four pictures with the full model, two methods and two trivial controls; says what each saved and cost.
 
 Everything runs on the bundled model and the CPU; nothing is downloaded. Times are medians of a few rounds in which the
 policies take turns, after a warm-up, so that a machine that slows down slows all of them. Fidelity is the resemblance

@@ -90,8 +90,8 @@ class BoundDepthVAR(Bound):
         self.order = bit_reversal_order(num_blocks) if policy.order == "bit-reversal" else tuple(range(num_blocks))
         self.directives = (Directive.BLOCKS,) if self.dynamic else ()
         self.notes = (
-            f"depthvar: reference scale {self.reference} of 0-{num_scales - 1} implies {self.budget_speedup:.2f}x fewer "
-            "token-blocks",
+            f"depthvar: reference scale {self.reference} of 0-{num_scales - 1} implies "
+            f"{self.budget_speedup:.2f}x fewer token-blocks",
         )
 
     @property
