@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo test check format wheel clean
+.PHONY: demo test check format wheel wheel-check clean
 
 # Draws four pictures in five ways and says what was saved and what it cost: demo/
 demo: .venv/.installed
@@ -26,8 +26,16 @@ wheel: .venv/.installed-dev
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 
+# Installs the wheel in an empty environment and draws the same picture there, bit for bit, outside the repository.
+wheel-check: wheel
+	rm -rf .venv-wheel dist/check && $(PYTHON) -m venv .venv-wheel && mkdir -p dist/check
+	.venv-wheel/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
+	.venv-wheel/bin/python -m pip install -c constraints.txt dist/*.whl
+	$(BIN)/foveate generate hamburger --seed 7 -o dist/check/source.png
+	cd dist/check && ../../.venv-wheel/bin/foveate generate --from source.png
+
 clean:
-	rm -rf .venv dist build demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-wheel dist build demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 # torch comes first and alone: it is by far the largest, and everything else must fit the pinned one.
 .venv/.installed: pyproject.toml constraints.txt

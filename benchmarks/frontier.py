@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pages import ROOT, fill_pages
 
 from foveate.conditioning.minilm import TextEncoder
 from foveate.eval.fidelity import fidelity_report
@@ -77,13 +78,14 @@ class Result:
         return (
             f"| `{self.spec.replace('|', chr(92) + '|')}` | {self.transformer_ms:.0f} | "
             f"{self.transformer_speedup:.2f}x | {self.end_to_end_speedup:.2f}x | {100 * self.flops_ratio:.0f} % | "
-            f"{self.psnr['mean']:.1f} | {self.psnr['p10']:.1f} | {self.ssim['mean']:.3f} | {match} |"
+            f"{self.psnr['mean']:.1f} | {self.psnr['p10']:.1f} | {self.foreground_psnr['mean']:.1f} | "
+            f"{self.ssim['mean']:.3f} | {match} |"
         )
 
 
 HEADER = (
-    "| policy | transformer ms | speed-up | end to end | FLOPs | PSNR dB | p10 | SSIM | text match |\n"
-    "|---|---|---|---|---|---|---|---|---|"
+    "| policy | transformer ms | speed-up | end to end | FLOPs | PSNR dB | p10 | drawing only | SSIM | text match |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -161,18 +163,6 @@ def plot(results: Sequence[Result], yardstick: float, path: Path) -> None:
     plt.close(figure)
 
 
-def fill_blocks(tables: dict[str, str], files: Sequence[Path]) -> None:
-    """Puts each table between `<!-- table:NAME -->` and `<!-- /table -->` wherever a page asks for it."""
-    for path in files:
-        text = path.read_text(encoding="utf-8")
-        for name, table in tables.items():
-            begin, end = f"<!-- table:{name} -->", "<!-- /table -->"
-            if begin in text:
-                head, rest = text.split(begin, 1)
-                text = f"{head}{begin}\n{table}\n{end}{rest.split(end, 1)[1]}"
-        path.write_text(text, encoding="utf-8")
-
-
 def measure(pipe: Pipeline, prompts: Sequence[str], timed: Sequence[str], matcher: Matcher | None) -> list[Result]:
     """Every setting, one after the other."""
     results: list[Result] = []
@@ -206,7 +196,7 @@ def main() -> None:
     """Measures, writes JSON, tables and the plot, and fills the pages."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="emoji")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--timed", type=int, default=12, help="prompts that are timed at batch 1")
     parser.add_argument("--labels", type=Path, default=HERE / "labels.txt")
     given = parser.parse_args()
@@ -233,7 +223,7 @@ def main() -> None:
     decibel = yardstick["psnr"]
     seed_row = (
         f"| *another seed* | - | - | - | 100 % | {decibel['mean']:.1f} | {decibel['p10']:.1f} | "
-        f"{yardstick['ssim']['mean']:.3f} | - |"
+        f"{yardstick['foreground_psnr']['mean']:.1f} | {yardstick['ssim']['mean']:.3f} | - |"
     )
     controls = ("full", "skip-scales", "drop-branch")
     tables = {
@@ -253,7 +243,7 @@ def main() -> None:
     tables["readme"] = "\n".join([HEADER, *(r.row() for r in results if r.spec in headline), seed_row])
     tables["all"] = "\n".join([HEADER, *(r.row() for r in results), seed_row])
     (given.out / "frontier.md").write_text(tables["all"] + "\n", encoding="utf-8")
-    fill_blocks(tables, [Path("README.md"), *sorted(Path("docs").rglob("*.md"))])
+    fill_pages(tables)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from foveate.families import find_folder
 from foveate.pipeline import Pipeline, stack_uint8
 from foveate.pipeline_output import to_uint8
 from foveate.tokenizers.autoencoder import Autoencoder
+from foveate.train.captions import all_captions
 from foveate.train.corpus import Corpus, load_corpus
 from foveate.train.recipe import save_sheet
 from foveate.train.tokenizer import composite, reconstruct
@@ -79,7 +80,10 @@ def model_figures(pipe: Pipeline, corpus: Corpus, model: str, seed: int) -> dict
     again = features(rebuilt(pipe.model.tokenizer.autoencoder, originals, grids), network=network)
     texts = TextEncoder.from_folder(find_folder(model)).pooled(labels).numpy()
     heads, targets = TextMatch.bundled(), np.array([labels.index(label) for label in wanted])
-    pairs = [line.split("\t") for line in (HERE / "paraphrases.tsv").read_text(encoding="utf-8").splitlines()]
+    lines = (HERE / "paraphrases.tsv").read_text(encoding="utf-8").splitlines()
+    pairs = [(line.split("\t")[0], line.split("\t")[1]) for line in lines]
+    trained = {caption.lower() for d in corpus.drawings for caption in all_captions(d)}
+    pairs = [(text, label) for text, label in pairs if text.lower() not in trained]
     reworded = features(draw(pipe, [text for text, _ in pairs], seed), network=network)
     return {
         "nearest_drawing": share(nearest(drawn, real), labels, wanted),
@@ -96,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "results")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     corpus = load_corpus(given.corpus)

@@ -47,7 +47,7 @@ def main() -> None:
     """Draws everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="emoji")
-    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "images")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     prompts = (HERE / "forty.txt").read_text(encoding="utf-8").splitlines()

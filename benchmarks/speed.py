@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from pages import fill_pages
 
 from foveate.pipeline import Pipeline
 from foveate.policies.registry import load_policy
@@ -34,6 +35,16 @@ class Row:
     flop_ratio: float
     share: float
     """Measured speed-up over the one that the FLOPs promise."""
+
+    def line(self) -> str:
+        """A line of the Markdown table."""
+        return (
+            f"| `{self.policy}` | {self.transformer_ms:.0f} | {self.spread_ms:.0f} | {self.speedup:.2f}x | "
+            f"{self.flop_ratio:.2f}x | {100 * self.share:.0f} % |"
+        )
+
+
+HEADER = "| policy | transformer ms | spread ms | speed-up | FLOP ratio | reached |\n|---|---|---|---|---|---|"
 
 
 def measure(pipe: Pipeline, policies: list[str], prompt: str, runs: int, **call: Any) -> list[Row]:
@@ -77,6 +88,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--policy", action="append")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--fill", action="store_true", help="put the table into the README")
     given = parser.parse_args()
     pipe = Pipeline.from_pretrained(given.model, weights=given.weights, dtype=given.dtype, device=given.device)
     pipe.set_progress_bar_config(disable=True)
@@ -86,13 +98,10 @@ def main() -> None:
         machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
         print(json.dumps({"machine": machine, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}))
         return
-    print("| policy | transformer ms | spread ms | speed-up | FLOP ratio | speed-up / FLOP ratio |")
-    print("|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row.policy} | {row.transformer_ms:.0f} | {row.spread_ms:.0f} | {row.speedup:.2f} | "
-            f"{row.flop_ratio:.2f} | {row.share:.2f} |"
-        )
+    table = "\n".join([HEADER, *(row.line() for row in rows)])
+    print(table)
+    if given.fill:
+        fill_pages({"speed": table})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """Which transformer, tokenizer, text encoder, sizes and defaults belong together, by name or by folder.
 
-Names are either bundled (with weights) or only shapes that random weights fill. A folder holds what `folder` writes.
+Names are either bundled (with weights) or only shapes that random weights fill. A folder holds what `folder` writes;
+`owner/name` is such a folder on the hub.
 """
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import torch
 
 from foveate.conditioning.text import RandomText, TextFeatures
-from foveate.core.errors import CheckpointError, FoveateError, UnsupportedError
+from foveate.core.errors import CheckpointError, FoveateError, UnsupportedError, unknown
 from foveate.core.schedule import BUDGETS, parse_ratio
 from foveate.folder import read_autoencoder, read_config, read_text_encoder, read_transformer, weights_sha256
 from foveate.models.infinity import Infinity, InfinityConfig
@@ -21,6 +23,8 @@ from foveate.tokenizers.bsq import BSQTokenizer
 DATA = Path(__file__).parent / "data"
 BUNDLED = {"emoji": "emoji-tiny", "emoji-tiny": "emoji-tiny"}
 """Bundled models and aliases: name -> folder below `DATA`."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _ALL_RATIOS = (
     "1:1", "4:5", "3:4", "2:3", "4:7", "1:2", "2:5", "1:3", "5:4", "4:3", "3:2", "7:4", "2:1", "5:2", "3:1",
@@ -90,7 +94,7 @@ class ModelSpec:
             rest["autoencoder"] = AutoencoderConfig(**_tuples(rest["autoencoder"]))
             rest["defaults"] = Defaults(**_tuples(rest.get("defaults", {})))
             return cls(**_tuples(rest))
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"config.json does not describe a model: {error}") from None
 
 
@@ -150,32 +154,50 @@ class LoadedModel:
     device: torch.device
 
 
-def load_model(name_or_path: str | Path, *, weights: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """Loads a registered name or a model folder.
+def load_model(
+    name_or_path: str | Path,
+    *,
+    weights: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> LoadedModel:
+    """Loads a registered name, a model folder or a model folder on the hub.
+
+    Args:
+        name_or_path: Which.
+        weights: `pretrained` or `random`.
+        dtype: What it computes in.
+        device: Where it runs.
+        revision: Branch, tag or commit of a hub model; None elsewhere.
+        local_files_only: Takes a hub model from what was fetched before.
 
     Raises:
-        FoveateError: There is no such name or folder, or `weights` is neither pretrained nor random.
+        FoveateError: There is no such model, it cannot be fetched, or `weights` is neither pretrained nor random.
         UnsupportedError: Weights of a model of which only the shape is registered.
         CheckpointError: The folder is incomplete, damaged or of another model.
     """
     if weights not in ("pretrained", "random"):
         raise FoveateError(f'weights must be "pretrained" or "random", got {weights!r}')
+    if revision is not None and not _is_hub_id(name_or_path):
+        raise FoveateError(f"revision needs a hub model, owner/name; {name_or_path} is none, leave it out")
     if str(name_or_path) in SHAPES:
         if weights != "random":
             raise UnsupportedError(
                 f'{name_or_path}: this version loads local folders with config.json, or weights="random"'
             )
         return _random(SHAPES[str(name_or_path)], dtype, device)
-    folder = find_folder(name_or_path)
+    folder = find_folder(name_or_path, revision=revision, local_files_only=local_files_only)
     spec = ModelSpec.from_json(read_config(folder))
     return _random(spec, dtype, device) if weights == "random" else _pretrained(folder, spec, dtype, device)
 
 
-def find_folder(name_or_path: str | Path) -> Path:
-    """The folder of a bundled name, or the folder itself.
+def find_folder(name_or_path: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> Path:
+    """The folder of a bundled name, the folder itself, or the copy of a hub model, which is fetched if need be.
 
     Raises:
-        FoveateError: There is none; the registered names are listed.
+        FoveateError: There is none; the registered names are listed, or why the hub gave nothing.
     """
     name = str(name_or_path)
     if name in BUNDLED:
@@ -183,9 +205,27 @@ def find_folder(name_or_path: str | Path) -> Path:
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"this installation lacks the weights of {BUNDLED[name]}; install the wheel")
         return folder
+    if _is_hub_id(name_or_path):
+        return _fetch(name, revision, local_files_only)
     if not Path(name_or_path).is_dir():
-        raise FoveateError(f"no model {name!r}; there are {', '.join(model_names())}, or a folder with config.json")
+        raise unknown("model", name, model_names(), ", or a folder with config.json, or owner/name of a hub model")
     return Path(name_or_path)
+
+
+def _is_hub_id(name_or_path: str | Path) -> bool:
+    return _HUB_ID.fullmatch(str(name_or_path)) is not None and not Path(name_or_path).is_dir()
+
+
+def _fetch(name: str, revision: str | None, local_files_only: bool) -> Path:
+    """The local copy of a hub model."""
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import, rarely needed
+
+    try:
+        return Path(snapshot_download(name, revision=revision, local_files_only=local_files_only))
+    except Exception as error:
+        # The client raises what its network library raises, so nothing narrower would do.
+        first = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise FoveateError(f"no folder {name}, and no such model from the hub: {first}") from error
 
 
 def _pretrained(folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> LoadedModel:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from foveate.conditioning.minilm import TextEncoder
+from foveate.core.atomic import write_text
 from foveate.core.errors import CheckpointError
 from foveate.models.checkpoint import load_autoencoder, load_transformer, read_weights, save_sharded
 from foveate.models.infinity import Infinity, InfinityConfig
@@ -55,9 +56,9 @@ def save_folder(
     for stem, module in modules:
         save_sharded({key: value.detach().to(dtype) for key, value in module.state_dict().items()}, folder, stem)
     text_encoder.save(folder)
-    (folder / "NOTICE").write_text(notice, encoding="utf-8")
-    (folder / "MODEL_CARD.md").write_text(model_card, encoding="utf-8")
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "NOTICE", notice)
+    write_text(folder / "MODEL_CARD.md", model_card)
+    write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

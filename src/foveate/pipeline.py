@@ -22,7 +22,7 @@ from foveate.engine.forecast import full_cost
 from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler
 from foveate.engine.state import Request, bounds_of
 from foveate.families import LoadedModel, load_model
-from foveate.pipeline_options import Job, Options, Settings, resolve, warn_untrained
+from foveate.pipeline_options import Job, Options, resolve, settings_of, warn_untrained
 from foveate.pipeline_output import (
     Images,
     Milliseconds,
@@ -72,26 +72,31 @@ class Pipeline:
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
         revision: str | None = None,
-        local_files_only: bool = False,  # noqa: ARG003 - always true here
+        local_files_only: bool = False,
     ) -> "Pipeline":
-        """Loads a bundled model, a model folder, or the shape of a published model.
+        """Loads a bundled model, a model folder (also from the hub), or the shape of a published model.
 
         Args:
-            name_or_path: A registered name, or a folder with config.json.
+            name_or_path: A registered name, a folder with config.json, or `owner/name` of such a folder on the hub.
             weights: `pretrained`, or `random`, which fills the shape with noise, for timing; the text features are then
                 random as well.
             dtype: What the model computes in, whatever the files hold: float32, bfloat16 or float16.
             device: Where it runs.
-            revision: Of a hub model; this version has none, so it must be None.
-            local_files_only: This version never reaches for the network, whatever is said here.
+            revision: Branch, tag or commit of a hub model; None elsewhere.
+            local_files_only: Never reaches for the network: a hub model must have been fetched before.
 
         Raises:
             FoveateError: An unknown name, dtype or device.
             CheckpointError: The folder is incomplete, damaged or of another model.
         """
-        if revision is not None:
-            raise FoveateError("revision needs a hub model; this version loads bundled names and local folders")
-        model = load_model(name_or_path, weights=weights, dtype=_dtype(dtype), device=_device(device))
+        model = load_model(
+            name_or_path,
+            weights=weights,
+            dtype=_dtype(dtype),
+            device=_device(device),
+            revision=revision,
+            local_files_only=local_files_only,
+        )
         return cls(model)
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
@@ -145,7 +150,7 @@ class Pipeline:
 
     def _job(self, prompts: str | Sequence[str], options: Options) -> Job:
         """The completed call; warns about sizes that trained weights never saw."""
-        job = resolve(prompts, Settings(**options), self.model.spec)
+        job = resolve(prompts, settings_of(options), self.model.spec)
         if self.model.weights == "pretrained":
             warn_untrained(job, self.model.spec)
         return job
@@ -294,8 +299,14 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
-    except RuntimeError:
-        raise FoveateError(f'device must be "cpu", "cuda" or "cuda:N", got {device!r}') from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise FoveateError(f'device {device} needs a CUDA build of torch and a GPU, there is none; use "cpu"')
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or (found.type != "cuda" and str(found) != "cpu"):
+        raise FoveateError(f'device must be "cpu", "cuda" or "cuda:N", got {str(device)!r}')
+    if found.type == "cuda":
+        if not torch.cuda.is_available():
+            raise FoveateError(f'device {device} needs a CUDA build of torch and a GPU, there is none; use "cpu"')
+        count = torch.cuda.device_count()
+        if found.index is not None and found.index >= count:
+            raise FoveateError(f"device {device} does not exist; there are {', '.join(f'cuda:{i}' for i in range(count))}")
     return found

@@ -4,13 +4,13 @@ import logging
 import math
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
-from foveate.core.errors import FoveateError
+from foveate.core.errors import FoveateError, unknown
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.plan import Policy
 from foveate.core.schedule import ScaleSchedule, parse_ratio, ratio_name, sizes
@@ -123,6 +123,19 @@ class Settings:
         _require(self.generator is None or is_reference, 'generator needs rng="reference"; use seed with rng="keyed"')
         _require(self.generator is None or self.seed is None, "give a seed or a generator, not both")
         _require(not (is_reference and self.batch_invariant), 'batch_invariant needs rng="keyed"')
+
+
+def settings_of(options: Options) -> Settings:
+    """The options of a call, checked.
+
+    Raises:
+        FoveateError: There is no such option (the closest is named), or a value that no model could take.
+    """
+    known = [field.name for field in fields(Settings)]
+    for name in options:
+        if name not in known:
+            raise unknown("option", name, known)
+    return Settings(**options)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

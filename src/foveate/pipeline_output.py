@@ -126,6 +126,7 @@ def merge_traces(traces: Sequence[Trace]) -> Trace:
         bytes_per_element=traces[0].bytes_per_element,
         peak_kv_bytes=sum(t.peak_kv_bytes for t in traces),
         unfired=tuple(name for name in traces[0].unfired if all(name in t.unfired for t in traces)),
+        stopped=frozenset(i for i, trace in enumerate(traces) if trace.stopped),
     )
     merged.scales = [_merge_scale([t.scales[s] for t in traces]) for s in range(len(traces[0].scales))]
     return merged

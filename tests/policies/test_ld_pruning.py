@@ -176,15 +176,20 @@ def replayed(result: Result, name: str, policy: LDPruning) -> None:
     patch, num_scales = subject.schedule.patch, len(subject.schedule)
     for image in range(len(SEEDS)):
         f_hat = torch.zeros_like(result.f_hat[:1])
-        residual, source = torch.zeros(1, 8, 1, 1), None
+        residual, memory = torch.zeros(1, 8, 1, 1), None
         for scale, (h, w) in enumerate(subject.schedule.grids):
             size, choice = (h * patch, w * patch), result.choices[scale]
             kept = choice.positions(image, h * w)
             if scale >= num_scales - policy.lhep_scales:
-                source = residual if source is None or policy.energy_from == "previous" else source
-                energy = loop_enlarge(loop_smooth(loop_haar(source[0].double().tolist())), size)
+                energy = loop_enlarge(loop_smooth(loop_haar(residual[0].double().tolist())), size)
                 tokens = F.avg_pool2d(torch.tensor(energy, dtype=torch.float64)[None], patch).flatten().tolist()
+                if memory is not None and policy.energy_from == "last_computed":
+                    before, ran, (bh, bw) = memory
+                    old = [e for row in loop_enlarge(before, (h, w)) for e in row]
+                    ran_there = [(r * bh // h) * bw + c * bw // w in ran for r in range(h) for c in range(w)]
+                    tokens = [new if did else was for new, was, did in zip(tokens, old, ran_there, strict=True)]
                 assert_same_but_ties(kept, tokens, policy.energy_share)
+                memory = ([tokens[r * w : (r + 1) * w] for r in range(h)], set(kept), (h, w))
             else:
                 assert kept == list(range(h * w))
             whole = torch.zeros(h * w, choice.symbols[image].shape[-1], dtype=torch.long)
@@ -425,3 +430,13 @@ def test_wrong_settings_are_refused_by_name(field: str, value: object):
 def test_skipping_every_scale_is_refused():
     with pytest.raises(FoveateError, match="skip_last must be less than the 5 scales, got 5"):
         LDPruning(skip_last=5).bind(toy("square").schedule, toy("square").model.shape)
+
+
+def test_a_rule_that_is_off_reads_no_logits_of_a_neighbour():
+    """Signals are shared in a composition: the part without SATS must not stop the branch on the other part's logits."""
+    subject = toy("square")
+    strict = "ld-pruning:lhep=false,sats_threshold=0.01"
+    alone = run(subject, load_policy(strict))
+    composed = run(subject, load_policy(f"ld-pruning:lhep=false,sats=false|{strict}"))
+    assert same_bits(alone, composed)
+    assert not same_bits(run(subject, load_policy("ld-pruning:lhep=false,sats_threshold=9.0")), alone)

@@ -1,12 +1,11 @@
 """The registered policies as plain data, read from their classes."""
 
-import difflib
 import inspect
 import sys
 from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
-from foveate.core.errors import FoveateError
+from foveate.core.errors import unknown
 from foveate.core.plan import Policy
 from foveate.policies.registry import PRESETS, all_policies, load_policy
 
@@ -30,10 +29,7 @@ def one_entry(name: str) -> dict[str, Any]:
         return {"policies": [_policy(wanted, known[wanted])], "presets": []}
     if wanted in PRESETS:
         return {"policies": [], "presets": [_preset(wanted)]}
-    names = [*known, *PRESETS]
-    close = difflib.get_close_matches(wanted, names, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    raise FoveateError(f"no policy {name!r}; {hint}there are {', '.join(names)}")
+    raise unknown("policy", wanted, [*known, *PRESETS])
 
 
 def _policy(name: str, policy: type[Policy]) -> dict[str, Any]:

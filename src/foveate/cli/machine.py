@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from foveate.cli.loading import check_model_name
 from foveate.cli.registered import count_parameters, default_schedule, file_bytes
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.schedule import ScaleSchedule
@@ -59,7 +58,6 @@ def needs(name: str) -> dict[str, Any]:
     Raises:
         FoveateError: There is no such model.
     """
-    check_model_name(name)
     folder = None if name in SHAPES else find_folder(name)
     spec = SHAPES[name] if folder is None else ModelSpec.from_json(read_config(folder))
     schedule = default_schedule(spec)

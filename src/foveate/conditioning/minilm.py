@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Float16, Int, Int8
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError, FoveateError
 
 WEIGHTS_NAME = "text_encoder.safetensors"
@@ -260,21 +261,18 @@ class TextEncoder:
             The encoder, on the CPU.
 
         Raises:
-            CheckpointError: If one of the two files is missing, or the weights carry no configuration or do not fit it.
+            CheckpointError: If one of the two files is missing or damaged, or the weights carry no configuration or do
+                not fit it.
         """
         for name in (WEIGHTS_NAME, TOKENIZER_NAME):
             if not (path / name).is_file():
                 raise CheckpointError(f"a text encoder needs {name}, no such file in {path}")
-        with safe_open(path / WEIGHTS_NAME, "pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-        if "config" not in metadata:
-            raise CheckpointError(f"{path / WEIGHTS_NAME} must carry `config` in its metadata, got {sorted(metadata)}")
-        model = MiniLM(MiniLMConfig(**json.loads(metadata["config"])))
+        model = _read_model(path / WEIGHTS_NAME)
         try:
-            model.load_state_dict(_unpack(load_file(path / WEIGHTS_NAME)))
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointError(f"{path / WEIGHTS_NAME} must fit its own configuration: {error}") from error
-        return cls(model=model.to(dtype), tokenizer=Tokenizer.from_file(str(path / TOKENIZER_NAME)))
+            tokenizer = Tokenizer.from_file(str(path / TOKENIZER_NAME))
+        except Exception as error:  # the tokenizers package raises nothing narrower
+            raise CheckpointError(f"{path / TOKENIZER_NAME}: not a readable tokenizer ({_one_line(error)})") from error
+        return cls(model=model.to(dtype), tokenizer=tokenizer)
 
     def save(self, path: Path, *, quantise: bool = True) -> None:
         """Writes `text_encoder.safetensors` and `tokenizer.json`.
@@ -286,12 +284,10 @@ class TextEncoder:
         """
         path.mkdir(parents=True, exist_ok=True)
         weights = {name: w.cpu().contiguous() for name, w in self.model.state_dict().items()}
-        save_file(
-            _pack(weights) if quantise else weights,
-            path / WEIGHTS_NAME,
-            metadata={"config": json.dumps(asdict(self.model.config))},
-        )
-        (path / TOKENIZER_NAME).write_text(self.tokenizer.to_str(), encoding="utf-8")
+        metadata = {"config": json.dumps(asdict(self.model.config))}
+        with replace_file(path / WEIGHTS_NAME) as partial:
+            save_file(_pack(weights) if quantise else weights, partial, metadata=metadata)
+        write_text(path / TOKENIZER_NAME, self.tokenizer.to_str())
 
     def encode(self, prompts: list[str]) -> list[Tensor]:
         """Computes the token features of each prompt.
@@ -327,6 +323,32 @@ class TextEncoder:
         ids_BT = torch.tensor([ids], device=self.model.embeddings.word_embeddings.weight.device)
         x_BTE: Tensor = self.model(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
         return x_BTE[0].float()
+
+
+def _read_model(path: Path) -> MiniLM:
+    """The model of a weight file that carries its configuration."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable weight file, fetch it again ({_one_line(error)})") from error
+    if "config" not in metadata:
+        raise CheckpointError(f"{path} must carry `config` in its metadata, got {sorted(metadata)}")
+    try:
+        config = MiniLMConfig(**json.loads(metadata["config"]))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: `config` in its metadata is damaged ({_one_line(error)})") from error
+    try:
+        model = MiniLM(config)
+        model.load_state_dict(_unpack(stored))
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} must fit its own configuration: {_one_line(error)}") from error
+    return model
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _pack(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,8 @@
 """Errors that foveate raises for what a caller can get wrong."""
 
+import difflib
+from collections.abc import Sequence
+
 
 class FoveateError(ValueError):
     """Something a caller can mend; the message says what was asked, what came and the remedy."""
@@ -15,6 +18,20 @@ class CheckpointError(FoveateError):
 
 class UnsupportedError(FoveateError):
     """What was asked for exists in the field but not in this version of foveate."""
+
+
+def unknown(kind: str, name: str, known: Sequence[str], rest: str = "") -> FoveateError:
+    """The error for a name that does not exist: suggests the closest one and lists all.
+
+    Args:
+        kind: What the name should be one of, such as `policy`.
+        name: What came.
+        known: What there is.
+        rest: Said behind the list.
+    """
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return FoveateError(f"no {kind} {name!r}; {hint}there are {', '.join(known)}{rest}")
 
 
 class Cancelled(Exception):  # noqa: N818 - a request to stop is not an error

@@ -34,7 +34,7 @@ class GuidanceSchedule:
         An `insertion` of -j combines the hidden states after block depth-j, and the logits no more.
 
         Raises:
-            FoveateError: A list of another length, or an insertion outside the blocks.
+            FoveateError: A list with fewer values than scales, or an insertion outside the blocks.
         """
         values = [float(cfg)] * num_scales if isinstance(cfg, int | float) else [float(c) for c in cfg]
         if len(values) < num_scales:

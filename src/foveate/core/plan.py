@@ -152,6 +152,15 @@ class ScalePlan:
             active_Bl = mask_Bl if active_Bl is None else active_Bl & mask_Bl
         return active_Bl
 
+    def on(self, device: torch.device) -> "ScalePlan":
+        """The same plan with its tensors on a device."""
+        return replace(
+            self,
+            selections=tuple(replace(s, score_Bl=s.score_Bl.to(device)) for s in self.selections),
+            depths=tuple(replace(d, depth_Bl=d.depth_Bl.to(device)) for d in self.depths),
+            weight_Bl=None if self.weight_Bl is None else self.weight_Bl.to(device),
+        )
+
     def meet(self, other: "ScalePlan") -> "ScalePlan":
         """What both plans let run.
 
@@ -322,9 +331,18 @@ class BoundComposed(Bound):
     def __init__(self, parts: Sequence[Policy], bounds: Sequence[Bound]) -> None:
         self.parts, self.bounds = tuple(parts), tuple(bounds)
         self.directives = tuple(dict.fromkeys(d for bound in bounds for d in bound.directives))
-        self.notes = tuple(note for bound in bounds for note in bound.notes)
+        self.notes = tuple(note for bound in bounds for note in bound.notes) + self._shared_promises()
         narrowing = [b for b in bounds if {Directive.TOKENS, Directive.BLOCKS} & set(b.directives)]
         self.is_static = all(bound.is_static for bound in bounds) and len(narrowing) <= 1
+
+    def _shared_promises(self) -> tuple[str, ...]:
+        """Kinds of saving that several parts promise: a report of unfired promises cannot tell them apart."""
+        notes = []
+        for kind in self.directives:
+            names = [p.name for p, bound in zip(self.parts, self.bounds, strict=True) if kind in bound.directives]
+            if len(names) > 1:
+                notes.append(f"{' and '.join(names)} both promise to {kind.value}; one of them may have done nothing")
+        return tuple(notes)
 
     def record(self, scale: int) -> frozenset[Signal]:
         """Union of what the parts record."""

@@ -1,4 +1,4 @@
-"""What the engine asks of a transformer, a tokenizer and a conditioner, and what it offers to a block.
+"""What the engine asks of a transformer and a tokenizer, and what it offers to a block.
 
 The engine packs the tokens of all rows into one list (`core.rows`), so a block sees `x_nC` and never a batch. A block
 is a short list of sublayers; sublayer j returns its *delta*, which the engine adds. The only thing a block needs beside

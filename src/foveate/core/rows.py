@@ -6,7 +6,7 @@ A row is one image in one branch. Everything in front of, between and behind the
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int
@@ -36,10 +36,6 @@ class Rows:
     def uniform(self) -> int | None:
         """The common count if all rows have the same one, else None."""
         return self.counts[0] if len(set(self.counts)) == 1 else None
-
-    def slices(self) -> list[slice]:
-        """One slice of the packed list per row."""
-        return [slice(a, b) for a, b in pairwise(self.starts)]
 
     def row_of_token(self, device: torch.device) -> Int[Tensor, " n"]:
         """The row that each token belongs to."""

@@ -100,11 +100,12 @@ class ScaleSchedule:
 
     @classmethod
     def from_grids(cls, grids: Sequence[Grid], finest: Grid | None = None, patch: int = 1) -> "ScaleSchedule":
-        """A schedule of any grids; `finest` follows from the template that ends or begins the same way, if one does."""
+        """A schedule of any grids; `finest` is that of the template that begins like it or holds its last grid."""
         known = tuple((int(h), int(w)) for h, w in grids)
         if finest is None:
             alike = [template[-1] for template in TEMPLATES.values() if template[: len(known)] == known]
-            finest = (alike or known[-1:])[0]
+            ending = [template[-1] for template in TEMPLATES.values() if known[-1:] and known[-1] in template]
+            finest = (alike or ending or known[-1:])[0]
         return cls(grids=known, finest=finest, patch=patch)
 
     @classmethod

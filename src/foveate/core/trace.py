@@ -34,7 +34,10 @@ class ScaleTrace:
 
 @dataclass(kw_only=True, slots=True)
 class Trace:
-    """All scales of a request, the text lengths of its rows, and what the policy promised but never did."""
+    """All scales of a request, the text lengths of its rows, and what the policy promised but never did.
+
+    `stopped` holds the images whose unconditional branch a plan stopped (not those where guidance itself ended).
+    """
 
     shape: ModelShape
     text_tokens: dict[Row, int]
@@ -44,6 +47,7 @@ class Trace:
     text_ms: float = 0.0
     decoder_ms: float = 0.0
     unfired: tuple[str, ...] = ()
+    stopped: frozenset[int] = frozenset()
 
     @property
     def transformer_ms(self) -> float:
@@ -56,15 +60,14 @@ class Trace:
         return request_cost([s.work for s in self.scales], self.shape, self.text_tokens, self.bytes_per_element)
 
     def fired(self) -> set[Directive]:
-        """Which kinds of saving happened somewhere."""
+        """Which kinds of saving a plan brought about somewhere."""
         found: set[Directive] = set()
         images = {image for image, _ in self.text_tokens}
-        guided = {image for image, is_cond in self.text_tokens if not is_cond}
         for s in self.scales:
             if not s.ran:
                 found.add(Directive.SCALES)
                 continue
-            if guided - {image for image, is_cond in s.work.rows if not is_cond}:
+            if self.stopped - {image for image, is_cond in s.work.rows if not is_cond}:
                 found.add(Directive.BRANCH)
             conditional = [s.work.rows[(image, True)] for image in images]
             if any(row.head_tokens < s.work.grid_tokens for row in conditional):
@@ -82,6 +85,7 @@ class Trace:
             "ms": {"text": self.text_ms, "transformer": self.transformer_ms, "decoder": self.decoder_ms},
             "peak_kv_bytes": self.peak_kv_bytes,
             "unfired": list(self.unfired),
+            "stopped": sorted(self.stopped),
             "scales": [
                 {
                     "scale": s.scale,
@@ -113,6 +117,7 @@ class Trace:
             text_ms=data["ms"]["text"],
             decoder_ms=data["ms"]["decoder"],
             unfired=tuple(data["unfired"]),
+            stopped=frozenset(data["stopped"]),
         )
         for s in data["scales"]:
             rows = {

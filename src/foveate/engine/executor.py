@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core.cost import Row
-from foveate.core.errors import PlanConflictError
+from foveate.core.errors import PlanConflictError, UnsupportedError
 from foveate.core.plan import Base, Bound, Fill, ScalePlan
 from foveate.core.protocols import BlockContext, NextScaleModel, ScaleTokenizer
 from foveate.core.rows import Rows
@@ -51,17 +51,22 @@ class Engine:
             PlanConflictError: A plan asks for what cannot be done.
         """
         _refuse_equal_branches(bound, request)
+        began = time.perf_counter()
         with torch.inference_mode():
             state = RequestState.open(self.model, self.tokenizer, bound, request)
         for scale in request.schedule.scales:
             with torch.inference_mode():
-                self._step(state, scale, request, bound)
+                self._step(state, scale, request, bound, began)
             yield ScaleStep(scale=scale.index, f_hat_BZHW=state.f_hat_BZHW, trace=state.trace)
+            began = time.perf_counter()
 
-    def _step(self, state: RequestState, scale: Scale, request: Request, bound: Bound) -> None:
-        """Asks for the plan of a scale, obeys it and notes what it took."""
-        began = time.perf_counter()
+    def _step(self, state: RequestState, scale: Scale, request: Request, bound: Bound, began: float) -> None:
+        """Asks for the plan of a scale, obeys it and notes what it took since `began`.
+
+        The first scale's time holds what the request prepares once: text keys and values, modulation, the cache.
+        """
         plan, state.policy = bound.plan(scale.index, state.signals, state.policy)
+        plan = plan.on(state.f_hat_BZHW.device)
         state.settle_branches(plan, request.guidance, scale.index)
         traced = self._scale(state, plan, scale, request, bound.record(scale.index)) if plan.runs else skipped(scale)
         _synchronise(state.f_hat_BZHW)
@@ -151,6 +156,8 @@ class Engine:
     def _enter(self, state: RequestState, scale: Scale, layout: TokenLayout) -> Float[Tensor, "n C"]:
         """Hidden states that enter the first block; both branches of an image share the embedding."""
         if scale.index == 0:
+            if scale.num_tokens != 1:
+                raise UnsupportedError(f"scale 0 must be one token, got the grid {scale.grid}")
             return self.model.start(state.prepared).clone()
         input_BZhw = self.tokenizer.next_input(state.f_hat_BZHW, scale.grid)
         return layout.pack(list(self.model.embed(input_BZhw, scale.index)))
@@ -191,7 +198,7 @@ def _refuse_equal_branches(bound: Bound, request: Request) -> None:
     if reads_logits and request.guidance.hidden_blocks:
         raise PlanConflictError(
             "guidance inside the blocks makes both branches' logits equal, so they cannot decide when to stop; "
-            "combine guidance on logits only, or switch that rule off (ld-pruning:sats=false)"
+            "combine guidance on logits only, or switch that rule off"
         )
 
 

@@ -58,12 +58,17 @@ class KVCache:
     def keep(self, rows: Sequence[int]) -> None:
         """Releases all other rows, block by block."""
         index = torch.tensor(rows, dtype=torch.long, device=self.scratch_k_RNMD.device)
+        # The scratch holds nothing between two scales. Giving it back first keeps the copies below the bound: it is at
+        # least as large as any block.
+        heads, behind, width = self.scratch_k_RNMD.shape[1:]
+        empty = self.scratch_k_RNMD.new_empty
+        self.scratch_k_RNMD = self.scratch_v_RNMD = empty(0)
         for block in range(len(self.lengths)):
             self.k_RNMD[block] = self.k_RNMD[block][index]
             self.v_RNMD[block] = self.v_RNMD[block][index]
             self.lengths[block] = [self.lengths[block][r] for r in rows]
-        self.scratch_k_RNMD = self.scratch_k_RNMD[: len(rows)].clone()
-        self.scratch_v_RNMD = self.scratch_v_RNMD[: len(rows)].clone()
+        self.scratch_k_RNMD = empty(len(rows), heads, behind, width)
+        self.scratch_v_RNMD = empty(len(rows), heads, behind, width)
 
     def slot(self, block: int, rows: Rows, is_stored: bool) -> "Slot":
         """The place where one block of one scale writes and reads."""

@@ -157,7 +157,9 @@ class RequestState:
                 f"scale {scale}: a dropped unconditional branch cannot return, image {image}; "
                 "drop it at every later scale, too"
             )
-        self.dropped |= images - asked
+        if is_needed:
+            self.dropped |= images - asked
+            self.trace.stopped = frozenset(self.dropped)
         stopped = images - asked if is_needed else images
         keep = [r for r, (image, is_cond) in enumerate(self.live) if is_cond or image not in stopped]
         if len(keep) < len(self.live):

@@ -7,7 +7,6 @@ Source: the published checkpoints of Infinity (arXiv 2412.04431) and their key n
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError, UnsupportedError
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
@@ -84,15 +84,15 @@ def save_sharded(state: State, folder: str | Path, stem: str, max_bytes: int = 1
     written = []
     for name, keys in zip(names, shards, strict=True):
         tensors = {key: state[key].detach().cpu().contiguous() for key in keys}
-        save_file(tensors, folder / f".{name}.part")
-        written.append(_publish(folder / f".{name}.part", folder / name))
+        with replace_file(folder / name) as partial:
+            save_file(tensors, partial)
+        written.append(folder / name)
     if len(shards) > 1:
         total = sum(tensor.nbytes for tensor in state.values())
         weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        part = folder / f".{stem}{INDEX_END}.part"
-        part.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        written.append(_publish(part, folder / f"{stem}{INDEX_END}"))
+        written.append(folder / f"{stem}{INDEX_END}")
+        write_text(written[-1], json.dumps(index, indent=1) + "\n")
     shard_name = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
     for old in folder.iterdir():
         if shard_name.fullmatch(old.name) and old not in written:
@@ -267,12 +267,6 @@ def _split(state: State, max_bytes: int) -> list[list[str]]:
         shards[-1].append(key)
         used += size
     return shards
-
-
-def _publish(part: Path, path: Path) -> Path:
-    """Gives a complete file its name."""
-    os.replace(part, path)
-    return path
 
 
 def _below(state: State, nests: Sequence[str]) -> dict[str, Tensor]:

@@ -24,16 +24,10 @@ from foveate.core.cost import ModelShape
 from foveate.core.plan import Bound, DepthMap, Directive, Fill, Policy, ScalePlan, require
 from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Signal, Signals
+from foveate.policies.scores import bit_reversal_order
 
 Curve = Literal["power", "linear", "step", "constant"]
 _CURVES = ("power", "linear", "step", "constant")
-
-
-def bit_reversal_order(num_blocks: int) -> tuple[int, ...]:
-    """Blocks in bit-reversal order: reversed over ceil(log2 P) bits, indices beyond the last block left out."""
-    bits = max(num_blocks - 1, 0).bit_length()
-    reversed_indices = (int(f"{i:0{bits}b}"[::-1], 2) if bits else 0 for i in range(1 << bits))
-    return tuple(i for i in reversed_indices if i < num_blocks)
 
 
 def apply_curve(percentile_Bl: Float[Tensor, "B l"], budget: float, curve: Curve) -> Float[Tensor, "B l"]:
@@ -72,7 +66,9 @@ def depth_scores(
     )
     num_tokens = change_Bl.shape[-1]
     rotated_Bl = (rank_Bl - round(rotation * num_tokens)) % num_tokens
-    return apply_curve((rotated_Bl.double() + 0.5) / num_tokens, budget, curve)
+    # One table for all images, made on the host: equal ranks get equal bits wherever they stand, on every device.
+    table_1l = apply_curve((torch.arange(num_tokens)[None].double() + 0.5) / num_tokens, budget, curve)
+    return table_1l[0].to(change_Bl.device)[rotated_Bl]
 
 
 class BoundDepthVAR(Bound):
@@ -83,7 +79,8 @@ class BoundDepthVAR(Bound):
         num_scales = len(schedule)
         reference = policy.reference_scale
         self.reference = reference if reference >= 0 else num_scales + reference
-        require(0 <= self.reference < num_scales, "reference_scale", f"one of {num_scales} scales", reference)
+        possible = f"in [-{num_scales}, {num_scales - 1}] on this schedule (-1 is off)"
+        require(0 <= self.reference < num_scales, "reference_scale", possible, reference)
         tokens = [scale.num_tokens for scale in schedule.scales]
         self.budgets = [min(1.0, tokens[self.reference] / n) for n in tokens]
         self.dynamic = [s for s in range(self.reference + 1, num_scales) if self.budgets[s] < 1]
@@ -104,7 +101,8 @@ class BoundDepthVAR(Bound):
     def record(self, scale: int) -> frozenset[Signal]:
         """Deltas and their size from the reference scale on, as long as a later scale reads them."""
         if self.dynamic and self.dynamic[0] - 1 <= scale < self.dynamic[-1]:
-            return frozenset({Signal.BLOCK_CHANGE, Signal.BLOCK_DELTAS})
+            deltas = {Signal.BLOCK_DELTAS} if self.policy.fill == "cached" else set()
+            return frozenset({Signal.BLOCK_CHANGE} | deltas)
         return frozenset()
 
     def rotation(self, scale: int) -> float:
@@ -118,8 +116,11 @@ class BoundDepthVAR(Bound):
 
     def plan(self, scale: int, signals: Signals | None, state: Any) -> tuple[ScalePlan, Any]:
         """A depth per token from the latest changes."""
-        if scale not in self.dynamic or signals is None or signals.block_change_Bl is None:
+        if scale not in self.dynamic:
             return ScalePlan(), state
+        if signals is None or signals.block_change_Bl is None:
+            # The scale before was left out by another policy, and so is this one in all shipped combinations.
+            return self.ceiling(scale), state
         grid = self.schedule.grids[scale]
         change_B1hw = signals.block_change_Bl.double().unflatten(-1, signals.grid)[:, None]
         change_Bl = F.interpolate(change_B1hw, size=grid, mode="bilinear", align_corners=False).flatten(1)

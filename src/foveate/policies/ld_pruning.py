@@ -12,7 +12,7 @@ Axes: B images, Z latent channels, (h, w) grids, l tokens, k tokens that ran, V 
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -75,11 +75,13 @@ def branch_gap(logits: BranchLogits, norm: Literal["rms", "l2"]) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _State:
-    """Per image: the latest gap and whether the branch still runs; and the energy's source, the latest residual."""
+    """Per image: the gap at scale `seen`, whether the branch still runs, and the latest energy and kept tokens."""
 
     gaps: tuple[float | None, ...] = ()
     is_guided: tuple[bool, ...] = ()
-    source_BZhw: Tensor | None = None
+    seen: int = -1
+    energy_B1hw: Tensor | None = None
+    kept_B1hw: Tensor | None = None
 
 
 class BoundLDPruning(Bound):
@@ -122,24 +124,31 @@ class BoundLDPruning(Bound):
         """Prunes by energy and stops branches."""
         if scale >= self.last:
             return ScalePlan(runs=False), state
-        state = self._watch_gap(signals, state) if signals is not None and signals.logits is not None else state
-        plan = ScalePlan(unconditional=state.is_guided if not all(state.is_guided) else None)
+        if self.has_sats and signals is not None and signals.logits is not None and signals.scale > state.seen:
+            state = self._watch_gap(signals, state)
+        unconditional = state.is_guided if not all(state.is_guided) else None
         if not self.has_lhep or scale < self.first_lhep or signals is None or signals.residual_BZhw is None:
-            return plan, state
-        source_BZhw = signals.residual_BZhw
-        if self.policy.energy_from == "last_computed" and state.source_BZhw is not None:
-            source_BZhw = state.source_BZhw
-        selection = TokenSelection(
-            score_Bl=self._token_energy(source_BZhw, scale), share=self.policy.energy_share, rule=Rule.MASS
-        )
+            return ScalePlan(unconditional=unconditional), state
+        energy_B1hw = self._token_energy(signals.residual_BZhw, scale, state)
+        selection = TokenSelection(score_Bl=energy_B1hw.flatten(1), share=self.policy.energy_share, rule=Rule.MASS)
+        kept_Bl = selection.narrow(torch.ones_like(selection.score_Bl, dtype=torch.bool))
         base = Base.PREVIOUS if self.policy.fill == "base" else Base.ZERO
-        pruned = ScalePlan(unconditional=plan.unconditional, selections=(selection,), base=base)
-        return pruned, _State(gaps=state.gaps, is_guided=state.is_guided, source_BZhw=source_BZhw)
+        plan = ScalePlan(unconditional=unconditional, selections=(selection,), base=base)
+        return plan, replace(state, energy_B1hw=energy_B1hw, kept_B1hw=kept_Bl.view_as(energy_B1hw))
 
-    def _token_energy(self, residual_BZhw: Tensor, scale: int) -> Float[Tensor, "B l"]:
-        """Energy per token: on the latent grid, averaged over the latents of a token."""
+    def _token_energy(self, residual_BZhw: Tensor, scale: int, state: _State) -> Float[Tensor, "B 1 y x"]:
+        """Energy per token: on the latent grid, averaged over the latents of a token.
+
+        With "last_computed", a token that did not run at the latest scale keeps the energy it had there.
+        """
         energy_Byx = detail_energy(residual_BZhw, self.schedule.latent_grid(scale))
-        return F.avg_pool2d(energy_Byx[:, None], self.schedule.patch).flatten(1)
+        energy_B1yx = F.avg_pool2d(energy_Byx[:, None], self.schedule.patch)
+        if self.policy.energy_from == "previous" or state.energy_B1hw is None or state.kept_B1hw is None:
+            return energy_B1yx
+        grid = self.schedule.grids[scale]
+        old_B1yx = F.interpolate(state.energy_B1hw, size=grid, mode="bilinear", align_corners=False)
+        was_kept_B1yx = F.interpolate(state.kept_B1hw.double(), size=grid, mode="nearest") > 0
+        return torch.where(was_kept_B1yx, energy_B1yx, old_B1yx)
 
     def _watch_gap(self, signals: Signals, state: _State) -> _State:
         """Eq. 13: gamma = |gap - previous gap| / previous gap, below the threshold once is enough."""
@@ -152,7 +161,7 @@ class BoundLDPruning(Bound):
                 continue
             gamma = abs(gap - previous) / (previous + 1e-8)
             is_guided[image] = is_guided[image] and gamma >= self.policy.sats_threshold
-        return _State(gaps=tuple(gaps), is_guided=tuple(is_guided), source_BZhw=state.source_BZhw)
+        return replace(state, gaps=tuple(gaps), is_guided=tuple(is_guided), seen=signals.scale)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,8 +170,8 @@ class LDPruning(Policy):
 
     `energy_share` (rho, in (0, 1]) of the energy is refined on the last `lhep_scales` scales; the unconditional branch
     may stop on the last `sats_scales` once its gap changes by less than `sats_threshold` (delta). `skip_last` scales do
-    not run at all. `energy_from` = "last_computed" ranks by the residual in front of the first pruned scale throughout,
-    since areas once dropped look flat to later scales.
+    not run at all. `energy_from` = "last_computed" lets a dropped token keep the energy it had when it last ran, since
+    areas once dropped look flat to later scales.
     """
 
     name: ClassVar[str] = "ld-pruning"

@@ -1,6 +1,5 @@
 """Policies by name, spec string or YAML file; other packages add theirs through the entry point `foveate.policies`."""
 
-import difflib
 import warnings
 from dataclasses import fields
 from importlib.metadata import entry_points
@@ -9,7 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from foveate.core.errors import FoveateError
+from foveate.core.errors import FoveateError, unknown
 from foveate.core.plan import Composed, Policy
 from foveate.policies.depthvar import DepthVAR
 from foveate.policies.drop_branch import DropBranch
@@ -49,12 +48,6 @@ def all_policies() -> dict[str, type[Policy]]:
     return found
 
 
-def _unknown(kind: str, name: str, known: list[str]) -> FoveateError:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return FoveateError(f"no {kind} {name!r}; {hint}there are {', '.join(known)}")
-
-
 def _value(policy: type[Policy], name: str, text: str) -> Any:
     """A field's value from text, by the field's annotation."""
     kind = get_type_hints(policy)[name]
@@ -81,7 +74,7 @@ def _build(name: str, given: dict[str, Any]) -> Policy:
         preset = load_policy(PRESETS[name][0])
         return _with(preset, type(preset), given)
     if name not in known:
-        raise _unknown("policy", name, [*known, *PRESETS])
+        raise unknown("policy", name, [*known, *PRESETS])
     return _with(None, known[name], given)
 
 
@@ -91,7 +84,7 @@ def _with(base: Policy | None, kind: type[Policy], given: dict[str, Any]) -> Pol
     for key, value in given.items():
         field_name = key.strip().replace("-", "_")
         if field_name not in names:
-            raise _unknown(f"field of {kind.name}", field_name, names or ["(none)"])
+            raise unknown(f"field of {kind.name}", field_name, names or ["(none)"])
         values[field_name] = _value(kind, field_name, str(value).strip())
     return kind(**values)
 

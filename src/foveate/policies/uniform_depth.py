@@ -12,12 +12,7 @@ from foveate.core.cost import ModelShape
 from foveate.core.plan import Bound, DepthMap, Directive, Fill, Policy, ScalePlan, require
 from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Signal, Signals
-
-
-def _bit_reversal(num_blocks: int) -> tuple[int, ...]:
-    """Blocks sorted by their index read backwards in binary: early entries lie far apart."""
-    bits = max(num_blocks - 1, 0).bit_length()
-    return tuple(sorted(range(num_blocks), key=lambda i: f"{i:0{bits}b}"[::-1]))
+from foveate.policies.scores import bit_reversal_order
 
 
 class BoundUniformDepth(Bound):
@@ -27,7 +22,7 @@ class BoundUniformDepth(Bound):
         self.policy, self.schedule = policy, schedule
         self.first = max(len(schedule) - policy.num_scales, 1)
         self.depth = min(num_blocks, max(1, round(policy.keep_ratio * num_blocks)))
-        self.order = _bit_reversal(num_blocks)
+        self.order = bit_reversal_order(num_blocks)
         self.is_on = self.depth < num_blocks and self.first < len(schedule)
         self.directives = (Directive.BLOCKS,) if self.is_on else ()
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-Grid = tuple[int, int]
+from foveate.core.schedule import Grid
 
 
 def resize(map_BZhw: Float[Tensor, "B Z h w"], grid: Grid) -> Float[Tensor, "B Z y x"]:

@@ -85,20 +85,20 @@ def load_recipe(path: Path, minutes_scale: float = 1.0) -> Recipe:
         )
         notice = (path.parent / data["notice"]).read_text(encoding="utf-8")
         card = (path.parent / data["card"]).read_text(encoding="utf-8")
-        defaults = Defaults(**data["defaults"])
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in data["defaults"].items()}
+        return Recipe(
+            name=data["name"],
+            budget=data["budget"],
+            corpus=corpus,
+            tokenizer=tokenizer,
+            transformer=transformer,
+            defaults=Defaults(**tuples),
+            sheet=tuple(data["sheet"]),
+            notice=notice,
+            card=card,
+        )
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise FoveateError(f"cannot read the training file {path}: {error!r}") from None
-    return Recipe(
-        name=data["name"],
-        budget=data["budget"],
-        corpus=corpus,
-        tokenizer=tokenizer,
-        transformer=transformer,
-        defaults=defaults,
-        sheet=tuple(data["sheet"]),
-        notice=notice,
-        card=card,
-    )
 
 
 def _optimisation(fields: dict[str, Any], minutes_scale: float) -> Optimisation:
@@ -163,7 +163,7 @@ class TrainingFolder:
 
         checkpoint = self.out / "tokenizer.ckpt"
         weights = train_tokenizer(self.recipe.tokenizer, seen, checkpoint, self.log, draw)
-        save_file({name: value.contiguous() for name, value in weights.items()}, path)
+        _save(weights, path)
         for name, drawings in (("seen", seen), ("held out", held_out)):
             if len(drawings):
                 self.log(f"tokenizer PSNR on {name} drawings: {self._psnr(drawings):.2f} dB")
@@ -190,7 +190,7 @@ class TrainingFolder:
 
         checkpoint = self.out / "transformer.ckpt"
         weights = train_transformer(self.recipe.transformer, examples, checkpoint, self.log, draw)
-        save_file({name: value.contiguous() for name, value in weights.items()}, path)
+        _save(weights, path)
         draw(weights)
         return path
 
@@ -231,7 +231,9 @@ class TrainingFolder:
         """The text encoder with the rounding that users get, so that training sees the same features."""
         folder = self.out / "text_encoder"
         if not folder.exists():
-            import_minilm().save(folder)
+            partial = folder.with_name("text_encoder.partial")
+            import_minilm().save(partial)
+            partial.replace(folder)
         return TextEncoder.from_folder(folder)
 
     def _psnr(self, drawings: UInt8[np.ndarray, "n Y X 4"]) -> float:
@@ -249,12 +251,12 @@ class TrainingFolder:
         model = self._infinity(weights)
         tokenizer = BSQTokenizer(self.autoencoder())
         heat = self.recipe.defaults.temperature
-        temperatures = heat if isinstance(heat, tuple) else (heat,) * len(schedule)
+        temperatures = heat[: len(schedule)] if isinstance(heat, tuple) else (heat,) * len(schedule)
         request = Request(
             schedule=schedule,
             guidance=GuidanceSchedule.from_infinity(self.recipe.defaults.guidance_scale, len(schedule)),
             temperatures=temperatures,
-            filters=(Filter(top_k=0, top_p=0.0),) * len(schedule),
+            filters=(Filter(top_k=self.recipe.defaults.top_k, top_p=self.recipe.defaults.top_p),) * len(schedule),
             sampler=KeyedSampler(seeds=tuple(range(len(prompts)))),
             conditions=tuple(encoder.encode(list(prompts))),
             num_images=len(prompts),
@@ -263,13 +265,20 @@ class TrainingFolder:
         save_sheet(tokenizer.decode(last.f_hat_BZHW), 8, path)
 
 
+def _save(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Writes weights by atomic rename: a file that exists is whole."""
+    partial = path.with_suffix(".partial")
+    save_file({name: value.contiguous() for name, value in weights.items()}, partial)
+    partial.replace(path)
+
+
 def _drawings(corpus: Corpus, split: str) -> UInt8[np.ndarray, "n Y X 4"]:
     index = [drawing.index for drawing in corpus.split(split)]
     return np.ascontiguousarray(corpus.images_NYXc[index])
 
 
 def save_sheet(pixels: Tensor, columns: int, path: Path) -> None:
-    """Writes pixels in [-1, 1] as one picture of many, by atomic rename."""
+    """Writes pixels in [-1, 1] as one picture of many, complete or not at all."""
     images = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     rows = math.ceil(len(images) / columns)
     size = images.shape[1]
@@ -277,6 +286,5 @@ def save_sheet(pixels: Tensor, columns: int, path: Path) -> None:
     for i, image in enumerate(images):
         y, x = divmod(i, columns)
         sheet[y * size : (y + 1) * size, x * size : (x + 1) * size] = image
-    partial = path.with_suffix(".partial.png")
-    Image.fromarray(sheet).save(partial)
-    partial.replace(path)
+    with replace_file(path) as partial:
+        Image.fromarray(sheet).save(partial, format="PNG")

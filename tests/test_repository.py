@@ -1,0 +1,78 @@
+"""What a stranger meets first: the bundled model, the pages and their links, and the README's examples."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import foveate as fv
+from foveate.families import DATA
+from foveate.pipeline import Pipeline, stack_uint8
+from foveate.policies.registry import REGISTRY
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def emoji() -> Pipeline:
+    pipe = Pipeline.from_pretrained("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def full(emoji: Pipeline) -> torch.Tensor:
+    return latent(emoji, "full")
+
+
+def latent(pipe: Pipeline, policy: object, prompts: tuple[str, ...] = ("hamburger",), **options: object) -> torch.Tensor:
+    return pipe.generate(prompts, seed=7, policy=policy, output_type="latent", **options).images
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere_and_tables_are_filled(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
+        assert (page.parent / link).exists(), link
+    assert not re.search(r"<!-- table:\S+ -->\s*<!-- /table -->|<!-- notes:|to be written", text)
+
+
+def test_the_model_card_and_the_notice_travel_with_the_weights() -> None:
+    card = (DATA / "emoji-tiny" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "memorises" in card
+    assert "to be written" not in card
+    assert "Microsoft" in (DATA / "emoji-tiny" / "NOTICE").read_text(encoding="utf-8")
+
+
+def test_the_bundled_model_draws_a_picture_that_depends_on_the_prompt(emoji: Pipeline) -> None:
+    pictures = stack_uint8(emoji.generate(["hamburger", "cactus"], seed=7).images)
+    assert pictures.shape == (2, 256, 256, 3)
+    assert np.abs(pictures[0].astype(int) - pictures[1]).mean() > 10
+    corners = pictures[:, [4, 4, -4, -4], [4, -4, 4, -4]]
+    assert corners.mean() > 235, "drawings stand on white"
+
+
+@pytest.mark.parametrize("name", list(REGISTRY))
+def test_neutral_equals_full_on_the_bundled_model(emoji: Pipeline, full: torch.Tensor, name: str) -> None:
+    assert torch.equal(latent(emoji, REGISTRY[name].neutral()), full)
+
+
+@pytest.mark.parametrize("policy", ["full", "ld-pruning", "depthvar"])
+def test_alone_and_in_a_batch_on_the_bundled_model(emoji: Pipeline, policy: str) -> None:
+    alone = latent(emoji, policy)
+    batch = latent(emoji, policy, ("a green cactus in the desert", "hamburger"), batch_invariant=True)
+    assert torch.equal(batch[1], alone[0])
+
+
+def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert code is not None
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    exec(compile(code[1], "README.md", "exec"), scope)
+    assert (tmp_path / "apple.png").stat().st_size > 1000
+    assert isinstance(scope["pipe"], fv.Pipeline)
