@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
+from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
 from foveate.eval.compare import ComparisonReport, compare
 from foveate.pipeline import Pipeline
@@ -111,7 +112,8 @@ def save(drawn: list[Drawn], comparisons: dict[str, ComparisonReport], folder: P
     for policy, comparison in comparisons.items():
         paths.append(comparison.to_html(folder / f"{policy}-against-full.html"))
     paths.append(folder / "sheet.png")
-    contact_sheet(drawn).save(paths[-1])
+    with replace_file(paths[-1]) as partial:
+        contact_sheet(drawn).save(partial, format="PNG")
     return paths
 
 

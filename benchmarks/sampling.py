@@ -7,6 +7,7 @@ Sixty prompts, one seed; a picture counts if its nearest drawing of the whole co
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,7 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     for guidance in GUIDANCE:
         for temperature in TEMPERATURE:
-            options = {"seed": 0, "guidance_scale": guidance, "temperature": temperature}
+            options: dict[str, Any] = {"seed": 0, "guidance_scale": guidance, "temperature": temperature}
             parts = [pipe.generate(wanted[i : i + 10], **options).images for i in range(0, len(wanted), 10)]
             found = nearest(features(np.concatenate([stack_uint8(p) for p in parts]), network=network), real)
             hits = np.mean([drawings[i].label == label for i, label in zip(found, wanted, strict=True)])

@@ -28,7 +28,7 @@ def full(emoji: Pipeline) -> torch.Tensor:
     return latent(emoji, "full")
 
 
-def latent(pipe: Pipeline, policy: object, prompts: tuple[str, ...] = ("hamburger",), **options: object) -> torch.Tensor:
+def latent(pipe: Pipeline, policy: object, prompts: tuple[str, ...] = ("hamburger",), **options: bool) -> torch.Tensor:
     return pipe.generate(prompts, seed=7, policy=policy, output_type="latent", **options).images
 
 

@@ -297,6 +297,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def _device(device: str | torch.device) -> torch.device:
+    found: torch.device | None
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError):
@@ -308,5 +309,6 @@ def _device(device: str | torch.device) -> torch.device:
             raise FoveateError(f'device {device} needs a CUDA build of torch and a GPU, there is none; use "cpu"')
         count = torch.cuda.device_count()
         if found.index is not None and found.index >= count:
-            raise FoveateError(f"device {device} does not exist; there are {', '.join(f'cuda:{i}' for i in range(count))}")
+            there = ", ".join(f"cuda:{i}" for i in range(count))
+            raise FoveateError(f"device {device} does not exist; there are {there}")
     return found

@@ -1,8 +1,6 @@
 """Pictures that can be made again: the whole batch's configuration in a PNG text chunk, read back and rerun."""
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,15 +11,19 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
+from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
 from foveate.core.plan import Policy
 from foveate.families import model_names
 from foveate.pipeline import Pipeline
+from foveate.pipeline_options import Options, resolve, settings_of
 from foveate.pipeline_output import PipelineOutput
 from foveate.policies.registry import all_policies, join
 
 CHUNK = "foveate"
 """Name of the text chunk."""
+
+_MAX_THREADS = 4096
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -45,24 +47,11 @@ def save_png(image: Image.Image, path: str | Path, config: Mapping[str, Any]) ->
     Returns:
         The path.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FoveateError(f"cannot write {path}: there is no folder {path.parent}")
     text = PngImagePlugin.PngInfo()
     text.add_text(CHUNK, json.dumps(config, separators=(",", ":")))
-    handle, partial = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=text)
-        # mkstemp makes files that only the owner reads; a picture gets the usual permissions.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(partial).chmod(0o666 & ~umask)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
-    return path
+    with replace_file(path) as partial:
+        image.save(partial, format="PNG", pnginfo=text)
+    return Path(path)
 
 
 def read_png_config(path: str | Path) -> dict[str, Any]:
@@ -75,14 +64,16 @@ def read_png_config(path: str | Path) -> dict[str, Any]:
         with Image.open(path) as image:
             image.load()
             text = image.info.get(CHUNK)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FoveateError(f"cannot read {path} as a picture: {error}") from None
     if not isinstance(text, str):
         raise FoveateError(f"{path} carries no configuration of foveate; only its own PNG files can be made again")
     try:
-        config: dict[str, Any] = json.loads(text)
+        config = json.loads(text)
     except ValueError:
         raise FoveateError(f"{path}: the configuration in the file is damaged") from None
+    if not isinstance(config, dict):
+        raise FoveateError(f"{path}: the configuration must be an object, got {type(config).__name__}")
     if config.get("format") != 1:
         raise FoveateError(f"{path}: the configuration must be of format 1, got {config.get('format')}")
     return config
@@ -112,16 +103,18 @@ def regenerate(path: str | Path, pipe: Pipeline | None = None) -> Regenerated:
         FoveateError: The file cannot be read, its model is not registered, or its random state was the caller's own.
     """
     config = read_png_config(path)
-    if not config["seeds"]:
-        raise FoveateError(f"{path} was drawn from a caller's generator, whose state is not in the file")
-    if pipe is None:
-        if config["model"] not in model_names():
-            raise FoveateError(f"{path} was made with a local model, {config['model']}; load it and pass it as pipe")
-        kind = config["weights"]["kind"]
-        pipe = Pipeline.from_pretrained(config["model"], weights=kind, dtype=config["dtype"], device=config["device"])
-    with _threads(int(config["threads"])):
-        output = _rerun(pipe, config)
-    row = int(config.get("row", 0))
+    with naming_damage(path):
+        if not config["seeds"]:
+            raise FoveateError(f"{path} was drawn from a caller's generator, whose state is not in the file")
+        pipe = pipe or _own_model(path, config)
+        options = _options(config)
+        resolve(config["prompts"], settings_of(options), pipe.model.spec)
+        row, threads = int(config.get("row", 0)), int(config["threads"])
+        prompts = list(config["prompts"])
+        if not 0 <= row < len(config["seeds"]) or not 1 <= threads <= _MAX_THREADS:
+            raise FoveateError(f"{path}: row and threads must be those of a batch, got {row} and {threads}")
+    with _threads(threads):
+        output = pipe.generate(prompts, **options)
     assert isinstance(output.images, list), "the rerun asks for PIL images"
     image = output.images[row]
     with Image.open(path) as before:
@@ -153,10 +146,27 @@ def policy_from_parts(parts: Sequence[Mapping[str, Any]]) -> Policy:
     return join(policies)
 
 
-def _rerun(pipe: Pipeline, config: Mapping[str, Any]) -> PipelineOutput:
+@contextmanager
+def naming_damage(path: str | Path) -> Iterator[None]:
+    """Turns what Python raises over a damaged configuration into one line that names the file; for reading alone."""
+    try:
+        yield
+    except FoveateError:
+        raise
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise FoveateError(f"{path}: the configuration in the file is damaged, {error!r}") from None
+
+
+def _own_model(path: str | Path, config: Mapping[str, Any]) -> Pipeline:
+    if config["model"] not in model_names():
+        raise FoveateError(f"{path} was made with a local model, {config['model']}; load it and pass it as pipe")
+    kind = config["weights"]["kind"]
+    return Pipeline.from_pretrained(config["model"], weights=kind, dtype=config["dtype"], device=config["device"])
+
+
+def _options(config: Mapping[str, Any]) -> Options:
     num, seeds = int(config["num_images_per_prompt"]), list(config["seeds"])
-    return pipe.generate(
-        list(config["prompts"]),
+    return Options(
         negative_prompt=config["negative_prompts"],
         width=config["width"],
         height=config["height"],

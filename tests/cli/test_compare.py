@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from foveate.cli.comparing import check_bound
 from foveate.cli.prompts import BUILT_IN_PROMPTS
-from foveate.eval.compare import compare
+from foveate.eval.compare import FIGURES, compare
 from foveate.pipeline import Pipeline
 
 
@@ -40,9 +39,8 @@ def test_table_for_people(run: Callable[..., Any], toy_folder: Path, tmp_path: P
 
 def test_every_figure_can_be_bounded(toy_pipe: Pipeline) -> None:
     report = compare(toy_pipe, "full", ["a cat"], runs=1)
-    for name in ("n", "identical", "yardstick_psnr", "flops_ratio", "psnr.p10", "ssim.min", "speedup.end_to_end"):
-        assert check_bound(f"{name} >= 0") == name
-        assert report.check(f"{name} >= 0")
+    assert set(report.figures()) == set(FIGURES)
+    assert all(report.check(f"{name} >= 0") for name in FIGURES)
 
 
 @pytest.mark.parametrize(
@@ -51,9 +49,9 @@ def test_every_figure_can_be_bounded(toy_pipe: Pipeline) -> None:
         ([], ["--policy"]),
         (["-p", "ful"], ["did you mean full"]),
         (["-p", "full", "--against", "ful"], ["did you mean full"]),
-        (["-p", "full", "--prompts", "none.txt"], ["cannot read none.txt"]),
+        (["-p", "full", "--prompts", "none.txt"], ["cannot read prompts from none.txt"]),
         (["-p", "full", "--seeds", "0"], ["--seeds must be 1 or more"]),
-        (["-p", "full", "--fail-if", "ssim is low"], ["--fail-if is written like"]),
+        (["-p", "full", "--fail-if", "ssim is low"], ["a bound is written like"]),
         (["-p", "full", "--fail-if", "beauty < 1"], ["no figure 'beauty'"]),
         (["-p", "full", "--html", "."], ["is a folder"]),
     ],
@@ -63,5 +61,11 @@ def test_refusals(run: Callable[..., Any], tmp_path: Path, arguments: list[str],
     assert list(tmp_path.iterdir()) == []
 
 
-def test_built_in_prompts_are_distinct() -> None:
+def test_built_in_prompts_are_distinct_labels_that_were_trained_on() -> None:
     assert len(set(BUILT_IN_PROMPTS)) == len(BUILT_IN_PROMPTS) == 16
+    folder = Path(__file__).parents[2] / "benchmarks"
+    labels, prompts, forty = (
+        set((folder / f"{name}.txt").read_text(encoding="utf-8").splitlines())
+        for name in ("labels", "prompts", "forty")
+    )
+    assert set(BUILT_IN_PROMPTS) <= labels & (prompts | forty)

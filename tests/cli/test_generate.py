@@ -1,6 +1,7 @@
 """`foveate generate`: files, JSON, the round trip through a PNG, and that failures leave nothing."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,10 @@ def test_from_makes_the_same_pixels_again(run: Callable[..., Any], toy_folder: P
     del config["seeds"]
     save_png(Image.fromarray(other), tmp_path / "damaged.png", config)
     run("generate", "--from", "damaged.png", "-m", toy_folder).assert_refused("damaged")
-    run("generate", "--from", source, "--seed", 3).assert_refused("--from draws a stored picture as it was")
+    run("generate", "--from", source, "--seed", 3, "--dtype", "bfloat16", "--threads", 2).assert_refused(
+        "--from draws a stored picture as it was, so --dtype, --threads, --seed would be ignored"
+    )
+    run("generate", "a", "--from", source, "--revision", "x").assert_refused("so a prompt, --revision would")
     run("generate", "--from", source).assert_refused("local model, toy")
     run("generate", "--from", "none.png").assert_refused("cannot read none.png")
 
@@ -142,7 +146,9 @@ def test_from_makes_the_same_pixels_again(run: Callable[..., Any], toy_folder: P
         (["a", "--seed", "1.5"], ["--seed must be a whole number"]),
         (["a", "--top-p", "2"], ["top_p must be in [0, 1]"]),
         (["a", "--dtype", "int8"], ["--dtype", "bfloat16"]),
-        (["a", "--device", "abacus"], ["device"]),
+        (["a", "--device", "abacus"], ["device must be"]),
+        (["a", "--device", "meta"], ["device must be"]),
+        (["a", "--revision", "main"], ["revision needs a hub model"]),
         (["a", "--threads", "0"], ["--threads must be 1 or more"]),
         (["a", "--bogus"], ["Unknown option: --bogus", "foveate generate --help"]),
         (["a", "--sed", "1"], ["Did you mean --seed?"]),
@@ -158,18 +164,48 @@ def test_refuses_in_one_line_and_leaves_nothing(
 
 
 def test_wrong_weights_and_places(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    run("generate", "a", "-m", broken).assert_refused("needs config.json")
-    for path in toy_folder.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
-    next(broken.glob("transformer*.safetensors")).write_bytes(b"no weights")
-    run("generate", "a", "-m", broken).assert_refused("transformer")
+    (tmp_path / "empty").mkdir()
+    run("generate", "a", "-m", tmp_path / "empty").assert_refused("needs config.json")
     (tmp_path / "file").write_text("in the way")
     run("generate", "a", "-m", toy_folder, "-o", "file/out").assert_refused("cannot write to file/out")
     (tmp_path / "folder.png").mkdir()
     run("generate", "a", "-m", toy_folder, "-o", "folder.png").assert_refused("it is a folder")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "file", "folder.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "folder.png"]
+
+
+@pytest.mark.parametrize("damage", ["junk", "empty", "half"])
+@pytest.mark.parametrize(
+    "name",
+    ["transformer.safetensors", "autoencoder.safetensors", "text_encoder.safetensors", "tokenizer.json", "config.json"],
+)
+def test_damaged_files_are_named(
+    run: Callable[..., Any], toy_folder: Path, tmp_path: Path, name: str, damage: str
+) -> None:
+    broken = shutil.copytree(toy_folder, tmp_path / "broken") / name
+    whole = broken.read_bytes()
+    broken.write_bytes({"junk": b"no weights", "empty": b"", "half": whole[: len(whole) // 2]}[damage])
+    run("generate", "a", "-m", broken.parent).assert_refused(name)
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 3 GiB.\nSee the manual"), "not enough memory (CUDA"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate 9 bytes"), "not enough memory"),
+    ],
+)
+def test_out_of_memory_is_one_line(
+    run: Callable[..., Any], toy_folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, part: str
+) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Pipeline, "stream", fail)
+    run("generate", "a cat", "-m", toy_folder).assert_refused(part)
+    error = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError, match="of ours"):
+        run("generate", "a cat", "-m", toy_folder)
 
 
 def test_what_stops_halfway_leaves_nothing(

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +20,9 @@ from tests.conftest import TOY_SPEC, toy_autoencoder, toy_text_encoder, toy_tran
 
 
 def test_unknown_names_are_listed() -> None:
-    with pytest.raises(FoveateError, match=r"no model 'infinity-3b'; there are emoji, .*infinity-8b"):
+    with pytest.raises(
+        FoveateError, match=r"no model 'infinity-3b'; did you mean infinity-8b. there are emoji, .*infinity-8b"
+    ):
         Pipeline.from_pretrained("infinity-3b")
 
 
@@ -39,12 +43,17 @@ def test_config_survives_json() -> None:
         ModelSpec.from_json({**TOY_SPEC.to_json(), "format": 2})
     with pytest.raises(CheckpointError, match="colour"):
         ModelSpec.from_json({**TOY_SPEC.to_json(), "colour": 2})
+    for name, value in (("autoencoder", [1]), ("transformer", 3), ("defaults", None), ("ratios", 5)):
+        with pytest.raises(CheckpointError, match="does not describe a model"):
+            ModelSpec.from_json({**TOY_SPEC.to_json(), name: value})
 
 
 def test_folder_keeps_weights(toy_folder: Path, toy_pipe: Pipeline) -> None:
     for key, value in toy_transformer().state_dict().items():
         assert torch.equal(value, toy_pipe.model.transformer.state_dict()[key]), key
     assert toy_pipe.model.sha256 == weights_sha256(toy_folder)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in toy_folder.iterdir()} == {0o644}
+    assert not [path for path in toy_folder.iterdir() if path.name.startswith(".")]
 
 
 def test_folder_is_float16_by_default(tmp_path: Path) -> None:
@@ -82,13 +91,37 @@ def test_random_weights_are_the_same_every_time(toy_folder: Path) -> None:
     [
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"device": "tpu9"}, "device must be"),
+        ({"device": "mps"}, "device must be"),
+        ({"device": "cuda:7"}, "device cuda:7 does not exist; there are cuda:0, cuda:1$"),
         ({"weights": "some"}, "weights must be"),
         ({"revision": "main"}, "revision needs a hub model"),
     ],
 )
-def test_loading_refusals(toy_folder: Path, options: dict[str, str], message: str) -> None:
+def test_loading_refusals(
+    toy_folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(FoveateError, match=message):
         Pipeline.from_pretrained(toy_folder, **options)  # type: ignore[arg-type]
+
+
+def test_hub_models_are_fetched(toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def fetch(repo_id: str, *, revision: str | None, local_files_only: bool) -> str:
+        asked.append((repo_id, revision, local_files_only))
+        if revision is None:
+            raise OSError("not in the cache\nand more")
+        return str(toy_folder if revision == "v1" else tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert Pipeline.from_pretrained("someone/toy", revision="v1", local_files_only=True).model.spec == TOY_SPEC
+    with pytest.raises(FoveateError, match="no folder someone/toy, and no such model from the hub: not in the cache$"):
+        Pipeline.from_pretrained("someone/toy")
+    with pytest.raises(CheckpointError, match=r"needs config\.json"):
+        Pipeline.from_pretrained("someone/toy", revision="empty")
+    assert asked == [("someone/toy", "v1", True), ("someone/toy", None, False), ("someone/toy", "empty", False)]
 
 
 def test_import_does_not_import_torch() -> None:

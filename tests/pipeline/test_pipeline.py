@@ -196,6 +196,16 @@ def test_empty_prompts_are_refused(toy_pipe: Pipeline, prompts: Any) -> None:
         toy_pipe(prompts)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("latency_budget_ms", "no option 'latency_budget_ms'; .*there are "), ("guidance", "did you mean guidance_scale")],
+)
+def test_unknown_options_are_named(toy_pipe: Pipeline, name: str, message: str) -> None:
+    options: Any = {name: 3}
+    with pytest.raises(FoveateError, match=message):
+        toy_pipe(PROMPTS[0], **options)
+
+
 def test_policies_do_not_leak_into_the_next_call(toy_pipe: Pipeline) -> None:
     before = draw(toy_pipe, PROMPTS[0], seed=1)
     pruned = draw(toy_pipe, PROMPTS[0], seed=1, policy="skip-scales")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from foveate.core.errors import FoveateError
 from foveate.pipeline import Pipeline
@@ -69,3 +69,33 @@ def test_refuses_what_it_did_not_write(tmp_path: Path, file: Path) -> None:
         regenerate(tmp_path / "none.png")
     with pytest.raises(FoveateError, match="local model, toy"):
         regenerate(file)
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", '{"format": 2}', "{"])
+def test_chunk_must_be_of_our_format(tmp_path: Path, content: str) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("foveate", content)
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(FoveateError, match=r"a\.png: the configuration"):
+        read_png_config(tmp_path / "a.png")
+
+
+def test_bombs_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
+    with pytest.raises(FoveateError, match="cannot read .* as a picture"):
+        read_png_config(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("threads", 0), ("threads", "x"), ("threads", 10**12), ("row", "x"), ("row", 4), ("row", -1), ("seeds", "abcd"),
+        ("num_images_per_prompt", 0), ("temperature", "x"), ("top_k", ["a"] * 7), ("prompts", 5), ("policy", []),
+        ("policy", {"parts": [{}]}),
+    ],
+)  # fmt: skip
+def test_damaged_values_are_one_line(toy_pipe: Pipeline, file: Path, name: str, value: object) -> None:
+    save_png(Image.open(file), file, {**read_png_config(file), name: value})
+    with pytest.raises(FoveateError) as caught:
+        regenerate(file, toy_pipe)
+    assert "\n" not in str(caught.value)

@@ -433,7 +433,7 @@ def test_skipping_every_scale_is_refused():
 
 
 def test_a_rule_that_is_off_reads_no_logits_of_a_neighbour():
-    """Signals are shared in a composition: the part without SATS must not stop the branch on the other part's logits."""
+    """Signals are shared in a composition: the part without SATS must not stop the branch on another part's logits."""
     subject = toy("square")
     strict = "ld-pruning:lhep=false,sats_threshold=0.01"
     alone = run(subject, load_policy(strict))

@@ -50,5 +50,7 @@ def test_the_sheet_holds_one_panel_per_scale_and_the_picture() -> None:
     trace.scales = [_scale([True] * 4, [4] * 4), _scale([True, False, False, False], [4, 0, 0, 0])]
     sheet = np.asarray(compute_map(GREY, trace, 0, columns=3))
     assert sheet.shape[1] == 3 * (256 + 12) + 12
+    assert compute_map(GREY.resize((32, 96)), trace, 0, columns=4).width == 4 * (230 + 12) + 12
+    assert compute_map(GREY.resize((32, 96)), trace, 0, columns=1).width == 720
     assert (sheet[60:170, 20:130] == 200).all(), "first panel: everything ran"
     assert sheet[250, 280 + 200].max() < 80, "second panel: the last token did not run"

@@ -6,9 +6,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from foveate.cli.options import ModelOptions, read_lines
+from foveate.cli.options import ModelOptions
 from foveate.cli.prompts import BUILT_IN_PROMPTS
 from foveate.core.errors import FoveateError
+from foveate.core.prompt_file import read_prompt_file
 
 
 @Parameter(name="*")
@@ -60,7 +61,7 @@ def compare(*, options: CompareOptions, model: ModelOptions = _MODEL) -> int:
             raise FoveateError(f"--{flag.replace('_', '-')} must be 1 or more, got {getattr(options, flag)}")
     if options.html is not None and options.html.is_dir():
         raise FoveateError(f"--html must be a file, {options.html} is a folder")
-    prompts = list(BUILT_IN_PROMPTS) if options.prompts is None else read_lines(options.prompts)
+    prompts = list(BUILT_IN_PROMPTS) if options.prompts is None else read_prompt_file(options.prompts)
     from foveate.cli import comparing  # noqa: PLC0415 - torch is loaded when the command runs
 
     return comparing.run(prompts, model, options)

@@ -1,6 +1,5 @@
 """What `foveate compare` does once its flags are read: runs both policies, reports, and checks bounds."""
 
-import re
 from collections.abc import Sequence
 
 from foveate.cli.compare import CompareOptions
@@ -8,18 +7,8 @@ from foveate.cli.console import print_facts, print_json, print_paths, warn
 from foveate.cli.loading import open_pipeline
 from foveate.cli.options import ModelOptions
 from foveate.cli.staging import Staging
-from foveate.core.errors import FoveateError
-from foveate.eval.compare import ComparisonReport, compare
+from foveate.eval.compare import STATISTICS, ComparisonReport, FigureBound, compare
 from foveate.policies.registry import load_policy
-
-_BOUND = re.compile(r"\s*([a-z_]+(?:\.[a-z0-9_]+)?)\s*(?:>=|<=|==|>|<)\s*-?\d+(?:\.\d+)?\s*")
-_STATISTICS = ("mean", "p10", "min")
-_PARTS = ("transformer", "decoder", "end_to_end")
-_FIGURES = (
-    "n", "identical", "yardstick_psnr", "flops_ratio", *(f"psnr.{name}" for name in _STATISTICS),
-    *(f"ssim.{name}" for name in _STATISTICS), *(f"speedup.{name}" for name in _PARTS),
-)  # fmt: skip
-"""What a bound can be about; a typing error must not be found after minutes of drawing."""
 
 
 def run(prompts: Sequence[str], model: ModelOptions, options: CompareOptions) -> int:
@@ -31,8 +20,8 @@ def run(prompts: Sequence[str], model: ModelOptions, options: CompareOptions) ->
     Raises:
         FoveateError: A flag is out of range, or a file cannot be read or written.
     """
-    bounds = options.fail_if or []
-    figures = [check_bound(bound) for bound in bounds]
+    # A typing error must not be found after minutes of drawing.
+    bounds = [(text, FigureBound.parse(text)) for text in options.fail_if or []]
     policy, against = load_policy(options.policy), load_policy(options.against)
     with Staging(options.html.parent if options.html is not None else None) as staging:
         pipe = open_pipeline(model, is_quiet=options.quiet)
@@ -50,24 +39,11 @@ def run(prompts: Sequence[str], model: ModelOptions, options: CompareOptions) ->
             report.to_html(staging.path(options.html.name))
             staging.publish()
     _print(report, options)
-    failed = [(bound, name) for bound, name in zip(bounds, figures, strict=True) if report.check(bound)]
-    for bound, name in failed:
-        warn(f"{bound} holds: {name} is {report.figures()[name]:.4g}")
+    figures = report.figures()
+    failed = [(text, bound.figure) for text, bound in bounds if bound.holds(figures)]
+    for text, name in failed:
+        warn(f"{text} holds: {name} is {figures[name]:.4g}")
     return 1 if failed else 0
-
-
-def check_bound(bound: str) -> str:
-    """Reads a bound before anything is drawn; returns the figure that it is about.
-
-    Raises:
-        FoveateError: It is not written as figure, comparison, number, or there is no such figure.
-    """
-    match = _BOUND.fullmatch(bound)
-    if match is None:
-        raise FoveateError(f'--fail-if is written like "ssim.p10 < 0.88", got {bound!r}')
-    if match[1] not in _FIGURES:
-        raise FoveateError(f"--fail-if knows no figure {match[1]!r}; there are {', '.join(_FIGURES)}")
-    return match[1]
 
 
 def _print(report: ComparisonReport, options: CompareOptions) -> None:
@@ -77,7 +53,7 @@ def _print(report: ComparisonReport, options: CompareOptions) -> None:
     figures = report.figures()
 
     def statistics(name: str, unit: str) -> str:
-        return ", ".join(f"{part} {figures[f'{name}.{part}']:.3g}{unit}" for part in _STATISTICS)
+        return ", ".join(f"{part} {figures[f'{name}.{part}']:.3g}{unit}" for part in STATISTICS)
 
     speedup = report.speedup
     print_facts(

@@ -1,8 +1,8 @@
 """`foveate generate`: pictures from prompts, or a stored picture once more."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -66,13 +66,11 @@ def generate(
         options: What is drawn and written.
     """
     if options.source is not None:
-        told = replace(
-            _OPTIONS, source=options.source, output=options.output, as_json=options.as_json,
-            quiet=options.quiet, config=options.config,
-        )  # fmt: skip
-        if (prompts, size, sampling, options) != (None, _SIZE, _SAMPLING, told):
+        ignored = _ignored(prompts, model, size, sampling, options)
+        if ignored:
             raise FoveateError(
-                "--from draws a stored picture as it was; besides it only --model, --output and --json fit"
+                f"--from draws a stored picture as it was, so {', '.join(ignored)} would be ignored; "
+                "besides it only --model, --output and --json fit"
             )
         from foveate.cli import redrawing  # noqa: PLC0415 - torch is loaded when the command runs
 
@@ -81,6 +79,27 @@ def generate(
     from foveate.cli import drawing  # noqa: PLC0415
 
     return drawing.draw(prompts or [], model, size, sampling, options)
+
+
+def _ignored(
+    prompts: list[str] | None,
+    model: ModelOptions,
+    size: SizeOptions,
+    sampling: SamplingOptions,
+    options: GenerateOptions,
+) -> list[str]:
+    """What was asked for although the stored picture already fixes it."""
+    fit = {"source", "output", "as_json", "quiet", "config", "model"}
+    if model.model != _MODEL.model:
+        fit |= {"revision", "local_files_only"}
+    found = ["a prompt"] if prompts else []
+    records: tuple[tuple[Any, Any], ...] = (
+        (model, _MODEL), (size, _SIZE), (sampling, _SAMPLING), (options, _OPTIONS),
+    )  # fmt: skip
+    for given, default in records:
+        names = [field.name for field in fields(given) if field.name not in fit]
+        found += [f"--{n.replace('_', '-')}" for n in names if getattr(given, n) != getattr(default, n)]
+    return found
 
 
 def _check(prompts: list[str], options: GenerateOptions) -> None:

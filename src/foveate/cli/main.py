@@ -60,9 +60,17 @@ def _usage(error: CycloptsError) -> str:
     return f"{error} See: {' '.join(('foveate', *(error.command_chain or ())))} --help"
 
 
-def _of_system(error: OSError) -> str:
-    what = error.strerror or str(error)
-    return f"{error.filename}: {what}" if error.filename else what
+def _of_system(error: OSError | MemoryError | RuntimeError) -> str:
+    """What the machine could not do; any other error of the program itself is raised again."""
+    if isinstance(error, OSError):
+        what = error.strerror or str(error)
+        return f"{error.filename}: {what}" if error.filename else what
+    # torch says so in words alone, and differently on every device.
+    text = str(error)
+    if isinstance(error, RuntimeError) and not any(word in text.lower() for word in ("memory", "allocate")):
+        raise error
+    first = (text.splitlines() or ["no more could be had"])[0][:200]
+    return f"not enough memory ({first}); draw fewer or smaller pictures at once, or a smaller model"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read our output has enough; Python would complain once more when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
         return _fail(_of_system(error))
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from cyclopts import Parameter
@@ -105,21 +104,3 @@ def numbers(flag: str, texts: list[str] | None, kind: Callable[[str], Number]) -
             what = "a whole number" if kind is int else "a number"
             raise FoveateError(f"{flag} must be {what}, or several with commas, got {text!r}") from None
     return values[0] if len(values) == 1 else values
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty, without blanks around them.
-
-    Raises:
-        FoveateError: The file cannot be read or has no such line.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise FoveateError(f"{path} is not a text file in UTF-8") from None
-    except OSError as error:
-        raise FoveateError(f"cannot read {path}: {error.strerror}") from None
-    found = [line for line in lines if line]
-    if not found:
-        raise FoveateError(f"{path} has no prompts; write one a line")
-    return found

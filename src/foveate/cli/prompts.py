@@ -1,20 +1,23 @@
-"""What `foveate compare` draws if no file of prompts is given: single solid objects, one of each large group."""
+"""What `foveate compare` draws if no file of prompts is given: single solid objects of all large groups.
+
+All of them are labels that the bundled model was trained on.
+"""
 
 BUILT_IN_PROMPTS = (
-    "red apple",
-    "banana",
-    "strawberry",
-    "slice of pizza",
-    "cup of coffee",
-    "birthday cake",
+    "green apple",
+    "watermelon",
+    "taco",
+    "doughnut",
     "dolphin",
     "turtle",
-    "butterfly",
-    "sunflower",
-    "rocket",
+    "owl",
+    "zebra",
+    "hibiscus",
+    "evergreen tree",
     "sailboat",
     "fire engine",
     "soccer ball",
-    "guitar",
-    "umbrella",
+    "microphone",
+    "top hat",
+    "backpack",
 )

@@ -1,5 +1,6 @@
 """`foveate generate --from picture.png`: the stored batch once more, and whether its pixels are the same."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,8 @@ from foveate.cli.generate import GenerateOptions
 from foveate.cli.loading import open_pipeline
 from foveate.cli.options import ModelOptions
 from foveate.cli.staging import Staging
-from foveate.core.errors import FoveateError
 from foveate.pipeline import Pipeline
-from foveate.png import Regenerated, read_png_config, regenerate, save_png
+from foveate.png import Regenerated, naming_damage, read_png_config, regenerate, save_png
 
 _DEFAULT_MODEL = ModelOptions().model
 
@@ -28,12 +28,11 @@ def redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
     config = read_png_config(source)
     path = options.output if options.is_one_file else options.output / f"{source.stem}-again.png"
     with Staging(path.parent) as staging:
-        try:
-            again = regenerate(source, _pipeline(config, model, options))
-            row = int(config.get("row", 0))
-            save_png(again.image, staging.path(path.name), again.output.row_config(row))
-        except (KeyError, IndexError, TypeError) as error:
-            raise FoveateError(f"{source}: the configuration in the file is damaged, {error!r}") from None
+        with naming_damage(source):
+            pipe = _pipeline(config, model, options)
+        again = regenerate(source, pipe)
+        row = int(config.get("row", 0))
+        save_png(again.image, staging.path(path.name), again.output.row_config(row))
         staging.publish()
     _report(again, row, path, options.as_json)
     return 0 if again.is_identical else 1
@@ -43,9 +42,7 @@ def _pipeline(config: dict[str, Any], model: ModelOptions, options: GenerateOpti
     """A model that was named by hand, in the dtype and on the device of the file; None takes the file's own."""
     if model.model == _DEFAULT_MODEL:
         return None
-    stored = ModelOptions(
-        model=model.model, weights=config["weights"]["kind"], dtype=config["dtype"], device=config["device"]
-    )
+    stored = replace(model, weights=config["weights"]["kind"], dtype=config["dtype"], device=config["device"])
     return open_pipeline(stored, is_quiet=options.quiet)
 
 

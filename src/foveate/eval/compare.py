@@ -8,24 +8,61 @@ method below it changes as much as a new seed does.
 import json
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
-from foveate.core.errors import FoveateError
+from foveate.core.atomic import write_text
+from foveate.core.errors import FoveateError, unknown
 from foveate.core.plan import Policy
+from foveate.core.prompt_file import read_prompt_file
 from foveate.eval.compare_page import Pair, render
-from foveate.eval.fidelity import FidelityReport, fidelity_report, psnr, ssim
+from foveate.eval.fidelity import FidelityReport, fidelity_report, missing_extra, psnr, ssim
 from foveate.pipeline import Pipeline, stack_uint8
 from foveate.pipeline_output import PipelineOutput, Report
 from foveate.policies.registry import load_policy
 
 _CHECK = re.compile(r"\s*([a-z_]+(?:\.[a-z0-9_]+)?)\s*(>=|<=|==|>|<)\s*(-?\d+(?:\.\d+)?)\s*")
 _OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}
+
+STATISTICS = ("mean", "p10", "min")
+FIGURES = (
+    "n", *(f"{name}.{part}" for name in ("psnr", "ssim", "foreground_psnr") for part in STATISTICS), "identical",
+    "yardstick_psnr", *(f"speedup.{part}" for part in ("transformer", "decoder", "end_to_end")), "flops_ratio", "runs",
+)  # fmt: skip
+"""Every number that a bound can be about, by its dotted name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FigureBound:
+    """A condition on one figure, such as `ssim.p10 >= 0.88`."""
+
+    figure: str
+    comparison: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> "FigureBound":
+        """Reads a bound.
+
+        Raises:
+            FoveateError: It is not written as figure, comparison, number, or there is no such figure.
+        """
+        match = _CHECK.fullmatch(text)
+        if match is None:
+            raise FoveateError(f'a bound is written like "ssim.p10 >= 0.88", got {text!r}')
+        if match[1] not in FIGURES:
+            raise unknown("figure", match[1], FIGURES)
+        return cls(figure=match[1], comparison=match[2], limit=float(match[3]))
+
+    def holds(self, figures: Mapping[str, float]) -> bool:
+        """Whether it is true of these figures."""
+        return bool(_OPERATORS[self.comparison](figures[self.figure], self.limit))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,16 +121,10 @@ class ComparisonReport:
         Raises:
             FoveateError: The bound is not written as figure, comparison, number, or there is no such figure.
         """
-        match = _CHECK.fullmatch(bound)
-        if match is None:
-            raise FoveateError(f'a bound is written like "ssim.p10 >= 0.88", got {bound!r}')
-        figures = self.figures()
-        if match[1] not in figures:
-            raise FoveateError(f"no figure {match[1]!r} to check; there are {', '.join(figures)}")
-        return bool(_OPERATORS[match[2]](figures[match[1]], float(match[3])))
+        return FigureBound.parse(bound).holds(self.figures())
 
     def figures(self) -> dict[str, float]:
-        """Every number that `check` knows, by its dotted name."""
+        """The values of `FIGURES`."""
         found: dict[str, float] = {}
         for name, value in self.to_json().items():
             if isinstance(value, dict) and name != "config":
@@ -115,7 +146,7 @@ class ComparisonReport:
         ]
         figures = {name: _printed(value) for name, value in self.figures().items()}
         page = render(self.policy, self.against, figures, pairs, json.dumps(self.config, indent=1))
-        Path(path).write_text(page, encoding="utf-8")
+        write_text(path, page)
         return Path(path)
 
 
@@ -157,11 +188,13 @@ def compare(
         batch_size: Pictures drawn as one batch at most (never less than one prompt's pictures).
 
     Raises:
-        FoveateError: No prompts, fewer than one run or seed, or what the pipeline refuses.
+        FoveateError: No prompts, fewer than one run or seed, torchmetrics is missing, or what the pipeline refuses.
     """
     for name, value in (("seeds", seeds), ("runs", runs), ("batch_size", batch_size)):
         if value < 1:
             raise FoveateError(f"{name} must be 1 or more, got {value}")
+    if find_spec("torchmetrics") is None:
+        raise FoveateError(missing_extra("a comparison"))
     texts = read_prompts(prompts)
     sides = (load_policy(policy), load_policy(against))
     per_batch = max(batch_size // seeds, 1)
@@ -182,14 +215,7 @@ def read_prompts(prompts: str | Path | Sequence[str]) -> list[str]:
     Raises:
         FoveateError: The file cannot be read, or there is no prompt.
     """
-    if isinstance(prompts, str | Path):
-        try:
-            lines = Path(prompts).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise FoveateError(f"cannot read prompts from {prompts} ({error}); a list of texts works as well") from None
-        texts = [line.strip() for line in lines if line.strip()]
-    else:
-        texts = list(prompts)
+    texts = read_prompt_file(Path(prompts)) if isinstance(prompts, str | Path) else list(prompts)
     if not texts:
         raise FoveateError("a comparison needs at least one prompt, got none")
     return texts

@@ -120,7 +120,7 @@ def psnr(image: UInt8[np.ndarray, "n Y X 3"], reference: UInt8[np.ndarray, "n Y 
     try:
         from torchmetrics.functional.image import peak_signal_noise_ratio  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise FoveateError(_missing("psnr")) from error
+        raise FoveateError(missing_extra("psnr")) from error
 
     # Image by image: a float64 copy of the whole set would take eight times its bytes, twice.
     values = [
@@ -150,7 +150,7 @@ def ssim(image: UInt8[np.ndarray, "n Y X 3"], reference: UInt8[np.ndarray, "n Y 
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise FoveateError(_missing("ssim")) from error
+        raise FoveateError(missing_extra("ssim")) from error
 
     values = []
     for start in range(0, len(image), SSIM_BATCH):
@@ -255,5 +255,6 @@ def _check_pair(image: np.ndarray, reference: np.ndarray) -> None:
         raise FoveateError("fidelity needs at least one pair of images, got none")
 
 
-def _missing(name: str) -> str:
+def missing_extra(name: str) -> str:
+    """Says what `name` needs and how to get it."""
     return f'{name} needs torchmetrics, which is not installed: pip install "foveate[eval]"'

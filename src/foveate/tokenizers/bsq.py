@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from foveate.tokenizers.accumulate import Grid, resize, shrink
+from foveate.core.schedule import Grid
+from foveate.tokenizers.accumulate import resize, shrink
 from foveate.tokenizers.autoencoder import Autoencoder
 
 

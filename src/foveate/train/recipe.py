@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveate.conditioning.minilm import TextEncoder
+from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.schedule import ScaleSchedule
@@ -85,7 +86,7 @@ def load_recipe(path: Path, minutes_scale: float = 1.0) -> Recipe:
         )
         notice = (path.parent / data["notice"]).read_text(encoding="utf-8")
         card = (path.parent / data["card"]).read_text(encoding="utf-8")
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in data["defaults"].items()}
+        tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["defaults"].items()}
         return Recipe(
             name=data["name"],
             budget=data["budget"],

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from foveate.tokenizers.accumulate import Grid
+from foveate.core.schedule import Grid
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig, ResBlock
 from foveate.tokenizers.bsq import quantise
 from foveate.train.loop import Optimisation, Run, steps

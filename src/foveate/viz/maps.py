@@ -16,6 +16,8 @@ from foveate.core.trace import ScaleTrace, Trace
 PANEL = 256
 """Longer side of a panel, in pixels."""
 _CAPTION = 40
+_MIN_CELL, _MIN_SHEET = 230, 720
+"""Widths that captions and the legend need."""
 _GAP = 12
 _INK = (32, 36, 44)
 _FAINT = (110, 116, 128)
@@ -115,8 +117,9 @@ def compute_map(picture: Image.Image, trace: Trace, image_index: int = 0, column
 
 def _sheet(cells: Sequence[tuple[Image.Image, tuple[str, str]]], size: tuple[int, int], columns: int) -> Image.Image:
     rows = -(-len(cells) // columns)
-    cell = (size[0] + _GAP, size[1] + _CAPTION + _GAP)
-    sheet = Image.new("RGB", (columns * cell[0] + _GAP, rows * cell[1] + _GAP + 34), "white")
+    cell = (max(size[0], _MIN_CELL) + _GAP, size[1] + _CAPTION + _GAP)
+    width = max(columns * cell[0] + _GAP, _MIN_SHEET)
+    sheet = Image.new("RGB", (width, rows * cell[1] + _GAP + 34), "white")
     draw = ImageDraw.Draw(sheet)
     title, note = ImageFont.load_default(14), ImageFont.load_default(11)
     for i, (image, (head, detail)) in enumerate(cells):
