@@ -28,30 +28,24 @@ from foveate.policies.registry import load_policy
 HERE = Path(__file__).parent
 SETTINGS: dict[str, tuple[str, ...]] = {
     "full": ("full",),
+    "skip-scales": ("skip-scales", "skip-scales:count=2"),
+    "drop-branch": ("drop-branch:count=1", "drop-branch", "drop-branch:count=4"),
     "ld-pruning": (
-        "ld-pruning:energy_share=0.9",
-        "ld-pruning:energy_share=0.7",
         "ld-pruning",
-        "ld-pruning:energy_share=0.3",
-        "ld-pruning:sats=false",
-        "ld-pruning:lhep=false",
-        "ld-pruning:fill=zero",
-        "ld-pruning:energy_from=last_computed",
+        "ld-pruning:energy_share=0.9",
+        "ld-pruning:sats=false,lhep_scales=1",
+        "ld-pruning:sats=false,lhep_scales=1,energy_share=0.9",
         "ld-pruning-draft",
     ),
     "depthvar": (
-        "depthvar:reference_scale=-2",
-        "depthvar:reference_scale=-3",
         "depthvar",
-        "depthvar:rotation=none",
-        "depthvar:curve=step",
-        "depthvar:fill=identity",
+        "depthvar:reference_scale=-3",
+        "depthvar:reference_scale=-2",
+        "depthvar:reference_scale=-2,fill=identity",
     ),
-    "skip-scales": ("skip-scales", "skip-scales:count=2"),
-    "drop-branch": ("drop-branch:count=1", "drop-branch", "drop-branch:count=3", "drop-branch:count=4"),
-    "random-tokens": ("random-tokens:keep_ratio=0.7", "random-tokens", "random-tokens:keep_ratio=0.3"),
-    "uniform-depth": ("uniform-depth:keep_ratio=0.75", "uniform-depth", "uniform-depth:keep_ratio=0.25"),
-    "compose": ("ld-pruning|depthvar:reference_scale=-2", "drop-branch|depthvar:reference_scale=-2"),
+    "random-tokens": ("random-tokens", "random-tokens:num_scales=1"),
+    "uniform-depth": ("uniform-depth:num_scales=1",),
+    "compose": ("drop-branch:count=1|depthvar:reference_scale=-2",),
 }
 
 
@@ -233,12 +227,14 @@ def main() -> None:
     headline = (
         "full",
         "ld-pruning",
+        "ld-pruning:sats=false,lhep_scales=1",
         "depthvar",
         "depthvar:reference_scale=-2",
         "skip-scales",
+        "drop-branch:count=1",
         "drop-branch",
-        "random-tokens",
-        "uniform-depth",
+        "random-tokens:num_scales=1",
+        "uniform-depth:num_scales=1",
     )
     tables["readme"] = "\n".join([HEADER, *(r.row() for r in results if r.spec in headline), seed_row])
     tables["all"] = "\n".join([HEADER, *(r.row() for r in results), seed_row])

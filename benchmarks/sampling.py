@@ -31,7 +31,7 @@ def main() -> None:
     given = parser.parse_args()
     corpus, network = load_corpus(given.corpus), load_network()
     drawings = list(corpus.drawings)
-    real = features(to_uint8(composite(np.ascontiguousarray(corpus.images_NYXc))), network=network)
+    real = features(to_uint8(composite(np.array(corpus.images_NYXc))), network=network)
     train = [d.label for d in drawings if d.split == "train"]
     wanted = [train[int(i * len(train) / given.prompts)] for i in range(given.prompts)]
     pipe = Pipeline.from_pretrained(given.model)

@@ -204,6 +204,19 @@ def test_training_lowers_both_losses(tmp_path: Path) -> None:
     assert float(bit_loss(logits, quantised, 0.0)[0]) < 0.6, "0.69 is a coin"
 
 
+def test_training_can_start_from_given_weights(tmp_path: Path) -> None:
+    recipe = TransformerRecipe(
+        shape=SHAPE,
+        schedule=ScaleSchedule.from_grids(GRIDS),
+        optimisation=Optimisation(minutes=0.0, batch=4, rate=3e-3),
+        dtype="float32",
+    )
+    given = _model().state_dict()
+    examples = Examples(latents=torch.randn(2, 8, 4, 4), captions=((torch.randn(3, 12),),) * 2)
+    weights = train_transformer(recipe, examples, tmp_path / "w.ckpt", lambda _: None, initial=given)
+    assert all(torch.equal(weights[name], given[name]) for name in given)
+
+
 def test_the_shipped_recipe_is_read() -> None:
     recipe = load_recipe(Path(__file__).parents[2] / "configs" / "emoji_tiny.yaml", minutes_scale=0.5)
     assert recipe.transformer.optimisation.minutes * 2 == pytest.approx(

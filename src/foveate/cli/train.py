@@ -22,12 +22,14 @@ class TrainOptions:
         output: Folder for the corpus, the checkpoints and the finished model.
         stage: The part to run.
         minutes_scale: Multiplies the minutes of every stage in the recipe.
+        start_from: Folder of a model of the same shape that is trained further; its tokenizer is kept.
     """
 
     recipe: Annotated[Path, Parameter(name="--config")]
     output: Annotated[Path, Parameter(name=["--out", "--output", "-o"])]
     stage: Stage = "all"
     minutes_scale: float = 1.0
+    start_from: Path | None = None
 
 
 def train(*, options: TrainOptions) -> int:
@@ -42,7 +44,7 @@ def train(*, options: TrainOptions) -> int:
         raise FoveateError(f"--minutes-scale must be above 0, got {options.minutes_scale}")
     from foveate.train import recipe  # noqa: PLC0415 - torch is loaded when the command runs
 
-    made = recipe.train(options.recipe, options.output, options.stage, _log, options.minutes_scale)
+    made = recipe.train(options.recipe, options.output, options.stage, _log, options.minutes_scale, options.start_from)
     sys.stdout.write(f"{made}\n")
     return 0
 

@@ -27,7 +27,7 @@ from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request
 from foveate.families import Defaults, ModelSpec
-from foveate.folder import save_folder
+from foveate.folder import read_autoencoder, read_transformer, save_folder
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.policies.full import Full
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
@@ -106,7 +106,14 @@ def _optimisation(fields: dict[str, Any], minutes_scale: float) -> Optimisation:
     return Optimisation(**(fields | {"minutes": fields["minutes"] * minutes_scale}))
 
 
-def train(config: Path, out: Path, stage: Stage = "all", log: Log = print, minutes_scale: float = 1.0) -> Path:
+def train(
+    config: Path,
+    out: Path,
+    stage: Stage = "all",
+    log: Log = print,
+    minutes_scale: float = 1.0,
+    start_from: Path | None = None,
+) -> Path:
     """Runs one stage or all of them.
 
     Args:
@@ -115,13 +122,15 @@ def train(config: Path, out: Path, stage: Stage = "all", log: Log = print, minut
         stage: What to run; "all" runs what is missing.
         log: Receives progress lines.
         minutes_scale: Multiplies the minutes of both networks, for a dry run.
+        start_from: Folder of a model of the same shape, for example the bundled one: its tokenizer is kept, its
+            transformer is trained further. A checkpoint in `out` goes before it.
 
     Returns:
         The folder of the exported model, or of the stage's result.
     """
     recipe = load_recipe(config, minutes_scale)
     out.mkdir(parents=True, exist_ok=True)
-    run = TrainingFolder(recipe, out, log)
+    run = TrainingFolder(recipe, out, log, start_from)
     stages = ["corpus", "tokenizer", "transformer", "export"] if stage == "all" else [stage]
     result = out
     for name in stages:
@@ -138,8 +147,8 @@ def train(config: Path, out: Path, stage: Stage = "all", log: Log = print, minut
 class TrainingFolder:
     """The stages of one recipe in one folder."""
 
-    def __init__(self, recipe: Recipe, out: Path, log: Log) -> None:
-        self.recipe, self.out, self.log = recipe, out, log
+    def __init__(self, recipe: Recipe, out: Path, log: Log, start_from: Path | None = None) -> None:
+        self.recipe, self.out, self.log, self.start_from = recipe, out, log, start_from
 
     def corpus(self) -> Path:
         """Builds the corpus, unless it is there."""
@@ -152,6 +161,11 @@ class TrainingFolder:
         """Trains the autoencoder, unless its weights are there; logs PSNR on seen and on held-out drawings."""
         path = self.out / "autoencoder.safetensors"
         if path.exists():
+            return path
+        if self.start_from is not None:
+            cpu = torch.device("cpu")
+            kept = read_autoencoder(self.start_from, self.recipe.tokenizer.shape, torch.float32, cpu)
+            _save(kept.state_dict(), path)
             return path
         corpus = load_corpus(self.corpus())
         seen, held_out = _drawings(corpus, "train"), _drawings(corpus, "test")
@@ -190,7 +204,11 @@ class TrainingFolder:
             self.sample_sheet(weights, encoder, self.out / "samples.png")
 
         checkpoint = self.out / "transformer.ckpt"
-        weights = train_transformer(self.recipe.transformer, examples, checkpoint, self.log, draw)
+        initial = None
+        if self.start_from is not None:
+            shape, place = self.recipe.transformer.shape, torch.device(device)
+            initial = read_transformer(self.start_from, shape, torch.float32, place).state_dict()
+        weights = train_transformer(self.recipe.transformer, examples, checkpoint, self.log, draw, initial=initial)
         _save(weights, path)
         draw(weights)
         return path

@@ -6,7 +6,7 @@ The blocks are those that generate: training gives them another `KVSlot`, in whi
 Axes: B drawings, L tokens of all scales, l of one scale, n = B L packed tokens, Z bits, C width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,6 +161,7 @@ def train_transformer(
     log: Callable[[str], None],
     preview: Callable[[dict[str, Tensor]], None] | None = None,
     preview_every_s: float = 900.0,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Trains until the recipe's minutes are used up, resuming from `checkpoint` if it exists.
 
@@ -171,6 +172,7 @@ def train_transformer(
         log: Receives one line every two minutes of training.
         preview: Called with the averaged weights now and then, to draw a sample sheet.
         preview_every_s: Seconds of training between previews.
+        initial: Weights to start from; a checkpoint goes before them.
 
     Returns:
         The averaged weights, float32.
@@ -178,6 +180,8 @@ def train_transformer(
     torch.manual_seed(recipe.optimisation.seed)
     model = Infinity(recipe.shape).to(recipe.device)
     small_start(model)
+    if initial is not None:
+        model.load_state_dict(initial)
     run = Run.start(model, recipe.optimisation)
     dtype = getattr(torch, recipe.dtype)
     previewed_s = 0.0
