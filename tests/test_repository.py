@@ -76,3 +76,8 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     exec(compile(code[1], "README.md", "exec"), scope)
     assert (tmp_path / "apple.png").stat().st_size > 1000
     assert isinstance(scope["pipe"], fv.Pipeline)
+
+
+def test_the_shipped_card_is_the_one_that_the_recipe_exports() -> None:
+    shipped = (DATA / "emoji-tiny" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert shipped == (ROOT / "configs" / "emoji_tiny_card.md").read_text(encoding="utf-8")

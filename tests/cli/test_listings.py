@@ -63,7 +63,7 @@ def test_bound_of_env_is_what_the_engine_allocates(run: Callable[..., Any], toy_
 def test_train_passes_everything_on(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[object] = []
 
-    def train(  # noqa: PLR0917
+    def train(
         config: Path, out: Path, stage: str, log: Callable[[str], None], minutes_scale: float, start: Path | None
     ) -> Path:
         seen.extend([config, out, stage, minutes_scale])
