@@ -224,3 +224,12 @@ def test_the_shipped_recipe_is_read() -> None:
     )
     assert recipe.tokenizer.grids == recipe.transformer.schedule.grids
     assert "Microsoft" in recipe.notice
+
+
+def test_head_stays_float32_under_autocast() -> None:
+    model, schedule = _model(), ScaleSchedule.from_grids(GRIDS)
+    quantised = quantise(torch.randn(1, 8, 4, 4), GRIDS)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = teacher_logits(model, [torch.randn(3, 12)], quantised, schedule)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float()), "a head in bfloat16 leaves nothing behind its 8 bits"

@@ -337,10 +337,11 @@ class Infinity(nn.Module):
         """Float32 logits, two per bit."""
         scale_RC, shift_RC = own(prepared).head_R2C.unbind(1)
         x_nC = modulated_norm(x_nC, rows.spread(scale_RC), rows.spread(shift_RC))
-        return F.linear(x_nC, self.head.weight.float(), self.head.bias.float())
+        return _linear32(self, "head", x_nC)
 
 
 def _linear32(parent: nn.Module, name: str, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
-    """Runs a linear layer of a module in float32, whatever the dtype of its weights."""
+    """Runs a linear layer of a module in float32, whatever the dtype of its weights, under autocast too."""
     weight, bias = parent.get_parameter(f"{name}.weight"), parent.get_parameter(f"{name}.bias")
-    return F.linear(x, weight.float(), bias.float())
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float(), bias.float())
