@@ -32,7 +32,7 @@ from foveate.core.schedule import TEMPLATES, Grid, ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, ForcedSampler, KeyedSampler, ReferenceSampler, Sampler
 from foveate.engine.state import Request
-from foveate.models.checkpoint import (
+from foveate.models.checkpoint_infinity import (
     infer_autoencoder_config,
     infer_infinity_config,
     load_autoencoder,

@@ -18,9 +18,10 @@ from torch import nn
 from foveate.conditioning.minilm import TextEncoder
 from foveate.core.atomic import write_text
 from foveate.core.errors import CheckpointError
-from foveate.models.checkpoint import load_autoencoder, load_transformer, read_weights, save_sharded
+from foveate.models.checkpoint_infinity import load_autoencoder, load_transformer
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.models.random_weights import empty_module
+from foveate.models.weight_files import read_weights, save_sharded
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 
 CONFIG_NAME = "config.json"

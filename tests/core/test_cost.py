@@ -16,8 +16,9 @@ SHAPE = ModelShape(
     head_width=4,
     head_outputs=6,
     input_channels=3,
-    text_width=5,
     has_cross_attention=True,
+    row_flops=2 * 9 * 8**2,
+    text_token_flops=2 * 8 * (3 * 5 + 2 + 8 + 2 * 2 * 8),
 )
 BARE = ModelShape(num_blocks=1, width=8, ff_width=20, num_heads=2, head_width=4, head_outputs=6, input_channels=3)
 

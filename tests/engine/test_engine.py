@@ -33,7 +33,7 @@ from tests.toys import (
 )
 
 SHAPE = ModelShape(
-    num_blocks=2, width=8, ff_width=16, num_heads=2, head_width=4, head_outputs=4, input_channels=2, text_width=4
+    num_blocks=2, width=8, ff_width=16, num_heads=2, head_width=4, head_outputs=4, input_channels=2
 )
 
 

@@ -9,16 +9,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foveate.core.errors import CheckpointError, UnsupportedError
-from foveate.models.checkpoint import (
+from foveate.core.errors import CheckpointError
+from foveate.models.checkpoint_infinity import (
     infer_autoencoder_config,
     infer_infinity_config,
     load_autoencoder,
     load_transformer,
-    read_weights,
-    save_sharded,
 )
 from foveate.models.infinity import Infinity, InfinityConfig
+from foveate.models.weight_files import read_weights, save_sharded
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 
 CONFIG = InfinityConfig(
@@ -149,22 +148,30 @@ def test_what_does_not_fit_is_named(
 
 
 def test_many_missing_keys_are_counted(state: dict[str, Tensor], ae_state: dict[str, Tensor]) -> None:
-    with pytest.raises(CheckpointError, match=rf"{len(state)} missing: .*{len(ae_state)} unknown: ") as caught:
-        load_transformer(Infinity(CONFIG), ae_state)
+    other = {f"other.{key}": tensor for key, tensor in ae_state.items()}
+    with pytest.raises(CheckpointError, match=rf"{len(state)} missing: .*{len(other)} unknown: ") as caught:
+        load_transformer(Infinity(CONFIG), other)
     assert len(str(caught.value)) < 400
     with pytest.raises(CheckpointError, match="cfg_uncond"):
-        infer_infinity_config(ae_state)
+        infer_infinity_config(other)
+
+
+def test_the_other_half_of_a_model_is_refused_by_name(state: dict[str, Tensor], ae_state: dict[str, Tensor]) -> None:
+    with pytest.raises(CheckpointError, match="those of an Infinity autoencoder, expected an Infinity transformer"):
+        load_transformer(Infinity(CONFIG), ae_state)
+    with pytest.raises(CheckpointError, match="those of an Infinity transformer, expected an Infinity autoencoder"):
+        load_autoencoder(Autoencoder(AE_CONFIG), state)
 
 
 @pytest.mark.parametrize(("key", "family"), [("class_emb.weight", "VAR"), ("crop_embed.weight", "Switti")])
 def test_other_families_are_refused_by_name(state: dict[str, Tensor], key: str, family: str) -> None:
     for call in (infer_infinity_config, lambda weights: load_transformer(Infinity(CONFIG), weights)):
-        with pytest.raises(UnsupportedError, match=f"{family} .*{key}"):
-            call(state | {key: torch.zeros(1)})
+        with pytest.raises(CheckpointError, match=f"those of .*{family} .*expected an Infinity transformer"):
+            call({key: torch.zeros(1), **{k: v for k, v in state.items() if k != "cfg_uncond"}})
 
 
 def test_vq_autoencoder_is_refused(ae_state: dict[str, Tensor]) -> None:
-    with pytest.raises(UnsupportedError, match=r"quantize\.embedding\.weight"):
+    with pytest.raises(CheckpointError, match=r"those of a VQ autoencoder"):
         infer_autoencoder_config(ae_state | {"quantize.embedding.weight": torch.zeros(8, 4)})
 
 

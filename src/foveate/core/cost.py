@@ -14,7 +14,12 @@ Row = tuple[int, bool]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelShape:
-    """Sizes of a transformer that its cost depends on."""
+    """Sizes of a transformer that its cost depends on.
+
+    `ff_matrices` is 2 for a plain feed-forward net and 3 for a gated one. `row_flops` and `text_token_flops` are spent
+    once per request, by every row and by every text token of a row: pooling, modulation, text keys and values of all
+    blocks. Where a model is not `is_cached` the tokens of a scale see only each other.
+    """
 
     num_blocks: int
     width: int
@@ -23,29 +28,25 @@ class ModelShape:
     head_width: int
     head_outputs: int
     input_channels: int
-    text_width: int = 0
     has_cross_attention: bool = False
+    ff_matrices: int = 2
+    row_flops: int = 0
+    text_token_flops: int = 0
+    is_cached: bool = True
 
     def token_flops(self) -> int:
         """FLOPs of the linear layers of one block for one token."""
         attention = 4 * self.width**2
         cross = 2 * self.width**2 if self.has_cross_attention else 0
-        return 2 * (attention + cross + 2 * self.width * self.ff_width)
+        return 2 * (attention + cross + self.ff_matrices * self.width * self.ff_width)
 
     def attention_flops(self, queries: int, keys: int) -> int:
         """FLOPs of Q K^T and P V of one block and row."""
         return 2 * 2 * queries * keys * self.num_heads * self.head_width
 
     def request_flops(self, text_tokens: int) -> int:
-        """FLOPs of one row that are spent once per request: pooling, modulation, text keys and values of all blocks."""
-        if not self.has_cross_attention:
-            return 0
-        width = self.width
-        pool = text_tokens * 2 * width * self.text_width + 2 * text_tokens * width + width**2
-        modulation = 6 * width**2 + 2 * width**2
-        text = text_tokens * (self.text_width * width + width**2)
-        memory = self.num_blocks * text_tokens * 2 * width**2
-        return 2 * (pool + modulation + text + memory)
+        """FLOPs of one row that are spent once per request."""
+        return self.row_flops + text_tokens * self.text_token_flops
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,15 +36,31 @@ class GuidanceSchedule:
         Raises:
             FoveateError: A list with fewer values than scales, or an insertion outside the blocks.
         """
-        values = [float(cfg)] * num_scales if isinstance(cfg, int | float) else [float(c) for c in cfg]
-        if len(values) < num_scales:
-            raise FoveateError(f"guidance_scale needs {num_scales} values, one per scale, got {len(values)}")
+        values = _per_scale(cfg, num_scales)
         if insertion > 0 or (insertion and num_blocks + insertion <= 0):
             raise FoveateError(f"insertion must be 0 or -1 ... -{num_blocks - 1}, got {insertion}")
         hidden = (num_blocks + insertion,) if insertion else ()
-        return cls(weights=tuple(values[:num_scales]), hidden_blocks=hidden, on_logits=not hidden)
+        return cls(weights=values, hidden_blocks=hidden, on_logits=not hidden)
 
     @classmethod
-    def from_var(cls, cfg: float, num_scales: int) -> "GuidanceSchedule":
-        """From the VAR family's `cfg`: w = 1 + cfg * s / (S - 1), so scale 0 is unguided."""
-        return cls(weights=tuple(1.0 + cfg * s / max(num_scales - 1, 1) for s in range(num_scales)))
+    def from_var(
+        cls, cfg: float | Sequence[float], num_scales: int, first: int = 0, end: int | None = None
+    ) -> "GuidanceSchedule":
+        """From the VAR family's `cfg`, a number or one per scale: w = 1 + cfg * s / (S - 1), so scale 0 is unguided.
+
+        Guidance acts from scale `first` up to scale `end` without it (Switti's window); elsewhere w = 1.
+
+        Raises:
+            FoveateError: A list with fewer values than scales.
+        """
+        window = range(first, num_scales if end is None else end)
+        values = _per_scale(cfg, num_scales)
+        last = max(num_scales - 1, 1)
+        return cls(weights=tuple(1.0 + cfg * s / last if s in window else 1.0 for s, cfg in enumerate(values)))
+
+
+def _per_scale(cfg: float | Sequence[float], num_scales: int) -> tuple[float, ...]:
+    values = [cfg] * num_scales if isinstance(cfg, int | float) else list(cfg)
+    if len(values) < num_scales:
+        raise FoveateError(f"guidance_scale needs {num_scales} values, one per scale, got {len(values)}")
+    return tuple(float(value) for value in values[:num_scales])

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from foveate.core.conditions import Condition
 from foveate.core.cost import ModelShape
 from foveate.core.rows import Rows
 from foveate.core.schedule import Grid, ScaleSchedule
@@ -81,8 +82,18 @@ class NextScaleModel(Protocol):
         """The block of this index."""
         ...
 
-    def prepare(self, conditions: Sequence[Tensor], is_guided: bool) -> Prepared:
-        """Computes everything that depends on the conditions alone: rows of images, then their unconditional rows."""
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        ...
+
+    def prepare(self, conditions: Sequence[Condition], is_guided: bool) -> Prepared:
+        """Computes everything that depends on the conditions alone.
+
+        Args:
+            conditions: One per image, optionally followed by a negative one per image.
+            is_guided: Whether unconditional rows of the model's own shall follow the conditional ones.
+        """
         ...
 
     def start(self, prepared: Prepared) -> Float[Tensor, "R C"]:

@@ -5,20 +5,10 @@ Equal to what the trace counts for static policies, an upper bound for those tha
 
 from collections.abc import Sequence
 
-from foveate.core.cost import Cost, ModelShape, Row, RowWork, ScaleWork, request_cost
+from foveate.core.cost import Cost, ModelShape, RowWork, ScaleWork, request_cost
 from foveate.core.plan import Bound, ScalePlan
 from foveate.core.signals import Signal
 from foveate.engine.state import Request, ceiling_tokens
-
-
-def text_lengths(request: Request) -> dict[Row, int]:
-    """Text tokens of every row that exists at the start; an unconditional row is as long as its prompt."""
-    lengths = [condition.shape[0] for condition in request.conditions]
-    rows: dict[Row, int] = {(image, True): lengths[image] for image in range(request.num_images)}
-    if request.guidance.is_needed(0):
-        first = request.num_images if request.has_negative else 0
-        rows |= {(image, False): lengths[first + image] for image in range(request.num_images)}
-    return rows
 
 
 def planned_work(
@@ -32,7 +22,7 @@ def planned_work(
         request: Sizes, guidance and rows.
         num_blocks: Of the model.
     """
-    live = list(text_lengths(request))
+    live = list(request.text_tokens())
     work = []
     for plan, scale, reads_both in zip(plans, request.schedule.scales, heads_both, strict=True):
         wanted = plan.unconditional
@@ -62,7 +52,7 @@ def full_work(request: Request, num_blocks: int) -> tuple[ScaleWork, ...]:
 
 def full_cost(request: Request, shape: ModelShape, bytes_per_element: int = 4) -> Cost:
     """The cost of `full_work`."""
-    return request_cost(full_work(request, shape.num_blocks), shape, text_lengths(request), bytes_per_element)
+    return request_cost(full_work(request, shape.num_blocks), shape, request.text_tokens(), bytes_per_element)
 
 
 def forecast(bound: Bound, request: Request, shape: ModelShape, bytes_per_element: int = 4) -> Cost:
@@ -74,4 +64,4 @@ def forecast(bound: Bound, request: Request, shape: ModelShape, bytes_per_elemen
     plans = [bound.ceiling(s) for s in scales]
     heads_both = [Signal.LOGITS in bound.record(s) for s in scales]
     work = planned_work(plans, heads_both, request, shape.num_blocks)
-    return request_cost(work, shape, text_lengths(request), bytes_per_element)
+    return request_cost(work, shape, request.text_tokens(), bytes_per_element)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.core.conditions import Condition, num_text_tokens
 from foveate.core.cost import Row
 from foveate.core.errors import PlanConflictError
 from foveate.core.guidance import GuidanceSchedule
@@ -37,7 +38,7 @@ class Request:
     temperatures: tuple[float, ...]
     filters: tuple[Filter, ...]
     sampler: Sampler
-    conditions: tuple[Tensor, ...]
+    conditions: tuple[Condition, ...]
     num_images: int
     wants_maps: bool = False
 
@@ -45,6 +46,15 @@ class Request:
     def has_negative(self) -> bool:
         """Whether the conditions hold negative ones."""
         return len(self.conditions) > self.num_images
+
+    def text_tokens(self) -> dict[Row, int]:
+        """Text tokens of every row that exists at the start; a learned unconditional row is as long as its prompt."""
+        lengths = [num_text_tokens(condition) for condition in self.conditions]
+        rows: dict[Row, int] = {(image, True): lengths[image] for image in range(self.num_images)}
+        if self.guidance.is_needed(0):
+            first = self.num_images if self.has_negative else 0
+            rows |= {(image, False): lengths[first + image] for image in range(self.num_images)}
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,11 +127,9 @@ class RequestState:
         is_guided = request.guidance.is_needed(0)
         conditions = request.conditions if is_guided else request.conditions[: request.num_images]
         prepared = model.prepare(conditions, is_guided and not request.has_negative)
-        images = range(request.num_images)
-        live = [(i, True) for i in images] + ([(i, False) for i in images] if is_guided else [])
-        lengths = [condition.shape[0] for condition in request.conditions]
-        lengths = lengths if request.has_negative else lengths * 2
-        device = request.conditions[0].device
+        text_tokens = request.text_tokens()
+        live = list(text_tokens)
+        device = model.device
         limits = bounds_of(bound, request, model.shape.num_blocks)
         cache = KVCache(model.shape, len(live), limits.capacities, limits.scratch_tokens, model.compute_dtype, device)
         last_grid = request.schedule.latent_grid(len(request.schedule) - 1)
@@ -134,7 +142,7 @@ class RequestState:
             policy=bound.start(),
             trace=Trace(
                 shape=model.shape,
-                text_tokens={row: lengths[row[0] + (0 if row[1] else request.num_images)] for row in live},
+                text_tokens=text_tokens,
                 bytes_per_element=torch.empty(0, dtype=model.compute_dtype).element_size(),
                 peak_kv_bytes=cache.num_bytes,
             ),

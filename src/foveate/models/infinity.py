@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foveate.core.conditions import Condition
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
 from foveate.core.protocols import BlockContext, Prepared
@@ -248,14 +249,20 @@ class Infinity(nn.Module):
             head_width=width // config.heads,
             head_outputs=2 * config.bits,
             input_channels=config.bits,
-            text_width=config.text_width,
             has_cross_attention=True,
+            row_flops=2 * 9 * width**2,
+            text_token_flops=2 * width * (3 * config.text_width + 2 + width + 2 * config.depth * width),
         )
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the linear layers of the blocks."""
         return self.block(0).ffn.fc1.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.pos_start.device
 
     def block(self, index: int) -> InfinityBlock:
         """The block of this index, counted over all chunks."""
@@ -273,7 +280,7 @@ class Infinity(nn.Module):
             raise FoveateError(f"prompt has {num_tokens} tokens, the model takes {self.cfg_uncond.shape[0]}")
         return self.cfg_uncond[:num_tokens]
 
-    def prepare(self, conditions: Sequence[Float[Tensor, "_ E"]], is_guided: bool = False) -> InfinityPrepared:
+    def prepare(self, conditions: Sequence[Condition], is_guided: bool = False) -> InfinityPrepared:
         """Computes start, modulation and text memory.
 
         Args:
@@ -283,9 +290,9 @@ class Infinity(nn.Module):
                 conditional ones first, then all unconditional ones.
         """
         dtype = self.compute_dtype
-        texts = list(conditions)
+        texts = [_features(condition) for condition in conditions]
         if is_guided:
-            texts += [self.unconditional(text.shape[0]) for text in conditions]
+            texts += [self.unconditional(text.shape[0]) for text in texts]
         lengths = tuple(text.shape[0] for text in texts)
         text_TE = rms_norm(torch.cat([text.float() for text in texts]), self.text_norm.weight).to(dtype)
         pooled_RC = self.text_proj_for_sos.ca.pool(text_TE, lengths).float()
@@ -338,6 +345,13 @@ class Infinity(nn.Module):
         scale_RC, shift_RC = own(prepared).head_R2C.unbind(1)
         x_nC = modulated_norm(x_nC, rows.spread(scale_RC), rows.spread(shift_RC))
         return _linear32(self, "head", x_nC)
+
+
+def _features(condition: Condition) -> Float[Tensor, "T E"]:
+    """Narrows a condition to token features."""
+    if not isinstance(condition, Tensor):
+        raise TypeError(f"Infinity reads token features (T, E), got {type(condition).__name__}")
+    return condition
 
 
 def _linear32(parent: nn.Module, name: str, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:

@@ -1,0 +1,144 @@
+"""Published weights of the Infinity family to ours: maps their keys, refuses what it does not know.
+
+Constant buffers (masks, the zero bias of the keys, the quantiser's) may be there or not; everything else has to fit.
+Other families are refused by name.
+Source: the published checkpoints of Infinity (arXiv 2412.04431) and their key names.
+"""
+
+import math
+import re
+
+import torch
+from torch import Tensor
+
+from foveate.models.checkpoint import axes_of, below, count_of, fill_module, put, refuse_foreign
+from foveate.models.infinity import Infinity, InfinityConfig
+from foveate.models.weight_files import State
+from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
+
+_TRANSFORMER_NESTS = ("trainer.gpt_fsdp.", "gpt_fsdp.")
+_AUTOENCODER_NESTS = ("vae.", "ema.")
+_CONSTANTS = ("zero_k_bias", "lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen")
+_QUANTISERS = ("quantizer.", "quantize.")
+_BLOCK = re.compile(r"(?:block_chunks\.(\d+)\.module|blocks)\.(\d+)\.(.+)")
+_WRAPPED_CONV = re.compile(r"^(.*(?:conv\w*|nin_shortcut))\.conv\.(weight|bias)$")
+_WRAPPED_NORM = re.compile(r"^(.*norm\w*)\.norm\.(weight|bias)$")
+
+
+def infer_infinity_config(state: State) -> InfinityConfig:
+    """Reads the shape of an Infinity transformer off its weights (what leaves no trace in them keeps its default).
+
+    Raises:
+        CheckpointError: A weight that the shape follows from is missing, or the weights are of another family.
+    """
+    state = _transformer_state(state)
+    chunks, per_chunk = _chunking(state)
+    block = "block_chunks.0.module.0" if any(key.startswith("block_chunks.") for key in state) else "blocks.0"
+    text_tokens, text_width = axes_of(state, "cfg_uncond", 2)
+    width, bits = axes_of(state, "word_embed.weight", 2)
+    return InfinityConfig(
+        depth=chunks * per_chunk,
+        width=width,
+        heads=math.prod(axes_of(state, f"{block}.sa.scale_mul_1H11", 4)),
+        bits=bits,
+        text_width=text_width,
+        pool_heads=axes_of(state, "text_proj_for_sos.ca.mat_q", 3)[1],
+        chunks=chunks,
+        text_tokens=text_tokens,
+        ff_width=axes_of(state, f"{block}.ffn.fc1.weight", 2)[0],
+    )
+
+
+def infer_autoencoder_config(state: State) -> AutoencoderConfig:
+    """Reads the shape of an autoencoder off its weights.
+
+    Raises:
+        CheckpointError: A weight that the shape follows from is missing, or the weights are of another family.
+    """
+    state = _autoencoder_state(state)
+    base, pixels = axes_of(state, "encoder.conv_in.weight", 4)[:2]
+    levels = count_of(state, r"encoder\.down\.(\d+)\.")
+    widths = [axes_of(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
+    return AutoencoderConfig(
+        latent_channels=axes_of(state, "decoder.conv_in.weight", 4)[1],
+        base_channels=base,
+        channel_multipliers=tuple(width // base for width in widths),
+        num_res_blocks=count_of(state, r"encoder\.down\.0\.block\.(\d+)\."),
+        patch=round((pixels / 3) ** 0.5),
+    )
+
+
+def load_transformer(model: Infinity, state: State, *, dtype: torch.dtype | None = None) -> None:
+    """Copies published weights into a transformer.
+
+    Args:
+        model: Is changed; left as it was when loading is refused.
+        state: Weights under their published names, also inside a training checkpoint.
+        dtype: Changes the model's dtype; None keeps it.
+
+    Raises:
+        CheckpointError: A weight is missing, unknown or of another shape, or the weights are of another family.
+    """
+    size = model.config.depth // model.config.chunks
+    tensors: dict[str, Tensor] = {}
+    found = _transformer_state(state)
+    _, per_chunk = _chunking(found)
+    for key, tensor in found.items():
+        match = _BLOCK.fullmatch(key)
+        name = key
+        if match is not None:
+            index = int(match[1] or 0) * per_chunk + int(match[2])
+            name = f"block_chunks.{index // size}.module.{index % size}.{match[3]}"
+        is_gain = name.endswith("scale_mul_1H11")
+        put(tensors, name, tensor.reshape(1, -1, 1, 1) if is_gain else tensor)
+    fill_module(model, tensors, "transformer", dtype)
+
+
+def load_autoencoder(model: Autoencoder, state: State, *, dtype: torch.dtype | None = None) -> None:
+    """Copies published weights into an autoencoder.
+
+    Args:
+        model: Is changed; left as it was when loading is refused.
+        state: Weights under their published names, with or without the names of wrappers (`conv1.conv.weight`), also
+            below `vae` or, where there is no `vae`, below `ema`.
+        dtype: Changes the model's dtype; None keeps it.
+
+    Raises:
+        CheckpointError: A weight is missing, unknown or of another shape, or the weights are of another family.
+    """
+    fill_module(model, _autoencoder_state(state), "autoencoder", dtype)
+
+
+def _transformer_state(state: State) -> dict[str, Tensor]:
+    """A transformer's weights without nesting and constant buffers."""
+    state = below(state, _TRANSFORMER_NESTS)
+    refuse_foreign(state, "Infinity")
+    return {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] not in _CONSTANTS}
+
+
+def _autoencoder_state(state: State) -> dict[str, Tensor]:
+    """An autoencoder's weights without nesting, wrapper names and the quantiser's buffers."""
+    state = below(state, _AUTOENCODER_NESTS)
+    refuse_foreign(state, "autoencoder")
+    tensors: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if not key.startswith(_QUANTISERS):
+            put(tensors, _unwrap(key), tensor)
+    return tensors
+
+
+def _unwrap(key: str) -> str:
+    """A key without the name of the wrapper around a convolution or a norm."""
+    for pattern in (_WRAPPED_CONV, _WRAPPED_NORM):
+        match = pattern.match(key)
+        if match is not None:
+            return f"{match[1]}.{match[2]}"
+    return key
+
+
+def _chunking(state: State) -> tuple[int, int]:
+    """Chunks and blocks per chunk; blocks without chunks count as one chunk."""
+    blocks = [match for match in map(_BLOCK.fullmatch, state) if match is not None]
+    chunks = 1 + max((int(match[1] or 0) for match in blocks), default=-1)
+    per_chunk = 1 + max((int(match[2]) for match in blocks), default=-1)
+    return chunks, per_chunk

@@ -1,0 +1,166 @@
+"""Reads and writes files of weights, whatever model they are of; nothing in a file is executed.
+
+Weights are tensors by name. Nested dicts of a training checkpoint are read as names joined with dots.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from foveate.core.atomic import replace_file, write_text
+from foveate.core.errors import CheckpointError
+
+State = Mapping[str, Tensor]
+"""Weights by name, without nesting."""
+
+INDEX_END = ".safetensors.index.json"
+_PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+_HEADER_BYTES = 256
+"""Upper bound of what one tensor takes in the header of a safetensors file: its name, dtype, shape and offsets."""
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Reads all tensors of a checkpoint to the CPU; nothing in a file is executed.
+
+    Args:
+        path: A .safetensors, .pth or .pt file, an index of shards, a folder that holds one of them, or such a path
+            without its ending, as `save_sharded` was given.
+
+    Raises:
+        CheckpointError: There is no such file, or it is empty, damaged or of an unknown kind.
+    """
+    path = _locate(Path(path))
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    return _read_file(path)
+
+
+def save_sharded(state: State, folder: str | Path, stem: str, max_bytes: int = 15 * 2**20) -> list[Path]:
+    """Writes weights as safetensors files; `read_weights(folder / stem)` reads them back.
+
+    One `stem.safetensors` if that is small enough, else `stem-00001-of-000NN.safetensors` and an index. Each file
+    appears complete or not at all, the index last; files that an earlier save under this stem left are removed.
+
+    Args:
+        state: The weights.
+        folder: Where; it is made.
+        stem: First part of the names.
+        max_bytes: Largest size of a file. A single tensor that is larger gets a file of its own.
+
+    Returns:
+        The files written, the index last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _split(state, max_bytes)
+    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = [f"{stem}.safetensors"]
+    written = []
+    for name, keys in zip(names, shards, strict=True):
+        tensors = {key: state[key].detach().cpu().contiguous() for key in keys}
+        with replace_file(folder / name) as partial:
+            save_file(tensors, partial)
+        written.append(folder / name)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in state.values())
+        weight_map = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        written.append(folder / f"{stem}{INDEX_END}")
+        write_text(written[-1], json.dumps(index, indent=1) + "\n")
+    shard_name = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    for old in folder.iterdir():
+        if shard_name.fullmatch(old.name) and old not in written:
+            old.unlink()
+    return written
+
+
+def _locate(path: Path) -> Path:
+    """The one file that a path means."""
+    if path.is_dir():
+        names = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        found = [p for p in names if p.name.endswith(".index.json")]
+        found = found or [p for p in names if p.suffix in (".safetensors", *_PICKLES)]
+        if len(found) != 1:
+            listed = some([p.name for p in found]) if found else "none"
+            raise CheckpointError(f"{path}: the folder must hold one checkpoint, found {listed}; name the file")
+        return found[0]
+    if not path.exists():
+        found = [p for p in (path.with_name(path.name + end) for end in (".safetensors", INDEX_END)) if p.exists()]
+        if not found:
+            raise CheckpointError(f"{path}: there is no such weight file")
+        return found[0]
+    return path
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix not in (".safetensors", *_PICKLES):
+        raise CheckpointError(f"{path}: weights must be .safetensors, {', '.join(_PICKLES)} or an index of shards")
+    if not path.stat().st_size:
+        raise CheckpointError(f"{path}: the file is empty; fetch it again")
+    try:
+        if path.suffix == ".safetensors":
+            tensors: dict[str, Tensor] = load_file(path)
+            return tensors
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Damaged bytes make the readers raise almost anything, so nothing narrower would do.
+        first = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CheckpointError(f"{path}: not a readable weight file, fetch it again ({first})") from error
+    tensors = dict(_flatten(loaded))
+    if not tensors:
+        raise CheckpointError(f"{path}: the file holds no tensors")
+    return tensors
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        is_plain = all(Path(name).name == name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a readable index of shards, fetch it again") from error
+    if not is_plain:
+        raise CheckpointError(f"{path}: shards must lie beside the index, got {some(names)}")
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        if not (path.parent / name).is_file():
+            raise CheckpointError(f"{path}: shard {name} is missing")
+        tensors.update(_read_file(path.parent / name))
+    absent = [key for key in weight_map if key not in tensors]
+    if absent:
+        raise CheckpointError(f"{path}: the shards lack {some(absent)}")
+    return {key: tensors[key] for key in weight_map}
+
+
+def _flatten(value: object, prefix: str = "") -> Iterable[tuple[str, Tensor]]:
+    """All tensors of nested dicts, under names joined with dots."""
+    if isinstance(value, Tensor):
+        yield prefix, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _flatten(part, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _split(state: State, max_bytes: int) -> list[list[str]]:
+    """Keys of each file, in order."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for key, tensor in state.items():
+        size = tensor.nbytes + _HEADER_BYTES
+        if shards[-1] and used + size > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(key)
+        used += size
+    return shards
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first few names, and how many there are."""
+    return ", ".join(names[:limit]) + (f", ... ({len(names)})" if len(names) > limit else "")
