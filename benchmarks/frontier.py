@@ -21,7 +21,7 @@ from pages import ROOT, fill_pages
 
 from foveate.conditioning.minilm import TextEncoder
 from foveate.eval.fidelity import fidelity_report
-from foveate.families import find_folder
+from foveate.families.loading import Origin, find_folder
 from foveate.pipeline import Pipeline, stack_uint8
 from foveate.policies.registry import load_policy
 
@@ -115,7 +115,7 @@ class Matcher:
 
         self.heads = TextMatch.bundled()
         self.labels = list(labels)
-        self.texts = TextEncoder.from_folder(find_folder(model)).pooled(self.labels).numpy()
+        self.texts = TextEncoder.from_folder(find_folder(Origin(name_or_path=model))).pooled(self.labels).numpy()
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> float:
         """Share of pictures whose label comes first."""

@@ -19,7 +19,7 @@ from foveate.conditioning.minilm import TextEncoder
 from foveate.eval.features import features, load_network
 from foveate.eval.fidelity import foreground_psnr, psnr
 from foveate.eval.quality import TextMatch, kid, nearest
-from foveate.families import find_folder
+from foveate.families.loading import Origin, find_folder
 from foveate.pipeline import Pipeline, stack_uint8
 from foveate.pipeline_output import to_uint8
 from foveate.tokenizers.autoencoder import Autoencoder
@@ -78,7 +78,7 @@ def model_figures(pipe: Pipeline, corpus: Corpus, model: str, seed: int) -> dict
     grids = tuple((n, n) for n in (1, 2, 4, 6, 8, 12, 16))
     originals = images[[labels.index(label) for label in wanted]]
     again = features(rebuilt(pipe.model.tokenizer.autoencoder, originals, grids), network=network)
-    texts = TextEncoder.from_folder(find_folder(model)).pooled(labels).numpy()
+    texts = TextEncoder.from_folder(find_folder(Origin(name_or_path=model))).pooled(labels).numpy()
     heads, targets = TextMatch.bundled(), np.array([labels.index(label) for label in wanted])
     lines = (HERE / "paraphrases.tsv").read_text(encoding="utf-8").splitlines()
     pairs = [(line.split("\t")[0], line.split("\t")[1]) for line in lines]

@@ -8,7 +8,7 @@ from hypothesis import settings
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from foveate.conditioning.minilm import MiniLM, MiniLMConfig, TextEncoder
-from foveate.families import Defaults, ModelSpec
+from foveate.families.spec import Defaults, ModelSpec
 from foveate.folder import save_folder
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.models.random_weights import fill_randomly

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import foveate as fv
-from foveate.families import DATA
+from foveate.families.loading import DATA
 from foveate.pipeline import Pipeline, stack_uint8
 from foveate.policies.registry import REGISTRY
 

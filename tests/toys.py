@@ -2,23 +2,28 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from foveate.core.conditions import ClassLabel
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.plan import Bound, Policy, ScalePlan
+from foveate.core.protocols import NextScaleModel, ScaleTokenizer
 from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.core.trace import Trace
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler, Sampler
 from foveate.engine.state import Request
 from foveate.models.infinity import Infinity, InfinityConfig
+from foveate.models.var import VAR, VARConfig
 from foveate.policies.registry import load_policy
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.bsq import BSQTokenizer
+from foveate.tokenizers.vq import VQTokenizer
+from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 
 TEXT_WIDTH = 32
 LATENT_CHANNELS = 8
@@ -33,19 +38,37 @@ GRIDS: dict[str, tuple[tuple[Grid, ...], int]] = {
 }
 """Token grids and patch of every toy."""
 
+VAR_GRIDS: tuple[Grid, ...] = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6))
+VAR_LABELS = (1, 4, 2)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Toy:
     """A model, a tokenizer and a schedule that belong together."""
 
     name: str
-    model: Infinity
-    tokenizer: BSQTokenizer
+    model: NextScaleModel
+    tokenizer: ScaleTokenizer
     schedule: ScaleSchedule
 
     @property
     def num_blocks(self) -> int:
         return self.model.shape.num_blocks
+
+
+def draw_parameters(module: nn.Module, seed: int) -> None:
+    """Draws every parameter, biases and norms too."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        parameter.data.normal_(generator=generator)
+        if name.endswith("scale_mul_1H11"):
+            parameter.data.mul_(0.2).add_(math.log(4.0))
+        elif name.endswith("weight") and "norm" in name.split(".")[-2]:
+            parameter.data.mul_(0.2).add_(1.0)
+        elif parameter.dim() == 1:
+            parameter.data.mul_(0.2)
+        else:
+            parameter.data.mul_((parameter.numel() // parameter.shape[0]) ** -0.5)
 
 
 def make_model(patch: int = 1, dtype: torch.dtype = torch.float32) -> Infinity:
@@ -60,17 +83,7 @@ def make_model(patch: int = 1, dtype: torch.dtype = torch.float32) -> Infinity:
         text_tokens=16,
     )
     model = Infinity(config)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        parameter.data.normal_(generator=generator)
-        if name.endswith("scale_mul_1H11"):
-            parameter.data.mul_(0.2).add_(math.log(4.0))
-        elif name.endswith("norm.weight"):
-            parameter.data.mul_(0.2).add_(1.0)
-        elif parameter.dim() == 1:
-            parameter.data.mul_(0.2)
-        else:
-            parameter.data.mul_((parameter.numel() // parameter.shape[0]) ** -0.5)
+    draw_parameters(model, seed=5)
     return model.requires_grad_(requires_grad=False).to(dtype).eval()
 
 
@@ -87,6 +100,48 @@ def toy(name: str, dtype: torch.dtype = torch.float32) -> Toy:
         model=make_model(patch, dtype),
         tokenizer=BSQTokenizer(autoencoder, patch),
         schedule=ScaleSchedule.from_grids(grids, patch=patch),
+    )
+
+
+def make_var(dtype: torch.dtype = torch.float32, *, shared_aln: bool = False) -> VAR:
+    """Embeddings are louder than matrices, so that class, level and position all decide."""
+    config = VARConfig(
+        depth=5,
+        width=64,
+        heads=4,
+        num_classes=10,
+        codebook_size=48,
+        latent_channels=LATENT_CHANNELS,
+        grids=VAR_GRIDS,
+        shared_aln=shared_aln,
+        ff_width=128,
+    )
+    model = VAR(config)
+    draw_parameters(model, seed=6)
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if name in ("class_emb.weight", "pos_start", "pos_1LC", "lvl_embed.weight") or name.endswith("ada_gss"):
+            parameter.data.normal_(0.0, 0.7, generator=generator)
+    return model.requires_grad_(requires_grad=False).to(dtype).eval()
+
+
+@cache
+def toy_var(dtype: torch.dtype = torch.float32, *, shared_aln: bool = False) -> Toy:
+    """The toy of the VAR family; tests leave it as it is."""
+    config = VQAutoencoderConfig(
+        latent_channels=LATENT_CHANNELS,
+        base_channels=32,
+        channel_multipliers=(1, 1),
+        num_res_blocks=1,
+        codebook_size=48,
+    )
+    autoencoder = VQAutoencoder(config)
+    draw_parameters(autoencoder, seed=8)
+    return Toy(
+        name="var",
+        model=make_var(dtype, shared_aln=shared_aln),
+        tokenizer=VQTokenizer(autoencoder.requires_grad_(requires_grad=False).eval()),
+        schedule=ScaleSchedule.from_grids(VAR_GRIDS),
     )
 
 
@@ -118,6 +173,15 @@ def make_request(
         num_images=len(seeds),
         wants_maps=wants_maps,
     )
+
+
+def label_request(
+    schedule: ScaleSchedule, seeds: Sequence[int] = SEEDS, labels: Sequence[int] = VAR_LABELS, cfg: float = 1.5
+) -> Request:
+    """A request for classes, guided as the VAR family is."""
+    weights = GuidanceSchedule.from_var(cfg, len(schedule)).weights
+    request = make_request(schedule, seeds, (1,) * len(seeds), weights)
+    return replace(request, conditions=tuple(ClassLabel(index=label) for label in labels))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -197,7 +261,9 @@ class Result:
         return self.f_hats[-1]
 
 
-def run(subject: Toy, policy: Policy | Bound, request: Request | None = None, model: Infinity | None = None) -> Result:
+def run(
+    subject: Toy, policy: Policy | Bound, request: Request | None = None, model: NextScaleModel | None = None
+) -> Result:
     """Runs a policy to the end with spies on it."""
     request = request or make_request(subject.schedule)
     model = model or subject.model

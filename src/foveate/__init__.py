@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from foveate.core.version import __version__
 
 if TYPE_CHECKING:
+    from foveate.adapters.attachment import attach as attach
     from foveate.core.errors import Cancelled as Cancelled
     from foveate.core.errors import FoveateError as FoveateError
     from foveate.eval.compare import compare as compare
@@ -33,6 +34,7 @@ _HOMES = {
     "RandomTokens": "foveate.policies.random_tokens",
     "SkipScales": "foveate.policies.skip_scales",
     "UniformDepth": "foveate.policies.uniform_depth",
+    "attach": "foveate.adapters.attachment",
     "compare": "foveate.eval.compare",
     "load_policy": "foveate.policies.registry",
 }

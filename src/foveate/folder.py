@@ -1,16 +1,16 @@
 """A model as a folder: written by training, read by `families`.
 
-- config.json: shapes, sizes trained on, defaults (`families.ModelSpec`)
+- config.json: shapes, sizes trained on, defaults (`families.spec.ModelSpec`)
 - transformer*.safetensors, autoencoder*.safetensors: float16 unless asked otherwise, in shards below 15 MiB
 - text_encoder.safetensors, tokenizer.json
 - NOTICE, MODEL_CARD.md
 """
 
-import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,22 +18,21 @@ from torch import nn
 from foveate.conditioning.minilm import TextEncoder
 from foveate.core.atomic import write_text
 from foveate.core.errors import CheckpointError
-from foveate.models.checkpoint_infinity import load_autoencoder, load_transformer
-from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.models.random_weights import empty_module
-from foveate.models.weight_files import read_weights, save_sharded
-from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
+from foveate.models.weight_files import State, read_weights, save_sharded, weights_sha256
 
 CONFIG_NAME = "config.json"
 TRANSFORMER, AUTOENCODER = "transformer", "autoencoder"
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def save_folder(
     folder: Path,
     *,
     config: dict[str, Any],
-    transformer: Infinity,
-    autoencoder: Autoencoder,
+    transformer: nn.Module,
+    autoencoder: nn.Module,
     text_encoder: TextEncoder,
     notice: str,
     model_card: str,
@@ -43,7 +42,7 @@ def save_folder(
 
     Args:
         folder: Where; it is made.
-        config: `families.ModelSpec.to_json()`.
+        config: `families.spec.ModelSpec.to_json()`.
         transformer: Left as it was.
         autoencoder: Left as it was.
         text_encoder: Left as it was; its matrices are stored as int8.
@@ -80,17 +79,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     return data
 
 
-def read_transformer(folder: Path, config: InfinityConfig, dtype: torch.dtype, device: torch.device) -> Infinity:
-    """Reads the transformer into a dtype, whatever dtype it has on disk."""
-    model = empty_module(lambda: Infinity(config), dtype, device)
-    load_transformer(model, read_weights(folder / TRANSFORMER))
-    return model
+def read_network(
+    path: Path, build: Callable[[], M], load: Callable[[M, State], None], dtype: torch.dtype, device: torch.device
+) -> M:
+    """Reads a network into a dtype, whatever dtype it has on disk.
 
+    Args:
+        path: Its weights, with or without the ending.
+        build: Makes the module; its default weights are never computed.
+        load: Copies weights under their published names.
+        dtype: What it shall compute in.
+        device: Where.
 
-def read_autoencoder(folder: Path, config: AutoencoderConfig, dtype: torch.dtype, device: torch.device) -> Autoencoder:
-    """Reads the autoencoder into a dtype, whatever dtype it has on disk."""
-    model = empty_module(lambda: Autoencoder(config), dtype, device)
-    load_autoencoder(model, read_weights(folder / AUTOENCODER))
+    Raises:
+        CheckpointError: A file is missing or damaged, or weights do not fit.
+    """
+    model = empty_module(build, dtype, device)
+    load(model, read_weights(path))
     return model
 
 
@@ -101,12 +106,6 @@ def read_text_encoder(folder: Path, text_tokens: int, device: torch.device) -> T
     return replace(encoder, max_tokens=min(encoder.max_tokens, text_tokens))
 
 
-def weights_sha256(folder: Path) -> str:
-    """Hash over the names and bytes of all weight files and of the text tokenizer."""
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), folder / "tokenizer.json"]):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+def folder_sha256(folder: Path) -> str:
+    """Hash over all weight files and the text tokenizer."""
+    return weights_sha256(sorted([*folder.glob("*.safetensors"), folder / "tokenizer.json"]))

@@ -14,15 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from foveate.core.conditions import Condition
 from foveate.core.errors import FoveateError
 from foveate.core.plan import Bound
 from foveate.core.trace import Trace
 from foveate.engine.executor import Engine
 from foveate.engine.forecast import full_cost
-from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler
+from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler, SmoothSampler
 from foveate.engine.state import Request, bounds_of
-from foveate.families import LoadedModel, load_model
-from foveate.pipeline_options import Job, Options, resolve, settings_of, warn_untrained
+from foveate.families.loading import LoadedModel, Origin, load_model
+from foveate.pipeline_options import Job, Options, Prompts, resolve, settings_of, warn_untrained
 from foveate.pipeline_output import (
     Images,
     Milliseconds,
@@ -68,16 +69,21 @@ class Pipeline:
         cls,
         name_or_path: str | Path = "emoji",
         *,
+        autoencoder: str | Path | None = None,
+        text_encoder: str | Path | None = None,
         weights: str = "pretrained",
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> "Pipeline":
-        """Loads a bundled model, a model folder (also from the hub), or the shape of a published model.
+        """Loads a bundled model, a model folder, or published weights from the hub or from this disk.
 
         Args:
-            name_or_path: A registered name, a folder with config.json, or `owner/name` of such a folder on the hub.
+            name_or_path: A registered name (`foveate models` lists them), a model folder, a file of transformer
+                weights (safetensors, pickle or index of shards) or a folder that holds one, or `owner/name` on the hub.
+            autoencoder: File of the autoencoder's weights, where it does not lie beside the transformer.
+            text_encoder: Folder or hub repository of the text encoder; None takes the published one.
             weights: `pretrained`, or `random`, which fills the shape with noise, for timing; the text features are then
                 random as well.
             dtype: What the model computes in, whatever the files hold: float32, bfloat16 or float16.
@@ -89,25 +95,24 @@ class Pipeline:
             FoveateError: An unknown name, dtype or device.
             CheckpointError: The folder is incomplete, damaged or of another model.
         """
-        model = load_model(
-            name_or_path,
-            weights=weights,
-            dtype=_dtype(dtype),
-            device=_device(device),
+        origin = Origin(
+            name_or_path=name_or_path,
+            autoencoder=autoencoder,
+            text_encoder=text_encoder,
             revision=revision,
             local_files_only=local_files_only,
         )
-        return cls(model)
+        return cls(load_model(origin, weights=weights, dtype=_dtype(dtype), device=_device(device)))
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
         self._hides_progress = disable
 
-    def __call__(self, prompts: str | Sequence[str], **options: Unpack[Options]) -> PipelineOutput | tuple[Images]:
+    def __call__(self, prompts: Prompts, **options: Unpack[Options]) -> PipelineOutput | tuple[Images]:
         """Draws all images of all prompts as one batch.
 
         Args:
-            prompts: One or several texts, none of them empty.
+            prompts: One or several texts, none of them empty; names or indices of classes where a model draws those.
             **options: See `foveate.pipeline_options.Settings`.
 
         Returns:
@@ -120,7 +125,7 @@ class Pipeline:
         output = self.generate(prompts, **options)
         return output if options.get("return_dict", True) else (output.images,)
 
-    def generate(self, prompts: str | Sequence[str], **options: Unpack[Options]) -> PipelineOutput:
+    def generate(self, prompts: Prompts, **options: Unpack[Options]) -> PipelineOutput:
         """The same as the call, whatever `return_dict` says."""
         began = time.perf_counter()
         job = self._job(prompts, options)
@@ -132,7 +137,7 @@ class Pipeline:
         return self._finish(job, step, began)
 
     def stream(
-        self, prompts: str | Sequence[str], previews: int = 3, **options: Unpack[Options]
+        self, prompts: Prompts, previews: int = 3, **options: Unpack[Options]
     ) -> Generator[ScaleEvent, None, None]:
         """Draws like the call and hands out every scale; the last event carries the call's output.
 
@@ -148,7 +153,7 @@ class Pipeline:
         job = self._job(prompts, options)
         return self._events(job, previews)
 
-    def _job(self, prompts: str | Sequence[str], options: Options) -> Job:
+    def _job(self, prompts: Prompts, options: Options) -> Job:
         """The completed call; warns about sizes that trained weights never saw."""
         job = resolve(prompts, settings_of(options), self.model.spec)
         if self.model.weights == "pretrained":
@@ -181,6 +186,8 @@ class Pipeline:
         bound = job.policy.bind(job.schedule, self.model.transformer.shape)
         began = time.perf_counter()
         requests = self._requests(job)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
         text_ms = 1e3 * (time.perf_counter() - began)
         num_scales = len(job.schedule)
         with ExitStack() as stack:
@@ -206,9 +213,11 @@ class Pipeline:
     def _requests(self, job: Job) -> tuple[Request, ...]:
         """One request for the batch, or one per image where bits must not depend on the batch."""
         conditions = job.per_image(self.model.text.encode(list(job.prompts)))
-        negatives: tuple[Tensor, ...] = ()
-        if job.negatives is not None and job.guidance.is_needed(0):
-            negatives = job.per_image(self.model.text.encode(list(job.negatives)))
+        negatives: tuple[Condition, ...] = ()
+        null = self.model.spec.kind.null_prompt
+        texts = (null,) * len(job.prompts) if job.negatives is None and null is not None else job.negatives
+        if texts is not None and job.guidance.is_needed(0):
+            negatives = job.per_image(self.model.text.encode(list(texts)))
 
         def request(images: Sequence[int]) -> Request:
             return Request(
@@ -227,10 +236,21 @@ class Pipeline:
 
     def _sampler(self, job: Job, images: Sequence[int]) -> Sampler:
         if job.settings.rng == "keyed":
-            return KeyedSampler(seeds=tuple(job.seeds[i] for i in images))
-        if job.settings.generator is not None:
-            return ReferenceSampler(generator=job.settings.generator)
-        return ReferenceSampler(generator=torch.Generator(self.model.device).manual_seed(job.seeds[0]))
+            sampler: KeyedSampler | ReferenceSampler = KeyedSampler(seeds=tuple(job.seeds[i] for i in images))
+        elif job.settings.generator is not None:
+            sampler = ReferenceSampler(generator=job.settings.generator)
+        else:
+            sampler = ReferenceSampler(generator=torch.Generator(self.model.device).manual_seed(job.seeds[0]))
+        if job.smooth_scales is None:
+            return sampler
+        first, end = job.smooth_scales
+        return SmoothSampler(
+            inner=sampler,
+            num_scales=len(job.schedule),
+            first=first,
+            end=end,
+            is_after_draw=self.model.spec.kind.smooths_after_draw,
+        )
 
     @torch.inference_mode()
     def _decode(self, f_hat_BZHW: Float[Tensor, "B Z H W"], output_type: str) -> Images:
@@ -262,7 +282,7 @@ class Pipeline:
         size, heads_width = trace.bytes_per_element, shape.num_heads * shape.head_width
         run = trace.cost
         full = [full_cost(request, shape, size) for request in step.requests]
-        limits = [bounds_of(step.bound, request, shape.num_blocks) for request in step.requests]
+        limits = [bounds_of(step.bound, request, shape) for request in step.requests]
         return Report(
             flops_run=run.flops,
             flops_full=sum(cost.flops for cost in full),

@@ -13,12 +13,15 @@ import torch
 from foveate.core.errors import FoveateError, unknown
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.plan import Policy
-from foveate.core.schedule import ScaleSchedule, parse_ratio, ratio_name, sizes
+from foveate.core.schedule import ScaleSchedule, parse_ratio, ratio_name
 from foveate.engine.sample import Filter
-from foveate.families import ModelSpec
+from foveate.families.spec import ModelSpec
 from foveate.policies.registry import load_policy
 
 logger = logging.getLogger("foveate")
+
+Prompts = str | int | Sequence[str | int]
+"""One text or several; an index where a model draws classes."""
 
 PerScale = float | int | Sequence[float | int]
 """One value for all scales, or one per scale."""
@@ -43,6 +46,7 @@ class Options(TypedDict, total=False):
     tau: PerScale | None
     top_k: int | Sequence[int] | None
     top_p: PerScale | None
+    more_smooth: bool | None
     num_images_per_prompt: int
     seed: int | Sequence[int] | None
     generator: torch.Generator | None
@@ -65,12 +69,14 @@ class Settings:
         width: Pixels, together with `height`.
         aspect_ratio: Width:height, one of the 15 published ratios; together with `pixels` instead of a size.
         pixels: Pixel budget: 0.06M, 0.25M, 0.60M or 1M.
-        guidance_scale: The family's published `cfg`; one number or one per scale; 1 switches guidance off.
+        guidance_scale: The family's published `cfg`; one number or one per scale. 1 switches guidance off for Infinity,
+            0 for VAR and Switti, whose guidance grows from nothing to this over the scales.
         cfg: Alias of `guidance_scale`.
         temperature: Divides logits, above 0; one number or one per scale.
         tau: Alias of `temperature`.
         top_k: Keeps the k best values of every symbol; 0 keeps all, 1 is greedy.
         top_p: Keeps the likeliest values up to this share, in [0, 1]; 0 keeps all.
+        more_smooth: Mixes codes instead of choosing them: softer pictures. VAR and Switti only.
         num_images_per_prompt: Images of each prompt, which follow each other in the output.
         seed: Where every prompt starts, or one start per prompt; image j of a prompt uses seed + j. None draws one.
         generator: Random state for `rng="reference"`; it advances.
@@ -96,6 +102,7 @@ class Settings:
     tau: PerScale | None = None
     top_k: int | Sequence[int] | None = None
     top_p: PerScale | None = None
+    more_smooth: bool | None = None
     num_images_per_prompt: int = 1
     seed: int | Sequence[int] | None = None
     generator: torch.Generator | None = None
@@ -143,6 +150,8 @@ class Job:
     """A call in the engine's words, every default filled in.
 
     `prompts` and `negatives` have one entry per prompt, `seeds` one per image (none with a caller's own generator).
+    `guidance_scale` is the family's `cfg` of every scale, `guidance` what it means to the engine.
+    `smooth_scales` are the first scale that mixes codes and the first one behind it, None where none does.
     """
 
     settings: Settings
@@ -152,9 +161,11 @@ class Job:
     schedule: ScaleSchedule
     ratio: str
     budget: str
+    guidance_scale: tuple[float, ...]
     guidance: GuidanceSchedule
     temperatures: tuple[float, ...]
     filters: tuple[Filter, ...]
+    smooth_scales: tuple[int, int] | None
     policy: Policy
 
     @property
@@ -167,15 +178,15 @@ class Job:
         return tuple(entry for entry in per_prompt for _ in range(self.settings.num_images_per_prompt))
 
 
-def resolve(prompts: str | Sequence[str], settings: Settings, spec: ModelSpec) -> Job:
+def resolve(prompts: Prompts, settings: Settings, spec: ModelSpec) -> Job:
     """Completes a call from the model's defaults.
 
     Raises:
         FoveateError: A value that is out of range or does not exist; the message says what does.
     """
-    texts = _prompts([prompts] if isinstance(prompts, str) else list(prompts), "prompt")
+    texts = _prompts(_listed(prompts, spec), "prompt")
     ratio, budget = _size(settings, spec)
-    schedule = ScaleSchedule.from_template(ratio, budget, spec.patch)
+    schedule = spec.schedule(ratio, budget)
     count, defaults = len(schedule), spec.defaults
     cfg, tau = _first(settings.guidance_scale, settings.cfg), _first(settings.temperature, settings.tau)
     guidance = _per_scale("guidance_scale", cfg, defaults.guidance_scale, count)
@@ -191,14 +202,16 @@ def resolve(prompts: str | Sequence[str], settings: Settings, spec: ModelSpec) -
     return Job(
         settings=settings,
         prompts=texts,
-        negatives=_negatives(settings.negative_prompt, len(texts)),
+        negatives=_negatives(settings.negative_prompt, len(texts), spec),
         seeds=_seeds(settings, len(texts)),
         schedule=schedule,
         ratio=ratio_name(ratio),
         budget=budget,
-        guidance=GuidanceSchedule.from_infinity(guidance, count),
+        guidance_scale=guidance,
+        guidance=spec.kind.guidance(guidance, defaults.guidance_window),
         temperatures=temperatures,
         filters=tuple(Filter(top_k=int(k), top_p=p) for k, p in zip(top_k, top_p, strict=True)),
+        smooth_scales=_smooth_scales(settings.more_smooth, spec, count),
         policy=load_policy(settings.policy),
     )
 
@@ -231,9 +244,27 @@ def _prompts(texts: list[str], name: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _negatives(negative: str | Sequence[str] | None, num_prompts: int) -> tuple[str, ...] | None:
+def _listed(prompts: Prompts, spec: ModelSpec) -> list[Any]:
+    """Prompts as a list; where they name classes, an index may also come as a number."""
+    texts: list[Any] = [prompts] if isinstance(prompts, str | int) else list(prompts)
+    is_class = spec.conditioner == "imagenet"
+    return [str(text) if is_class and isinstance(text, int) else text for text in texts]
+
+
+def _smooth_scales(asked: bool | None, spec: ModelSpec, count: int) -> tuple[int, int] | None:
+    """Scales that mix codes: from where the model's defaults begin to where guidance ends."""
+    defaults = spec.defaults
+    _require(not asked or spec.kind.can_smooth, f"more_smooth is for VAR and Switti; {spec.name} samples bits")
+    if not (defaults.more_smooth if asked is None else asked):
+        return None
+    end = defaults.guidance_window[1]
+    return defaults.smooth_start, count if end is None else end
+
+
+def _negatives(negative: str | Sequence[str] | None, num_prompts: int, spec: ModelSpec) -> tuple[str, ...] | None:
     if negative is None:
         return None
+    _require(spec.kind.has_negatives, f"{spec.name} is guided by classes and takes no negative_prompt; leave it out")
     texts = [negative] * num_prompts if isinstance(negative, str) else list(negative)
     _require(len(texts) == num_prompts, f"negative_prompt needs one text per prompt, {num_prompts}, got {len(texts)}")
     return _prompts(texts, "negative_prompt")
@@ -242,7 +273,7 @@ def _negatives(negative: str | Sequence[str] | None, num_prompts: int) -> tuple[
 def _size(settings: Settings, spec: ModelSpec) -> tuple[float, str]:
     """Template ratio and budget."""
     if settings.height is not None and settings.width is not None:
-        known = sizes(spec.stride)
+        known = spec.sizes()
         wanted = (settings.width, settings.height)
         if wanted not in known:
             possible = ", ".join(f"{w}x{h}" for w, h in sorted(known))

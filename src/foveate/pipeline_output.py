@@ -18,7 +18,7 @@ from torch import Tensor
 
 from foveate.core.trace import ScaleTrace, Trace
 from foveate.core.version import __version__
-from foveate.families import LoadedModel
+from foveate.families.loading import LoadedModel
 from foveate.pipeline_options import Job
 
 Images = list[Image.Image] | np.ndarray | Tensor
@@ -174,10 +174,11 @@ def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
         "height": grid[0] * stride,
         "aspect_ratio": job.ratio,
         "pixels": job.budget,
-        "guidance_scale": list(job.guidance.weights),
+        "guidance_scale": list(job.guidance_scale),
         "temperature": list(job.temperatures),
         "top_k": [rule.top_k for rule in job.filters],
         "top_p": [rule.top_p for rule in job.filters],
+        "more_smooth": job.smooth_scales is not None,
         "policy": {
             "spec": job.policy.spec,
             "fingerprint": job.policy.fingerprint,

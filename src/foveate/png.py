@@ -14,7 +14,7 @@ from PIL import Image, PngImagePlugin
 from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
 from foveate.core.plan import Policy
-from foveate.families import model_names
+from foveate.families.loading import model_names
 from foveate.pipeline import Pipeline
 from foveate.pipeline_options import Options, resolve, settings_of
 from foveate.pipeline_output import PipelineOutput
@@ -174,6 +174,7 @@ def _options(config: Mapping[str, Any]) -> Options:
         temperature=config["temperature"],
         top_k=config["top_k"],
         top_p=config["top_p"],
+        more_smooth=config.get("more_smooth", False),
         num_images_per_prompt=num,
         seed=seeds[0] if config["rng"] == "reference" else seeds[::num],
         rng=config["rng"],

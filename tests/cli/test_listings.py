@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from foveate.families import model_names
+from foveate.families.loading import model_names
 from foveate.policies.registry import PRESETS, REGISTRY, load_policy
 from foveate.train import recipe
 
@@ -50,14 +50,17 @@ def test_env(run: Callable[..., Any], toy_folder: Path) -> None:
     assert isinstance(data["cpu"]["has_bf16_instructions"], bool)
     assert "versions.torch" in run("env").out
     needs = run("env", "--json", "--model", toy_folder).data["model"]
-    assert needs["kv_bytes"]["float32"] == 2 * needs["kv_bytes"]["bfloat16"] > 0
-    assert needs["weight_bytes"]["float32"] == 4 * sum(needs["parameters"].values())
+    full, half = needs["bytes"]["float32"], needs["bytes"]["bfloat16"]
+    assert full["kv"] == 2 * half["kv"] > 0
+    assert [full[name] for name in needs["parameters"]] == [4 * count for count in needs["parameters"].values()]
+    assert full["peak"] > full["transformer"] + full["kv"] + full["blocks"]
+    assert "model.bytes.bfloat16.peak" in run("env", "--model", "infinity-8b").out
     run("env", "--model", "infinity-2").assert_refused("did you mean infinity-2b")
 
 
 def test_bound_of_env_is_what_the_engine_allocates(run: Callable[..., Any], toy_folder: Path, toy_pipe: Any) -> None:
     needs = run("env", "--json", "--model", toy_folder).data["model"]
-    assert needs["kv_bytes"]["float32"] == toy_pipe.generate("a cat", seed=1).report.kv_bytes_bound
+    assert needs["bytes"]["float32"]["kv"] == toy_pipe.generate("a cat", seed=1).report.kv_bytes_bound
 
 
 def test_train_passes_everything_on(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

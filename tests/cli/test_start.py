@@ -11,7 +11,7 @@ import pytest
 
 from foveate.cli.staging import Staging, slug, unique_names
 
-COMMANDS = ("generate", "compare", "policies", "models", "env", "train")
+COMMANDS = ("generate", "compare", "bench", "policies", "models", "env", "train")
 
 
 def foveate(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +40,7 @@ def test_help_is_quick() -> None:
 def test_help_imports_neither_torch_nor_numpy() -> None:
     code = "import sys\nfrom foveate.cli.main import main\n"
     code += f"codes = [main([c, '--help']) for c in {COMMANDS}] + [main(['--help'])]\n"
-    code += "assert codes == [0] * 7\nassert not {'torch', 'numpy', 'PIL'} & set(sys.modules)\n"
+    code += "assert codes == [0] * 8\nassert not {'torch', 'numpy', 'PIL'} & set(sys.modules)\n"
     ran = foveate("-c", code)
     assert (ran.returncode, ran.stderr) == (0, "")
     for command in COMMANDS:

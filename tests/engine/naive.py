@@ -106,6 +106,8 @@ def generate(toy: Toy, request: Request, seeds: Sequence[int]) -> tuple[list[Ten
     f_hats, all_bits = [], []
     for scale, (h, w) in enumerate(toy.schedule.grids):
         x = enter(toy, f_hat, scale).repeat(2, 1, 1).flatten(0, 1) if scale else model.start(prepared).clone()
+        if not model.shape.is_cached:
+            slots = [GrowingSlot(num_rows) for _ in range(toy.num_blocks)]
         rows = Rows((h * w,) * num_rows)
         rotation = model.positions(toy.schedule, scale).repeat(num_rows, 1)
         for index in range(toy.num_blocks):
@@ -212,6 +214,8 @@ class PlannedRow:
         model, grid = self.toy.model, self.toy.schedule.grids[scale]
         rotation_lD = model.positions(self.toy.schedule, scale)
         tokens = range(len(x_lC))
+        if not model.shape.is_cached:
+            self.slots = [RowSlot() for _ in range(self.toy.num_blocks)]
         old = [resized(delta, self.grid, grid) for delta in self.deltas]
         fresh = []
         for block in range(self.toy.num_blocks):

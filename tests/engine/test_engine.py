@@ -32,9 +32,7 @@ from tests.toys import (
     with_sampler,
 )
 
-SHAPE = ModelShape(
-    num_blocks=2, width=8, ff_width=16, num_heads=2, head_width=4, head_outputs=4, input_channels=2
-)
+SHAPE = ModelShape(num_blocks=2, width=8, ff_width=16, num_heads=2, head_width=4, head_outputs=4, input_channels=2)
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:

@@ -357,7 +357,7 @@ def test_cache_bound_is_known_before_and_never_exceeded(spec: str):
     subject, policy = toy("wide"), load_policy(spec)
     request = make_request(subject.schedule)
     bound = policy.bind(subject.schedule, subject.model.shape)
-    limit = bounds_of(bound, request, subject.num_blocks).kv_bytes(subject.model.shape.width, 4)
+    limit = bounds_of(bound, request, subject.model.shape).kv_bytes(subject.model.shape.width, 4)
     gc.collect()
     others = [id(x) for x in gc.get_objects() if isinstance(x, KVCache)]
     held = []
@@ -379,7 +379,7 @@ def test_negative_prompts_cost_nothing_without_guidance():
     result = run(subject, load_policy("full"), request)
     assert same_bits(result, plain)
     assert result.trace.cost == plain.trace.cost
-    limit = bounds_of(load_policy("full").bind(subject.schedule, subject.model.shape), request, 5)
+    limit = bounds_of(load_policy("full").bind(subject.schedule, subject.model.shape), request, subject.model.shape)
     assert limit.kv_bytes(64, 4) == result.trace.peak_kv_bytes
 
 

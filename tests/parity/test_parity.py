@@ -1,13 +1,13 @@
-"""Every recorded Infinity case through the runner; and the runner itself, which has to be able to fail."""
+"""Every recorded case through the runner; and the runner itself, which has to be able to fail."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
+import parity
+import parity_common
+import parity_infinity
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,19 +17,7 @@ from foveate.models.infinity import Infinity, InfinityConfig
 
 DATA = Path(__file__).parent / "data"
 CASES = ("argmax", "batch2", "cfg_at_layer", "patchify", "sampled_wide")
-
-
-def load_runner() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("parity", Path(__file__).parents[2] / "benchmarks" / "parity.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["parity"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-parity = load_runner()
+VAR_CASES = ("argmax", "sampled", "shared_aln")
 
 
 def write_case(folder: Path, name: str, case: dict[str, object], record: dict[str, torch.Tensor]) -> Path:
@@ -42,19 +30,28 @@ def read_case(name: str) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     return json.loads((DATA / f"{name}.json").read_text()), load_file(DATA / f"{name}.safetensors")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_reproduces_reference(name: str) -> None:
-    result = parity.run_case(DATA / f"infinity_{name}.json")
+def assert_reproduced(result: parity_common.Result) -> None:
     assert result.status == "pass", result
     assert result.max_logit_error <= 1e-4
     assert result.codes_equal
     assert result.latent_error <= 1e-4
     assert result.image_error <= 5e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reproduces_reference(name: str) -> None:
+    result = parity.run_case(DATA / f"infinity_{name}.json")
+    assert_reproduced(result)
     assert "without fused norms" in result.reason
 
 
+@pytest.mark.parametrize("name", VAR_CASES)
+def test_reproduces_var(name: str) -> None:
+    assert_reproduced(parity.run_case(DATA / f"var_{name}.json"))
+
+
 def test_the_paths_of_the_reference_are_told_apart() -> None:
-    result = parity.run_infinity("argmax", *read_case("infinity_argmax"), restarts_positions=False)
+    result = parity_infinity.run_on_path("argmax", *read_case("infinity_argmax"), restarts_positions=False)
     assert result.status == "fail"
     assert result.max_logit_error > 1e-2
     assert result.latent_error <= 1e-4
@@ -71,7 +68,10 @@ def test_restarted_positions_are_those_of_the_first_tokens() -> None:
 
 
 def test_all_cases_are_here() -> None:
-    assert sorted(p.stem for p in DATA.glob("*.json")) == [f"infinity_{name}" for name in CASES]
+    found = {p.stem for p in DATA.glob("*.json")}
+    assert {f"infinity_{name}" for name in CASES} | {f"var_{name}" for name in VAR_CASES} <= found
+    for path in DATA.glob("*.json"):
+        assert json.loads(path.read_text())["family"] in parity.FAMILIES
 
 
 def test_a_wrong_record_fails(tmp_path: Path) -> None:
@@ -101,6 +101,25 @@ def test_another_seed_fails(tmp_path: Path) -> None:
     assert not result.codes_equal
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"cfg": 1.6}, "max_logit_error"), ({"labels": [3, 16]}, "max_logit_error"), ({"vae_seed": 7}, "latent_error")],
+)
+def test_another_request_for_var_fails(tmp_path: Path, change: dict[str, object], reason: str) -> None:
+    case, record = read_case("var_argmax")
+    result = parity.run_case(write_case(tmp_path, "var", {**case, **change}, record))
+    assert result.status == "fail"
+    assert reason in result.reason
+
+
+def test_another_seed_for_var_fails(tmp_path: Path) -> None:
+    case, record = read_case("var_sampled")
+    result = parity.run_case(write_case(tmp_path, "var", {**case, "g_seed": 43}, record))
+    assert result.status == "fail"
+    assert result.max_logit_error <= 1e-4
+    assert not result.codes_equal
+
+
 def test_lists_per_scale_equal_numbers(tmp_path: Path) -> None:
     case, record = read_case("infinity_batch2")
     lists = {key: [case[key]] * 7 for key in ("cfg", "tau")}
@@ -111,14 +130,21 @@ def test_lists_per_scale_equal_numbers(tmp_path: Path) -> None:
 def test_ties_are_judged_by_the_gap_of_the_logits() -> None:
     logits = torch.tensor([[[[0.0, 1e-6], [1.0, -1.0]]]])
     recorded = torch.tensor([[[0, 0]]])
-    assert parity.is_near_tie(torch.tensor([[[1, 0]]]), recorded, logits)
-    assert not parity.is_near_tie(torch.tensor([[[0, 1]]]), recorded, logits)
+    assert parity_common.is_near_tie(torch.tensor([[[1, 0]]]), recorded, logits)
+    assert not parity_common.is_near_tie(torch.tensor([[[0, 1]]]), recorded, logits)
+
+
+def test_ties_of_ids_are_judged_by_the_two_that_differ() -> None:
+    logits = torch.tensor([[[[5.0, 1.0, 5.000001, -3.0]]]])
+    recorded = torch.tensor([[[2]]])
+    assert parity_common.is_near_tie(torch.tensor([[[0]]]), recorded, logits)
+    assert not parity_common.is_near_tie(torch.tensor([[[1]]]), recorded, logits)
 
 
 def test_lines_and_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main([str(tmp_path)]) == 2
     capsys.readouterr()
-    (tmp_path / "a.json").write_text(json.dumps({"family": "switti"}))
+    (tmp_path / "a.json").write_text(json.dumps({"family": "hart"}))
     (tmp_path / "b.json").write_text(json.dumps({"family": "infinity", "policy": {"name": "fastvar"}}))
     assert parity.main([str(tmp_path)]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from foveate.core.errors import CheckpointError, FoveateError, UnsupportedError
-from foveate.families import SHAPES, ModelSpec
-from foveate.folder import save_folder, weights_sha256
+from foveate.core.errors import CheckpointError, FoveateError
+from foveate.families.memory import count_parameters
+from foveate.families.published import PUBLISHED
+from foveate.families.spec import ModelSpec
+from foveate.folder import folder_sha256, save_folder
 from foveate.pipeline import Pipeline
 from tests.conftest import TOY_SPEC, toy_autoencoder, toy_text_encoder, toy_transformer
 
@@ -26,15 +28,27 @@ def test_unknown_names_are_listed() -> None:
         Pipeline.from_pretrained("infinity-3b")
 
 
-def test_shapes_need_random_weights() -> None:
-    with pytest.raises(UnsupportedError, match='weights="random"'):
-        Pipeline.from_pretrained("infinity-2b")
-
-
-def test_published_shapes_agree_with_their_tokenizers() -> None:
-    assert {name: (spec.transformer.bits, spec.stride) for name, spec in SHAPES.items()} == {
-        "infinity-125m": (16, 16), "infinity-2b": (32, 16), "infinity-8b": (56, 16),
+def test_published_sizes() -> None:
+    sizes = {}
+    for name, entry in PUBLISHED.items():
+        schedule = entry.spec.default_schedule
+        sizes[name] = (schedule.grids[-1][1] * entry.spec.stride, schedule.num_tokens)
+    assert sizes == {
+        "infinity-125m": (256, 521), "infinity-2b": (1024, 10521), "infinity-8b": (1024, 10521),
+        "infinity-8b-512": (512, 2521), "var-d16": (256, 680), "var-d20": (256, 680), "var-d24": (256, 680),
+        "var-d30": (256, 680), "var-d36-512": (512, 2240), "switti-512": (512, 2240), "switti-512-ar": (512, 2240),
+        "switti-1024": (1024, 9451), "switti-1024-ar": (1024, 9451),
     }  # fmt: skip
+
+
+def test_published_parameters() -> None:
+    """Millions, as the model cards and the reference code have them."""
+    wanted = {
+        "infinity-125m": 125.1, "infinity-2b": 2204.6, "infinity-8b": 8375.8, "var-d16": 310.3, "var-d20": 600.9,
+        "var-d24": 1033.4, "var-d30": 2010.0, "var-d36-512": 2353.9, "switti-512": 2470.5,
+    }  # fmt: skip
+    counted = {name: count_parameters(PUBLISHED[name].spec)["transformer"] / 1e6 for name in wanted}
+    assert counted == pytest.approx(wanted, abs=0.06)
 
 
 def test_config_survives_json() -> None:
@@ -51,7 +65,7 @@ def test_config_survives_json() -> None:
 def test_folder_keeps_weights(toy_folder: Path, toy_pipe: Pipeline) -> None:
     for key, value in toy_transformer().state_dict().items():
         assert torch.equal(value, toy_pipe.model.transformer.state_dict()[key]), key
-    assert toy_pipe.model.sha256 == weights_sha256(toy_folder)
+    assert toy_pipe.model.sha256 == folder_sha256(toy_folder)
     assert {stat.S_IMODE(path.stat().st_mode) for path in toy_folder.iterdir()} == {0o644}
     assert not [path for path in toy_folder.iterdir() if path.name.startswith(".")]
 
@@ -94,7 +108,7 @@ def test_random_weights_are_the_same_every_time(toy_folder: Path) -> None:
         ({"device": "mps"}, "device must be"),
         ({"device": "cuda:7"}, "device cuda:7 does not exist; there are cuda:0, cuda:1$"),
         ({"weights": "some"}, "weights must be"),
-        ({"revision": "main"}, "revision needs a hub model"),
+        ({"revision": "main"}, "revision needs a model on the hub"),
     ],
 )
 def test_loading_refusals(
@@ -109,7 +123,7 @@ def test_loading_refusals(
 def test_hub_models_are_fetched(toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
-    def fetch(repo_id: str, *, revision: str | None, local_files_only: bool) -> str:
+    def fetch(repo_id: str, *, revision: str | None, local_files_only: bool, allow_patterns: object) -> str:
         asked.append((repo_id, revision, local_files_only))
         if revision is None:
             raise OSError("not in the cache\nand more")

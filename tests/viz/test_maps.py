@@ -10,9 +10,7 @@ from foveate.core.errors import FoveateError
 from foveate.core.trace import ScaleTrace, Trace
 from foveate.viz.maps import compute_map, panel
 
-SHAPE = ModelShape(
-    num_blocks=4, width=8, ff_width=8, num_heads=1, head_width=8, head_outputs=4, input_channels=2
-)
+SHAPE = ModelShape(num_blocks=4, width=8, ff_width=8, num_heads=1, head_width=8, head_outputs=4, input_channels=2)
 GREY = Image.new("RGB", (64, 64), (200, 200, 200))
 
 

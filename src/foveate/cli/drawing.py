@@ -73,6 +73,7 @@ def _options_of_call(size: SizeOptions, sampling: SamplingOptions, options: Gene
         top_k=numbers("--top-k", sampling.top_k, int),
         top_p=numbers("--top-p", sampling.top_p, float),
         negative_prompt=sampling.negative_prompt,
+        more_smooth=sampling.more_smooth,
         num_images_per_prompt=options.num_images,
         batch_invariant=options.batch_invariant,
         trace=options.trace,

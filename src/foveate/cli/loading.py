@@ -19,6 +19,8 @@ def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
         torch.set_num_threads(options.threads)
     pipe = Pipeline.from_pretrained(
         options.model,
+        autoencoder=options.autoencoder,
+        text_encoder=options.text_encoder,
         weights=options.weights,
         dtype=options.dtype,
         device=options.device,

@@ -19,9 +19,11 @@ INTERRUPTED = 130
 _COMMANDS = {
     "generate": "Draw pictures from prompts.",
     "compare": "Measure how near a policy comes to another one, and how much time it saves.",
+    "bench": "Measure time, throughput or memory of policies, or write a profile of this machine.",
     "policies": "List the policies, their fields and presets.",
     "models": "List the models by name.",
     "env": "Say what this machine offers and what a model needs.",
+    "convert": "Rewrite a published checkpoint as safetensors, with a manifest of hashes.",
     "train": "Train the bundled model again from its recipe.",
 }
 

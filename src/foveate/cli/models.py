@@ -49,7 +49,7 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
     if model["parameters"] is None:
         return (model["name"], "", "", "not in this installation", "")
     width, height = model["default_size"]
-    weights = in_units(model["file_bytes"], "B") + ", bundled" if model["is_bundled"] else "only its shape; random"
+    weights = in_units(model["file_bytes"], "B") + ", bundled" if model["is_bundled"] else model["hub"]
     ratios = model["ratios"]
     shapes = ", ".join(ratios) if len(ratios) <= _FEW else f"{len(ratios)} aspect ratios"
     trained = f"{', '.join(model['budgets'])} pixels, {shapes}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from cyclopts import Parameter
@@ -17,7 +18,9 @@ class ModelOptions:
     """Which model runs, and on what.
 
     Attributes:
-        model: A name from foveate models, or a folder.
+        model: A name from foveate models, a folder, a file of transformer weights, or owner/name on the hub.
+        autoencoder: File of the autoencoder's weights, where it does not lie beside the transformer.
+        text_encoder: Folder or hub repository of the text encoder, instead of the published one.
         weights: random runs the same architecture with weights drawn at random.
         dtype: What the model computes in, whatever its files hold.
         device: Where it runs, such as cpu or cuda:0.
@@ -27,6 +30,8 @@ class ModelOptions:
     """
 
     model: Annotated[str, Parameter(name=["--model", "-m"])] = "emoji"
+    autoencoder: Path | None = None
+    text_encoder: str | None = None
     weights: Literal["pretrained", "random"] = "pretrained"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
@@ -78,6 +83,7 @@ class SamplingOptions:
         top_k: Keep only so many candidates; one value, or one per scale.
         top_p: Keep only candidates up to this probability; one value, or one per scale.
         negative_prompt: What to stay away from.
+        more_smooth: Mix codes instead of choosing them, for softer pictures (VAR and Switti).
     """
 
     seed: list[str] | None = None
@@ -86,6 +92,7 @@ class SamplingOptions:
     top_k: list[str] | None = None
     top_p: list[str] | None = None
     negative_prompt: str | None = None
+    more_smooth: Annotated[bool | None, Parameter(negative="--no-more-smooth")] = None
 
 
 def numbers(flag: str, texts: list[str] | None, kind: Callable[[str], Number]) -> Number | list[Number] | None:

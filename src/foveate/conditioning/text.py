@@ -1,27 +1,47 @@
-"""What a pipeline asks of a text encoder, and a stand-in that needs no weights.
+"""What a pipeline asks of a conditioner, the one that reads classes, and stand-ins that need no weights.
 
-Axes: T text tokens, E text width.
+Axes: T text tokens, E text width, F width of a pooled vector.
 """
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
+
+from foveate.conditioning.label import class_index
+from foveate.core.conditions import ClassLabel, Condition, PooledText
 
 logger = logging.getLogger("foveate")
 
 
 @runtime_checkable
-class TextFeatures(Protocol):
-    """Turns prompts into token features, each prompt by itself."""
+class Conditioner(Protocol):
+    """Turns prompts into conditions, each prompt by itself."""
 
-    def encode(self, prompts: list[str]) -> list[Tensor]:
-        """Float32 features (tokens, width) of each prompt, at its real length."""
+    def encode(self, prompts: list[str]) -> Sequence[Condition]:
+        """One condition per prompt, text at its real length."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassNames:
+    """Reads a prompt as the index or the name of a class."""
+
+    num_classes: int
+
+    def encode(self, prompts: list[str]) -> list[ClassLabel]:
+        """The classes.
+
+        Raises:
+            FoveateError: No class or more than one has such a name; close ones are named.
+        """
+        return [ClassLabel(index=class_index(prompt, self.num_classes)) for prompt in prompts]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,14 +56,35 @@ class RandomText:
         """The same features for the same prompt, on every machine."""
         return [self._encode_one(prompt) for prompt in prompts]
 
-    def _encode_one(self, prompt: str) -> Tensor:
+    def _encode_one(self, prompt: str) -> Float[Tensor, "T E"]:
         num_tokens = len(prompt.split()) + 2
         if num_tokens > self.max_tokens:
             logger.warning(
                 "prompt of %d tokens is longer than %d: the last %d tokens were cut",
                 num_tokens, self.max_tokens, num_tokens - self.max_tokens,
             )  # fmt: skip
-        key = np.frombuffer(hashlib.sha256(prompt.encode()).digest()[:16], dtype=np.uint64)
-        draws = np.random.Generator(np.random.Philox(key=key))
-        features_TE = draws.standard_normal((min(num_tokens, self.max_tokens), self.width), dtype=np.float32)
-        return torch.from_numpy(features_TE).to(self.device)
+        return _keyed_normal(prompt, (min(num_tokens, self.max_tokens), self.width), self.device)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RandomPooledText:
+    """The same with a vector for the whole prompt, as from a pair of CLIP encoders."""
+
+    tokens: RandomText
+    pooled_width: int
+
+    def encode(self, prompts: list[str]) -> list[PooledText]:
+        """The same features for the same prompt, on every machine."""
+        return [
+            PooledText(
+                tokens_TE=tokens_TE,
+                pooled_F=_keyed_normal(f"pooled {prompt}", (self.pooled_width,), self.tokens.device),
+            )
+            for prompt, tokens_TE in zip(prompts, self.tokens.encode(prompts), strict=True)
+        ]
+
+
+def _keyed_normal(text: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    key = np.frombuffer(hashlib.sha256(text.encode()).digest()[:16], dtype=np.uint64)
+    draws = np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(draws).to(device)

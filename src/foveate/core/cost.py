@@ -88,7 +88,7 @@ def request_cost(
 
     Returns:
         FLOPs, tokens, and the bytes of keys and values held at the end of the last stored scale if no row were
-        released (the last scale that runs is never stored).
+        released (the last scale that runs is never stored, and none where the model is not cached).
     """
     flops = sum(shape.request_flops(tokens) for tokens in text_tokens.values())
     cached: dict[tuple[Row, int], int] = {}
@@ -103,7 +103,7 @@ def request_cost(
                 flops += tokens * shape.token_flops() + shape.attention_flops(tokens, keys)
                 if shape.has_cross_attention:
                     flops += shape.attention_flops(tokens, text_tokens[row])
-                if w is not ran[-1]:
+                if w is not ran[-1] and shape.is_cached:
                     cached[(row, block)] = keys
     per_token = 2 * shape.num_heads * shape.head_width * bytes_per_element
     tokens_kept = sum(r.head_tokens for w in ran for (_, is_cond), r in w.rows.items() if is_cond)

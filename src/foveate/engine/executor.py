@@ -128,7 +128,7 @@ class Engine:
                     rows=active.rows,
                     prepared=state.prepared,
                     rotation_nD=rotation_nD if active.index_n is None else rotation_nD[active.index_n],
-                    slot=state.cache.slot(index, active.rows, scale.index != state.last_scale),
+                    slot=state.cache.slot(index, active.rows, scale.index < state.num_stored),
                 )
                 block = self.model.block(index)
                 for sublayer in range(block.num_sublayers):
@@ -169,8 +169,7 @@ class Engine:
         if layout.kept is None or layout.keep_Bl is None:
             residual_BZhw = self.tokenizer.residual(torch.stack(symbols), scale.grid)
         else:
-            full = torch.zeros(len(symbols), layout.num_tokens, symbols[0].shape[-1], dtype=torch.long)
-            full = full.to(symbols[0].device)
+            full = symbols[0].new_zeros(len(symbols), layout.num_tokens, symbols[0].shape[-1])
             for image, index_k in enumerate(layout.kept):
                 full[image, index_k] = symbols[image]
             residual_BZhw = self.tokenizer.residual(full, scale.grid)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from foveate.core.schedule import Grid
 
-SAMPLE_STREAM = 0
-"""Philox stream of the codes of a scale; stream 1 belongs to smoothing."""
+SAMPLE_STREAM, SMOOTH_STREAM = 0, 1
+"""Philox streams of a scale: of its codes, and of smoothing."""
 
 NUM_BIT_VALUES = 2
 """Values of a symbol that is a bit."""
@@ -33,8 +33,8 @@ def keyed_uniform(seed: int, scale: int, shape: Sequence[int], stream: int = SAM
     return ((raw >> np.uint64(41)).astype(np.float64) + 0.5) * 2.0**-23
 
 
-def probabilities(logits_kdV: Float[Tensor, "k d V"], top_k: int, top_p: float) -> Float[Tensor, "k d V"]:
-    """Softmax after top-k (ties with the k-th stay) and top-p (the best always stays), as published; float32.
+def filtered(logits_kdV: Float[Tensor, "k d V"], top_k: int, top_p: float) -> Float[Tensor, "k d V"]:
+    """Float32 logits with -inf where top-k (ties with the k-th stay) or top-p (the best always stays) rule a value out.
 
     `top_k` and `top_p` of 0 switch the filters off.
     """
@@ -53,7 +53,12 @@ def probabilities(logits_kdV: Float[Tensor, "k d V"], top_k: int, top_p: float) 
         drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         drop[..., -1] = False
         logits_kdV = logits_kdV.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), -torch.inf)
-    return logits_kdV.softmax(-1)
+    return logits_kdV
+
+
+def probabilities(logits_kdV: Float[Tensor, "k d V"], top_k: int, top_p: float) -> Float[Tensor, "k d V"]:
+    """Softmax of the filtered logits, float32."""
+    return filtered(logits_kdV, top_k, top_p).softmax(-1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,8 +85,8 @@ class Sampler(ABC):
         logits: Sequence[Float[Tensor, "_k d V"]],
         kept: Sequence[Int[Tensor, " _k"]] | None,
         rule: Filter,
-    ) -> list[Int[Tensor, "_k d"]]:
-        """Symbols of each image's tokens that ran.
+    ) -> list[Int[Tensor, "_k d"]] | list[Float[Tensor, "_k V"]]:
+        """Symbols of each image's tokens that ran, or weights of all values (soft symbols).
 
         Args:
             scale: Index in the full schedule.
@@ -128,6 +133,11 @@ class KeyedSampler(Sampler):
                 chosen.append((p_kdV / e_kV[:, None]).argmax(-1))
         return chosen
 
+    def exponentials(self, scale: int, grid: Grid, num_images: int, num_values: int) -> list[Float[Tensor, "l V"]]:
+        """Each image's exponential draws for smoothing, of the whole grid, on the host."""
+        maps = (keyed_uniform(seed, scale, (*grid, num_values), SMOOTH_STREAM) for seed in self.seeds)
+        return [torch.from_numpy((-np.log(u)).astype(np.float32)).flatten(0, 1) for u in maps]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReferenceSampler(Sampler):
@@ -157,6 +167,49 @@ class ReferenceSampler(Sampler):
             p_kdV = probabilities(logits_kdV, rule.top_k, rule.top_p)
             chosen.append((p_kdV / _take(e_BldV[image].to(p_kdV.device), kept, image)).argmax(-1))
         return chosen
+
+    def exponentials(self, scale: int, grid: Grid, num_images: int, num_values: int) -> list[Float[Tensor, "l V"]]:
+        """Exponential draws for smoothing, of all images at once."""
+        e = torch.empty(num_images, grid[0] * grid[1], num_values, device=self.generator.device)
+        return list(e.exponential_(1.0, generator=self.generator))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class SmoothSampler(Sampler):
+    """Mixes codes by a sharp Gumbel softmax instead of choosing one: softer pictures, for demonstrations.
+
+    Scales outside of `first` up to `end` choose as `inner` does. Where `is_after_draw` ids are drawn first and filters
+    act on the mixture too (VAR), elsewhere neither (Switti). Returns weights (k, V) of all codes.
+    Source: the published samplers of VAR and Switti (`more_smooth`).
+    """
+
+    inner: KeyedSampler | ReferenceSampler
+    num_scales: int
+    first: int
+    end: int
+    is_after_draw: bool
+
+    def choose(
+        self,
+        scale: int,
+        grid: Grid,
+        logits: Sequence[Float[Tensor, "_k d V"]],
+        kept: Sequence[Int[Tensor, " _k"]] | None,
+        rule: Filter,
+    ) -> list[Int[Tensor, "_k d"]] | list[Float[Tensor, "_k V"]]:
+        """Softmax of (progress-scaled logits + Gumbel noise) over a temperature that falls from .27 to .0135."""
+        if self.is_after_draw or not self.first <= scale < self.end:
+            ids = self.inner.choose(scale, grid, logits, kept, rule)
+            if not self.first <= scale < self.end:
+                return ids
+        progress = scale / max(self.num_scales - 1, 1)
+        sharpness = max(0.27 * (1 - 0.95 * progress), 0.005)
+        mixed = []
+        for image, e_lV in enumerate(self.inner.exponentials(scale, grid, len(logits), logits[0].shape[-1])):
+            x_kdV = filtered(logits[image], rule.top_k, rule.top_p) if self.is_after_draw else logits[image].float()
+            gumbel_kV = -_take(e_lV.to(x_kdV.device), kept, image).log()
+            mixed.append(((x_kdV.squeeze(1) * (1 + progress) + gumbel_kV) / sharpness).softmax(-1))
+        return mixed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

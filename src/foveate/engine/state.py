@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core.conditions import Condition, num_text_tokens
-from foveate.core.cost import Row
+from foveate.core.cost import ModelShape, Row
 from foveate.core.errors import PlanConflictError
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.plan import Bound, ScalePlan
@@ -59,12 +59,15 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bounds:
-    """What a request needs at most, known before it runs: tokens per block that a row stores, and of the last scale."""
+    """What a request needs at most, known before it runs: tokens per block that a row stores, and beside them.
+
+    The first `num_stored` scales are stored; each later one has its keys in the scratch only while it runs.
+    """
 
     capacities: tuple[int, ...]
     scratch_tokens: int
     num_rows: int
-    last_scale: int
+    num_stored: int
 
     def kv_bytes(self, width: int, bytes_per_element: int) -> int:
         """Bytes of the cache; `width` is heads times head width."""
@@ -87,21 +90,22 @@ def ceiling_tokens(plan: ScalePlan, num_tokens: int, num_blocks: int) -> list[in
     return counts
 
 
-def bounds_of(bound: Bound, request: Request, num_blocks: int) -> Bounds:
-    """What the ceilings of a policy imply for the cache."""
+def bounds_of(bound: Bound, request: Request, shape: ModelShape) -> Bounds:
+    """What the ceilings of a policy imply for the cache: all scales before the last are stored, or none."""
     plans = [bound.ceiling(s) for s in range(len(request.schedule))]
     last = max((s for s, plan in enumerate(plans) if plan.runs), default=0)
+    num_stored = last if shape.is_cached else 0
     per_scale = [
-        ceiling_tokens(plan, scale.num_tokens, num_blocks)
+        ceiling_tokens(plan, scale.num_tokens, shape.num_blocks)
         for plan, scale in zip(plans, request.schedule.scales, strict=True)
     ]
-    stored = [sum(per_scale[s][block] for s in range(last)) for block in range(num_blocks)]
+    stored = [sum(per_scale[s][block] for s in range(num_stored)) for block in range(shape.num_blocks)]
     branches = 2 if request.guidance.is_needed(0) else 1
     return Bounds(
         capacities=tuple(stored),
-        scratch_tokens=max(per_scale[last]),
+        scratch_tokens=max(max(counts) for counts in per_scale[num_stored:]),
         num_rows=branches * request.num_images,
-        last_scale=last,
+        num_stored=num_stored,
     )
 
 
@@ -116,7 +120,7 @@ class RequestState:
     f_hat_BZHW: Float[Tensor, "B Z H W"]
     policy: Any
     trace: Trace
-    last_scale: int
+    num_stored: int
     residual_BZhw: Tensor | None = None
     signals: Signals | None = None
     dropped: set[int] = field(default_factory=set)
@@ -130,7 +134,7 @@ class RequestState:
         text_tokens = request.text_tokens()
         live = list(text_tokens)
         device = model.device
-        limits = bounds_of(bound, request, model.shape.num_blocks)
+        limits = bounds_of(bound, request, model.shape)
         cache = KVCache(model.shape, len(live), limits.capacities, limits.scratch_tokens, model.compute_dtype, device)
         last_grid = request.schedule.latent_grid(len(request.schedule) - 1)
         return cls(
@@ -146,7 +150,7 @@ class RequestState:
                 bytes_per_element=torch.empty(0, dtype=model.compute_dtype).element_size(),
                 peak_kv_bytes=cache.num_bytes,
             ),
-            last_scale=limits.last_scale,
+            num_stored=limits.num_stored,
         )
 
     def settle_branches(self, plan: ScalePlan, guidance: GuidanceSchedule, scale: int) -> None:

@@ -90,17 +90,11 @@ def put(tensors: dict[str, Tensor], name: str, tensor: Tensor) -> None:
     tensors[name] = tensor
 
 
-def fill_module(module: nn.Module, tensors: State, what: str, dtype: torch.dtype | None = None) -> None:
-    """Copies weights after everything has been checked.
-
-    Args:
-        module: Is changed; left as it was when the weights are refused.
-        tensors: Under the names of the module's own.
-        what: Names the module in errors.
-        dtype: Changes the module's dtype; None keeps it.
+def check_fit(module: nn.Module, tensors: State, what: str) -> None:
+    """Refuses weights whose names or shapes are not exactly those of a module.
 
     Raises:
-        CheckpointError: A weight is missing, unknown or of another shape.
+        CheckpointError: Counts and names the missing and unknown ones, or gives both sides of the first wrong shape.
     """
     own = module.state_dict()
     missing, unknown = [key for key in own if key not in tensors], [key for key in tensors if key not in own]
@@ -114,6 +108,21 @@ def fill_module(module: nn.Module, tensors: State, what: str, dtype: torch.dtype
         wanted, got = tuple(own[key].shape), tuple(tensors[key].shape)
         more = f" ({len(wrong)} such keys)" if len(wrong) > 1 else ""
         raise CheckpointError(f"the weights do not fit this {what}; {key} wants {wanted}, got {got}{more}")
+
+
+def fill_module(module: nn.Module, tensors: State, what: str, dtype: torch.dtype | None = None) -> None:
+    """Copies weights after everything has been checked.
+
+    Args:
+        module: Is changed; left as it was when the weights are refused.
+        tensors: Under the names of the module's own.
+        what: Names the module in errors.
+        dtype: Changes the module's dtype; None keeps it.
+
+    Raises:
+        CheckpointError: A weight is missing, unknown or of another shape.
+    """
+    check_fit(module, tensors, what)
     if dtype is not None:
         module.to(dtype)
     with torch.no_grad():

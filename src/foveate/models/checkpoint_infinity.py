@@ -31,7 +31,7 @@ def infer_infinity_config(state: State) -> InfinityConfig:
     Raises:
         CheckpointError: A weight that the shape follows from is missing, or the weights are of another family.
     """
-    state = _transformer_state(state)
+    state = transformer_state(state)
     chunks, per_chunk = _chunking(state)
     block = "block_chunks.0.module.0" if any(key.startswith("block_chunks.") for key in state) else "blocks.0"
     text_tokens, text_width = axes_of(state, "cfg_uncond", 2)
@@ -55,7 +55,7 @@ def infer_autoencoder_config(state: State) -> AutoencoderConfig:
     Raises:
         CheckpointError: A weight that the shape follows from is missing, or the weights are of another family.
     """
-    state = _autoencoder_state(state)
+    state = autoencoder_state(state)
     base, pixels = axes_of(state, "encoder.conv_in.weight", 4)[:2]
     levels = count_of(state, r"encoder\.down\.(\d+)\.")
     widths = [axes_of(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
@@ -79,9 +79,18 @@ def load_transformer(model: Infinity, state: State, *, dtype: torch.dtype | None
     Raises:
         CheckpointError: A weight is missing, unknown or of another shape, or the weights are of another family.
     """
-    size = model.config.depth // model.config.chunks
+    fill_module(model, transformer_tensors(state, model.config), "transformer", dtype)
+
+
+def transformer_tensors(state: State, config: InfinityConfig) -> dict[str, Tensor]:
+    """Published weights under the names and in the layout that a transformer of this shape has; views, no copies.
+
+    Raises:
+        CheckpointError: A weight is there twice, or the weights are of another family.
+    """
+    size = config.depth // config.chunks
     tensors: dict[str, Tensor] = {}
-    found = _transformer_state(state)
+    found = transformer_state(state)
     _, per_chunk = _chunking(found)
     for key, tensor in found.items():
         match = _BLOCK.fullmatch(key)
@@ -91,7 +100,7 @@ def load_transformer(model: Infinity, state: State, *, dtype: torch.dtype | None
             name = f"block_chunks.{index // size}.module.{index % size}.{match[3]}"
         is_gain = name.endswith("scale_mul_1H11")
         put(tensors, name, tensor.reshape(1, -1, 1, 1) if is_gain else tensor)
-    fill_module(model, tensors, "transformer", dtype)
+    return tensors
 
 
 def load_autoencoder(model: Autoencoder, state: State, *, dtype: torch.dtype | None = None) -> None:
@@ -106,17 +115,17 @@ def load_autoencoder(model: Autoencoder, state: State, *, dtype: torch.dtype | N
     Raises:
         CheckpointError: A weight is missing, unknown or of another shape, or the weights are of another family.
     """
-    fill_module(model, _autoencoder_state(state), "autoencoder", dtype)
+    fill_module(model, autoencoder_state(state), "autoencoder", dtype)
 
 
-def _transformer_state(state: State) -> dict[str, Tensor]:
+def transformer_state(state: State) -> dict[str, Tensor]:
     """A transformer's weights without nesting and constant buffers."""
     state = below(state, _TRANSFORMER_NESTS)
     refuse_foreign(state, "Infinity")
     return {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] not in _CONSTANTS}
 
 
-def _autoencoder_state(state: State) -> dict[str, Tensor]:
+def autoencoder_state(state: State) -> dict[str, Tensor]:
     """An autoencoder's weights without nesting, wrapper names and the quantiser's buffers."""
     state = below(state, _AUTOENCODER_NESTS)
     refuse_foreign(state, "autoencoder")

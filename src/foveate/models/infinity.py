@@ -23,7 +23,7 @@ from foveate.core.protocols import BlockContext, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
 from foveate.models.attention import TextMemory
-from foveate.models.layers import FeedForward, modulated_norm, rms_norm, rotate, unit_heads
+from foveate.models.layers import FeedForward, modulated_norm, rms_norm, rotate, running_dtype, unit_heads
 
 NUM_LEVELS = 15
 """Rows of the published level embedding."""
@@ -257,7 +257,7 @@ class Infinity(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the linear layers of the blocks."""
-        return self.block(0).ffn.fc1.weight.dtype
+        return running_dtype(self.block(0).ffn.fc1.weight)
 
     @property
     def device(self) -> torch.device:

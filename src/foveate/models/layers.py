@@ -46,3 +46,16 @@ def rotate(x_nND: Float[Tensor, "n N D"], rotation_nD: Float[Tensor, "n D"]) -> 
 def unit_heads(x_nND: Float[Tensor, "n N D"]) -> Float[Tensor, "n N D"]:
     """Scales each head's vector to length one, float32."""
     return F.normalize(x_nND.float(), dim=-1, eps=1e-12)
+
+
+def running_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype that a linear layer with this weight computes in: that of autocast where it is on."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def linear32(parent: nn.Module, name: str, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
+    """Runs a linear layer of a module in float32, whatever the dtype of its weights, under autocast too."""
+    weight, bias = parent.get_parameter(f"{name}.weight"), parent.get_parameter(f"{name}.bias")
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.float(), weight.float(), bias.float())

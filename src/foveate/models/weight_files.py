@@ -3,6 +3,7 @@
 Weights are tensors by name. Nested dicts of a training checkpoint are read as names joined with dots.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +21,15 @@ State = Mapping[str, Tensor]
 
 INDEX_END = ".safetensors.index.json"
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+_HASH_BLOCK, _HASH_WHOLE = 2**20, 2**30
 _HEADER_BYTES = 256
 """Upper bound of what one tensor takes in the header of a safetensors file: its name, dtype, shape and offsets."""
+
+
+def is_weight_file(path: Path) -> bool:
+    """Whether a file is called like one of weights, or like an index of shards."""
+    is_called = path.suffix in (".safetensors", *_PICKLES) or path.name.endswith((INDEX_END, ".bin.index.json"))
+    return is_called and path.is_file()
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -38,6 +46,30 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     return _read_file(path)
+
+
+def weights_sha256(paths: Iterable[Path]) -> str:
+    """Hash over the names and bytes of files, in the given order.
+
+    Of a file above 1 GiB it takes the size, 64 samples spread over it and its two ends, 1 MiB each: reading dozens of
+    gigabytes at every start would take longer than drawing.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode())
+        size = path.stat().st_size
+        starts = range(0, size, _HASH_BLOCK) if size <= _HASH_WHOLE else _spread(size)
+        if size > _HASH_WHOLE:
+            digest.update(str(size).encode())
+        with path.open("rb") as file:
+            for start in starts:
+                file.seek(start)
+                digest.update(file.read(_HASH_BLOCK))
+    return digest.hexdigest()
+
+
+def _spread(size: int) -> list[int]:
+    return [round((size - _HASH_BLOCK) * i / 65) for i in range(66)]
 
 
 def save_sharded(state: State, folder: str | Path, stem: str, max_bytes: int = 15 * 2**20) -> list[Path]:
@@ -80,6 +112,18 @@ def save_sharded(state: State, folder: str | Path, stem: str, max_bytes: int = 1
     return written
 
 
+def files_of(path: Path) -> list[Path]:
+    """The files that `read_weights` reads for a path: one, or an index and its shards.
+
+    Raises:
+        CheckpointError: There is no such file, or the index is damaged.
+    """
+    path = _locate(path)
+    if not path.name.endswith(".index.json"):
+        return [path]
+    return [path, *(path.parent / name for name in sorted(set(_weight_map(path).values())))]
+
+
 def _locate(path: Path) -> Path:
     """The one file that a path means."""
     if path.is_dir():
@@ -107,7 +151,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             tensors: dict[str, Tensor] = load_file(path)
             return tensors
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = _load_pickle(path)
     except Exception as error:
         # Damaged bytes make the readers raise almost anything, so nothing narrower would do.
         first = (str(error).splitlines() or [type(error).__name__])[0][:120]
@@ -118,17 +162,20 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_shards(path: Path) -> dict[str, Tensor]:
+def _load_pickle(path: Path) -> object:
+    """Tensors of a pickle; those of the current file format stay on the disk until they are read."""
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        is_plain = all(Path(name).name == name for name in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a readable index of shards, fetch it again") from error
-    if not is_plain:
-        raise CheckpointError(f"{path}: shards must lie beside the index, got {some(names)}")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):
+            raise
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_shards(path: Path) -> dict[str, Tensor]:
+    weight_map = _weight_map(path)
     tensors: dict[str, Tensor] = {}
-    for name in names:
+    for name in sorted(set(weight_map.values())):
         if not (path.parent / name).is_file():
             raise CheckpointError(f"{path}: shard {name} is missing")
         tensors.update(_read_file(path.parent / name))
@@ -136,6 +183,19 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
     if absent:
         raise CheckpointError(f"{path}: the shards lack {some(absent)}")
     return {key: tensors[key] for key in weight_map}
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """File name of every weight, from an index."""
+    try:
+        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        is_plain = all(Path(name).name == name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a readable index of shards, fetch it again") from error
+    if not is_plain:
+        raise CheckpointError(f"{path}: shards must lie beside the index, got {some(names)}")
+    return weight_map
 
 
 def _flatten(value: object, prefix: str = "") -> Iterable[tuple[str, Tensor]]:

@@ -26,6 +26,19 @@ _MAX_KEYWORDS_IN_CAPTION = 3
 _MAX_LISTED_SYNONYMS = 3
 _MAX_CAPTIONS = 12
 
+# What people put around the name of a thing. Colours among the qualities teach that the thing outweighs them: a corpus
+# of one drawing per concept cannot show two colours of it.
+_QUALITIES = (
+    "big", "small", "tiny", "cute", "old", "new", "shiny", "pretty", "funny", "single", "nice", "typical",
+    "red", "blue", "green", "yellow", "white", "black", "brown", "grey", "pink", "purple", "orange", "colourful",
+)  # fmt: skip
+_FRAMES = (
+    "{}", "a picture of {}", "a drawing of {}", "an icon of {}", "{} on a white background", "{} in the distance",
+    "{} on the table", "{} in the garden", "{} at home", "{} outside", "{} by the sea", "{} in the city", "this is {}",
+    "{} seen from the front", "{} for children", "I would like to see {}",
+)  # fmt: skip
+_PLAIN_SHARE = 0.4
+
 # The phrase is in most captions of a corpus with several styles; with one style it says nothing new.
 MULTI_STYLE_SHARE = 0.85
 SINGLE_STYLE_SHARE = 0.30
@@ -155,6 +168,22 @@ def all_captions(drawing: Drawing) -> list[str]:
         found += [with_article(synonym), synonym]
     found += [", ".join([label, *words]) for words in _keyword_picks(drawing.keywords)]
     return list(dict.fromkeys(found))[:_MAX_CAPTIONS]
+
+
+def framed_captions(drawing: Drawing, count: int) -> list[str]:
+    """Lists `count` longer ways to ask for a drawing, the same on every call: "a picture of a small bus".
+
+    A name, label or synonym, with a quality in front of it more often than not, inside a common frame.
+    """
+    rng = np.random.default_rng(drawing.index)
+    names = (drawing.label, *drawing.synonyms)
+    found = []
+    for _ in range(count):
+        name = names[int(rng.integers(len(names)))]
+        quality = _QUALITIES[int(rng.integers(len(_QUALITIES)))]
+        phrase = name if rng.random() < _PLAIN_SHARE else f"{quality} {name}"
+        found.append(_FRAMES[int(rng.integers(len(_FRAMES)))].format(with_article(phrase)))
+    return found
 
 
 def clean_phrases(raw: Sequence[str], label: str, taken: frozenset[str]) -> tuple[str, ...]:

@@ -26,13 +26,14 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request
-from foveate.families import Defaults, ModelSpec
-from foveate.folder import read_autoencoder, read_transformer, save_folder
+from foveate.families.spec import Defaults, ModelSpec
+from foveate.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder
+from foveate.models.checkpoint_infinity import load_autoencoder, load_transformer
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.policies.full import Full
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.bsq import BSQTokenizer
-from foveate.train.captions import all_captions
+from foveate.train.captions import all_captions, framed_captions
 from foveate.train.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
 from foveate.train.loop import Optimisation
 from foveate.train.minilm_import import import_minilm
@@ -164,7 +165,9 @@ class TrainingFolder:
             return path
         if self.start_from is not None:
             cpu = torch.device("cpu")
-            kept = read_autoencoder(self.start_from, self.recipe.tokenizer.shape, torch.float32, cpu)
+            shape = self.recipe.tokenizer.shape
+            stored = self.start_from / AUTOENCODER
+            kept = read_network(stored, lambda: Autoencoder(shape), load_autoencoder, torch.float32, cpu)
             _save(kept.state_dict(), path)
             return path
         corpus = load_corpus(self.corpus())
@@ -194,7 +197,10 @@ class TrainingFolder:
         drawings = corpus.split("train")
         with torch.inference_mode():
             latents = latents_of(self.autoencoder(), composite(_drawings(corpus, "train"))).clone()
-        captions = tuple(tuple(encoder.encode(all_captions(drawing))) for drawing in drawings)
+        texts = [all_captions(drawing) for drawing in drawings]
+        count = self.recipe.transformer.framed_captions
+        framed = [framed_captions(drawing, count) for drawing in drawings]
+        captions = tuple(tuple(encoder.encode([*a, *b])) for a, b in zip(texts, framed, strict=True))
         device = self.recipe.transformer.device
         examples = Examples(
             latents=latents.to(device), captions=tuple(tuple(c.to(device) for c in each) for each in captions)
@@ -207,7 +213,9 @@ class TrainingFolder:
         initial = None
         if self.start_from is not None:
             shape, place = self.recipe.transformer.shape, torch.device(device)
-            initial = read_transformer(self.start_from, shape, torch.float32, place).state_dict()
+            stored = self.start_from / TRANSFORMER
+            kept = read_network(stored, lambda: Infinity(shape), load_transformer, torch.float32, place)
+            initial = kept.state_dict()
         weights = train_transformer(self.recipe.transformer, examples, checkpoint, self.log, draw, initial=initial)
         _save(weights, path)
         draw(weights)

@@ -29,7 +29,9 @@ class TransformerRecipe:
     """The transformer's shape, its schedule and how it is trained.
 
     `flip_rate` is the largest share of flipped bits; `short_share` of the steps train the first `short_scales` scales
-    only; a token of a scale with n tokens weighs n ** -`scale_power`.
+    only; a token of a scale with n tokens weighs n ** -`scale_power`. Each drawing has `framed_captions` long captions
+    beside its short ones. Of all texts `altered_share` are made harder: they lose some of their tokens, never the
+    sentence embedding, and get noise of at most `text_noise` times the root mean square of each token.
     """
 
     shape: InfinityConfig
@@ -40,6 +42,9 @@ class TransformerRecipe:
     short_scales: int = 6
     scale_power: float = 0.5
     unconditional_share: float = 0.1
+    framed_captions: int = 12
+    altered_share: float = 0.5
+    text_noise: float = 0.7
     masked_tokens: int = 128
     dtype: str = "bfloat16"
     device: str = "cpu"
@@ -140,6 +145,8 @@ def _batch(recipe: TransformerRecipe, examples: Examples, model: Infinity, step:
     for index in chosen:
         captions = examples.captions[index]
         text = captions[int(rng.integers(len(captions)))]
+        if rng.random() < recipe.altered_share:
+            text = _alter(text, recipe.text_noise, rng)
         is_unconditional = rng.random() < recipe.unconditional_share
         texts.append(model.unconditional(text.shape[0]) if is_unconditional else text)
     is_short = rng.random() < recipe.short_share
@@ -152,6 +159,15 @@ def _batch(recipe: TransformerRecipe, examples: Examples, model: Infinity, step:
     return texts, Quantised(
         bits=quantised.bits[:count], inputs=quantised.inputs[: count - 1], f_hat_BZHW=quantised.f_hat_BZHW
     )
+
+
+def _alter(text_TE: Float[Tensor, "T E"], noise: float, rng: np.random.Generator) -> Float[Tensor, "_ E"]:
+    """Drops a random share of the tokens behind the first and adds noise, so that near meanings draw the same."""
+    share = rng.random()
+    kept = [0, *(t for t in range(1, text_TE.shape[0]) if rng.random() >= share)]
+    text_TE = text_TE[kept]
+    drawn_TE = torch.from_numpy(rng.standard_normal(text_TE.shape, dtype=np.float32)).to(text_TE)
+    return text_TE + drawn_TE * (noise * rng.random() * text_TE.square().mean(1, keepdim=True).sqrt())
 
 
 def train_transformer(

@@ -1,0 +1,1 @@
+"""Objects that somebody else loaded with other code, drawn by our engine."""

@@ -1,0 +1,131 @@
+"""What `attach` asks of an official class, and one call of its method run by our engine.
+
+Axes: B images, (Y, X) pixels.
+"""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate.adapters.sharing import attribute
+from foveate.core.errors import FoveateError, UnsupportedError
+from foveate.core.plan import Policy
+from foveate.core.trace import Trace
+from foveate.engine.executor import Engine
+from foveate.engine.forecast import full_cost
+from foveate.engine.state import Request, bounds_of
+from foveate.pipeline_output import Milliseconds, Report
+
+logger = logging.getLogger("foveate")
+
+METHOD = "autoregressive_infer_cfg"
+"""The method that draws, in both official classes."""
+
+
+class Adapter(ABC):
+    """One object of an official class: how its arguments become a request, and pixels become its answer.
+
+    Attributes:
+        reads: Arguments that a call may set.
+        ignores: Arguments that the official code accepts and never reads; neither do we.
+    """
+
+    reads: tuple[str, ...]
+    ignores: tuple[str, ...] = ()
+    model: nn.Module
+
+    @abstractmethod
+    def engine(self, arguments: Mapping[str, Any]) -> Engine:
+        """Our networks over the weights that the object and the arguments hold now."""
+
+    @abstractmethod
+    def request(self, arguments: Mapping[str, Any], engine: Engine) -> Request:
+        """What a call asks for; seeds and advances the object's own generator as the official code does.
+
+        Raises:
+            UnsupportedError: Names the argument whose value is not supported.
+        """
+
+    @abstractmethod
+    def answer(self, pixels_B3YX: Float[Tensor, "B 3 Y X"]) -> object:
+        """What the official method returns."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Drawn:
+    """A finished call: pixels in [-1, 1], and what it cost."""
+
+    pixels_B3YX: Float[Tensor, "B 3 Y X"]
+    report: Report
+    trace: Trace
+
+
+def draw(engine: Engine, request: Request, policy: Policy) -> Drawn:
+    """Runs a request under a policy and decodes it.
+
+    Raises:
+        PlanConflictError: The policy asks for what cannot be done.
+    """
+    began = time.perf_counter()
+    shape = engine.model.shape
+    bound = policy.bind(request.schedule, shape)
+    for step in engine.run(bound, request):  # noqa: B007 - the last one is what counts
+        pass
+    decoding = time.perf_counter()
+    # A copy made here can be changed by whoever called, unlike what inference mode made.
+    pixels_B3YX = engine.tokenizer.decode(step.f_hat_BZHW).clone()
+    if pixels_B3YX.is_cuda:
+        torch.cuda.synchronize(pixels_B3YX.device)
+    now, trace = time.perf_counter(), step.trace
+    trace.decoder_ms = 1e3 * (now - decoding)
+    for promise in trace.unfired:
+        logger.warning("policy %s did not %s on this schedule", policy.spec, promise)
+    run, full = trace.cost, full_cost(request, shape, trace.bytes_per_element)
+    limit = bounds_of(bound, request, shape)
+    ms = Milliseconds(text=0.0, transformer=trace.transformer_ms, decoder=trace.decoder_ms, total=1e3 * (now - began))
+    report = Report(
+        flops_run=run.flops,
+        flops_full=full.flops,
+        tokens_run=run.tokens,
+        tokens_full=full.tokens,
+        kv_bytes_peak=trace.peak_kv_bytes,
+        kv_bytes_bound=limit.kv_bytes(shape.num_heads * shape.head_width, trace.bytes_per_element),
+        ms=ms,
+        unfired=trace.unfired,
+        notes=bound.notes,
+    )
+    return Drawn(pixels_B3YX=pixels_B3YX, report=report, trace=trace)
+
+
+def generator_of(model: nn.Module) -> torch.Generator:
+    """The object's own generator.
+
+    Raises:
+        FoveateError: It has none.
+    """
+    generator = attribute(model, "rng")
+    if not isinstance(generator, torch.Generator):
+        raise FoveateError(f"{type(model).__name__}.rng must be a torch.Generator, got {type(generator).__name__}")
+    return generator
+
+
+def seeded(model: nn.Module, seed: int | None, device: torch.device) -> torch.Generator:
+    """The generator that the official code draws from: the object's own, seeded, or without a seed torch's global one.
+
+    Raises:
+        UnsupportedError: No seed, on a device whose global generator is out of reach.
+    """
+    if seed is not None:
+        return generator_of(model).manual_seed(int(seed))
+    if device.type == "cpu":
+        return torch.default_generator
+    if device.type != "cuda":
+        raise UnsupportedError(f"g_seed=None is not supported on {device.type}; give a number")
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]

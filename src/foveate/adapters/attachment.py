@@ -1,0 +1,160 @@
+"""Lets our engine draw for an object that somebody else loaded: `with attach(model, policy): ...`.
+
+Only one name of that one object changes, its method that draws; the weights are shared. Detaching restores the name.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from foveate.adapters.adapter import METHOD, Adapter, draw
+from foveate.adapters.infinity import OfficialInfinity
+from foveate.adapters.sharing import named_weights
+from foveate.adapters.var import OfficialVAR
+from foveate.core.errors import FoveateError, UnsupportedError
+from foveate.core.plan import Policy
+from foveate.core.trace import Trace
+from foveate.models.checkpoint import kind_of
+from foveate.pipeline_output import Report
+from foveate.policies.registry import load_policy
+
+_ADAPTERS: dict[str, type[OfficialInfinity | OfficialVAR]] = {"Infinity": OfficialInfinity, "VAR": OfficialVAR}
+
+
+class Attachment:
+    """A policy on one object; a context manager that detaches at its end.
+
+    Attributes:
+        adapter: The object and our networks over its weights.
+        policy: What the next call obeys; attaching again sets it.
+        report: What the latest call cost, None before the first one.
+        trace: What ran in the latest call, None before the first one.
+    """
+
+    def __init__(self, adapter: Adapter, policy: Policy) -> None:
+        """Changes nothing yet."""
+        self.adapter, self.policy = adapter, policy
+        self.report: Report | None = None
+        self.trace: Trace | None = None
+        self._stand_in: StandIn | None = None
+        self._before: dict[str, Any] = {}
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the object draws with our engine."""
+        return self._stand_in is not None
+
+    def install(self) -> None:
+        """Puts the stand-in in front of the object's method.
+
+        Raises:
+            FoveateError: The method does not take the arguments that it has in the official code.
+        """
+        attributes, original = vars(self.adapter.model), getattr(self.adapter.model, METHOD)
+        missing = [name for name in self.adapter.reads if name not in inspect.signature(original).parameters]
+        if missing:
+            kind = type(self.adapter.model).__name__
+            raise FoveateError(f"{METHOD} of {kind} does not take {', '.join(missing)}; it is not the official one")
+        self._before = {METHOD: attributes[METHOD]} if METHOD in attributes else {}
+        self._stand_in = attributes[METHOD] = StandIn(self, original)
+
+    def detach(self) -> None:
+        """Gives the object its own method back; does nothing where that has happened.
+
+        Raises:
+            FoveateError: Somebody replaced the method meanwhile; it is left as it is.
+        """
+        if self._stand_in is None:
+            return
+        attributes = vars(self.adapter.model)
+        if attributes.get(METHOD) is not self._stand_in:
+            raise FoveateError(f"{METHOD} was replaced after attach; undo that first, then detach")
+        del attributes[METHOD]
+        attributes.update(self._before)
+        self._stand_in, self._before = None, {}
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def draw(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """One call of the method; an exception leaves everything as it was before.
+
+        Args:
+            signature: Of the official method.
+            args: As it was called.
+            kwargs: As it was called.
+        """
+        call = signature.bind(*args, **kwargs)
+        known = {*self.adapter.reads, *self.adapter.ignores}
+        for name, value in call.arguments.items():
+            if name not in known and not _is_default(value, signature.parameters[name]):
+                raise UnsupportedError(f"{METHOD}: the argument {name} is not supported; leave it out")
+        call.apply_defaults()
+        engine = self.adapter.engine(call.arguments)
+        drawn = draw(engine, self.adapter.request(call.arguments, engine), self.policy)
+        self.report, self.trace = drawn.report, drawn.trace
+        return self.adapter.answer(drawn.pixels_B3YX)
+
+
+class StandIn:
+    """What the object has instead of its method; it shows the method's name and signature."""
+
+    def __init__(self, attachment: Attachment, original: Callable[..., object]) -> None:
+        self.attachment, self.signature = attachment, inspect.signature(original)
+        functools.update_wrapper(self, original)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
+        """Draws under the attached policy."""
+        return self.attachment.draw(self.signature, args, kwargs)
+
+
+def attach(model: object, policy: str | Path | Policy = "full") -> Attachment:
+    """Makes an Infinity or VAR object, as its official code loads it, draw with our engine under a policy.
+
+    The object's weights are shared, not copied. With the policy `full` the same seed draws the same codes as before.
+
+    Args:
+        model: The object. Its method `autoregressive_infer_cfg` is replaced until `detach`, or until the `with` ends.
+        policy: Name, spec, YAML file or object. Attaching again replaces it; one `detach` still restores the object.
+
+    Raises:
+        FoveateError: The object is no such thing; the message says what is missing.
+        UnsupportedError: It is, but wrapped, sharded, hooked or set up in a way that our networks do not have.
+    """
+    chosen = load_policy(policy)
+    kind = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise FoveateError(f"attach takes an Infinity or VAR object of the official code, got {kind}")
+    current = vars(model).get(METHOD)
+    if isinstance(current, StandIn):
+        current.attachment.policy = chosen
+        return current.attachment
+    family = kind_of(named_weights(model))
+    if family not in _ADAPTERS:
+        found = "it has neither cfg_uncond nor class_emb.weight" if family is None else f"its weights are {family}'s"
+        raise FoveateError(f"attach takes an Infinity or VAR object of the official code, got {kind}: {found}")
+    if not callable(getattr(model, METHOD, None)):
+        raise FoveateError(f"{kind} has no method {METHOD}, which every object of the official class has")
+    attachment = Attachment(_ADAPTERS[family](model), chosen)
+    attachment.install()
+    return attachment
+
+
+def _is_default(value: object, parameter: inspect.Parameter) -> bool:
+    """Whether an argument has its default value, or is an empty list of further ones."""
+    if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+        return not value
+    default = parameter.default
+    return value is default or (
+        type(value) is type(default) and isinstance(value, bool | int | float | str) and value == default
+    )

@@ -1,0 +1,1 @@
+"""Time, memory and speed of this machine: policies measured beside each other in one process."""

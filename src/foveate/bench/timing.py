@@ -1,0 +1,145 @@
+"""Time of a call: text encoder, transformer and decoder apart and end to end, and of every scale.
+
+Ratios are formed within a round, baseline over policy, and only then summarised: what slows both does not count.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foveate.bench.measure import Measure
+from foveate.bench.report import Entry, ScaleFigures
+from foveate.bench.spread import Spread, supported_percentiles
+from foveate.bench.workload import Workload
+from foveate.core.cost import request_cost
+from foveate.core.plan import Policy
+from foveate.core.schedule import Grid
+from foveate.core.trace import Trace
+from foveate.pipeline import Pipeline
+from foveate.pipeline_output import Milliseconds, PipelineOutput
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScaleRun:
+    """One scale of one call, all rows of the batch together."""
+
+    scale: int
+    grid: Grid
+    ms: float
+    flops: int
+    token_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimedRun:
+    """One call; the first scale's time and FLOPs hold what the request prepares once."""
+
+    num_images: int
+    ms: Milliseconds
+    flops_run: int
+    flops_full: int
+    kv_bytes: int
+    scales: tuple[ScaleRun, ...]
+
+    @classmethod
+    def of(cls, output: PipelineOutput) -> "TimedRun":
+        """What a call reported."""
+        report, trace = output.report, output.trace
+        scales = tuple(
+            ScaleRun(
+                scale=scale.scale,
+                grid=scale.grid,
+                ms=scale.ms,
+                flops=flops,
+                token_blocks=sum(sum(row.block_tokens) for row in scale.work.rows.values()),
+            )
+            for scale, flops in zip(trace.scales, scale_flops(trace), strict=True)
+        )
+        return cls(
+            num_images=len(output.prompts),
+            ms=report.ms,
+            flops_run=report.flops_run,
+            flops_full=report.flops_full,
+            kv_bytes=report.kv_bytes_peak,
+            scales=scales,
+        )
+
+    @property
+    def rest_ms(self) -> float:
+        """Of the whole call, what belongs to no part: checking options, and the report itself."""
+        return self.ms.total - self.ms.text - self.ms.transformer - self.ms.decoder
+
+
+def scale_flops(trace: Trace) -> list[int]:
+    """FLOPs of every scale; they add up to those of the request, as the first one holds what is spent once."""
+    works = [scale.work for scale in trace.scales]
+    until = [
+        request_cost(works[:count], trace.shape, trace.text_tokens, trace.bytes_per_element).flops
+        for count in range(1, len(works) + 1)
+    ]
+    return [after - before for before, after in zip([0, *until], until, strict=False)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timing(Measure[TimedRun]):
+    """Measures time; `peak_flops_per_s` is what the transformer is held against, None leaves that out."""
+
+    peak_flops_per_s: float | None
+
+    def once(self, pipe: Pipeline, workload: Workload, policy: Policy, round_index: int) -> TimedRun:
+        """Draws one batch; the pictures are dropped."""
+        return TimedRun.of(pipe.generate(workload.texts(round_index), **workload.options(round_index, policy)))
+
+    def entry(self, policy: Policy, own: Sequence[TimedRun], baseline: Sequence[TimedRun] | None) -> Entry:
+        """Times, FLOPs, share of the peak, and with a baseline the ratios."""
+        values = {f"ms.{part}": [getattr(run.ms, part) for run in own] for part in Milliseconds.__slots__}
+        values["ms.rest"] = [run.rest_ms for run in own]
+        values["flops.run"] = [float(run.flops_run) for run in own]
+        values["flops.full"] = [float(run.flops_full) for run in own]
+        values["flops_ratio"] = [run.flops_run / run.flops_full for run in own]
+        if self.peak_flops_per_s is not None:
+            values["peak_share"] = [1e3 * r.flops_run / r.ms.transformer / self.peak_flops_per_s for r in own]
+        values |= {} if baseline is None else _ratios(own, baseline)
+        return Entry(
+            policy=policy.spec,
+            fingerprint=policy.fingerprint,
+            figures={name: Spread.of(numbers) for name, numbers in values.items()},
+            numbers=_numbers(own),
+            scales=_scales(own),
+        )
+
+
+def _ratios(own: Sequence[TimedRun], baseline: Sequence[TimedRun]) -> dict[str, list[float]]:
+    """Per round: how many times faster, what the FLOPs alone would give, and the share of that which was reached."""
+    pairs = list(zip(own, baseline, strict=True))
+    transformer = [b.ms.transformer / o.ms.transformer for o, b in pairs]
+    by_flops = [b.flops_run / o.flops_run for o, b in pairs]
+    return {
+        "speedup.transformer": transformer,
+        "speedup.decoder": [b.ms.decoder / o.ms.decoder for o, b in pairs],
+        "speedup.end_to_end": [b.ms.total / o.ms.total for o, b in pairs],
+        "speedup.by_flops": by_flops,
+        "reached": [measured / promised for measured, promised in zip(transformer, by_flops, strict=True)],
+    }
+
+
+def _numbers(own: Sequence[TimedRun]) -> dict[str, float | None]:
+    """Offline throughput: all pictures over all time. At batch 1 also the percentiles of single-stream latency."""
+    seconds = sum(run.ms.total for run in own) / 1e3
+    found: dict[str, float | None] = {"images_per_s": sum(run.num_images for run in own) / seconds}
+    if own[0].num_images == 1:
+        percentiles = supported_percentiles([run.ms.total for run in own])
+        found |= {f"single_stream_ms.p{p}": value for p, value in percentiles.items()}
+    return found
+
+
+def _scales(own: Sequence[TimedRun]) -> tuple[ScaleFigures, ...]:
+    return tuple(
+        ScaleFigures(
+            scale=runs[0].scale,
+            grid=runs[0].grid,
+            ms=Spread.of([run.ms for run in runs]),
+            flops=Spread.of([float(run.flops) for run in runs]).median,
+            token_blocks=Spread.of([float(run.token_blocks) for run in runs]).median,
+        )
+        for runs in zip(*(run.scales for run in own), strict=True)
+    )

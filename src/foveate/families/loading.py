@@ -1,0 +1,256 @@
+"""A model in memory: from a bundled name, a folder of ours, a published name, or published files on this disk.
+
+Nothing is fetched that is here already, and everything is checked before it is used: the kind of the weights, that both
+networks belong together, and every key.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from foveate.conditioning.clip import ClipPair
+from foveate.conditioning.t5 import T5Text
+from foveate.conditioning.text import ClassNames, Conditioner, RandomPooledText, RandomText
+from foveate.core.errors import CheckpointError, FoveateError, unknown
+from foveate.core.protocols import NextScaleModel, ScaleTokenizer
+from foveate.families.published import PUBLISHED
+from foveate.families.sources import Sources, fetch_folder, fetch_published, local_sources
+from foveate.families.spec import ModelSpec
+from foveate.folder import (
+    AUTOENCODER,
+    CONFIG_NAME,
+    TRANSFORMER,
+    folder_sha256,
+    read_config,
+    read_network,
+    read_text_encoder,
+)
+from foveate.models.infinity import InfinityConfig
+from foveate.models.random_weights import RANDOM_SEED, empty_module, fill_randomly
+from foveate.models.switti import SwittiConfig
+from foveate.models.var import VARConfig
+from foveate.models.weight_files import files_of, is_weight_file, weights_sha256
+
+DATA = Path(__file__).parents[1] / "data"
+BUNDLED = {"emoji": "emoji-tiny", "emoji-tiny": "emoji-tiny"}
+"""Bundled models and aliases: name -> folder below `DATA`."""
+
+CLIP_TOKENS = 77
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a model comes from.
+
+    `name_or_path` is a registered name, a folder, a file of transformer weights, or `owner/name` of a folder on the
+    hub. `autoencoder` and `text_encoder` replace what would be looked for beside it; `revision` is a branch, tag or
+    commit on the hub.
+    """
+
+    name_or_path: str | Path
+    autoencoder: str | Path | None = None
+    text_encoder: str | Path | None = None
+    revision: str | None = None
+    local_files_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LoadedModel:
+    """A model in memory; nothing here changes while it generates.
+
+    `weights` is `pretrained` or `random`; `sha256` identifies the weights (`folder.weights_sha256`).
+    """
+
+    spec: ModelSpec
+    transformer: NextScaleModel
+    tokenizer: ScaleTokenizer
+    text: Conditioner
+    weights: str
+    sha256: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+def model_names() -> list[str]:
+    """Every registered name."""
+    return [*BUNDLED, *PUBLISHED]
+
+
+def load_model(origin: Origin, *, weights: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """Loads a model.
+
+    Args:
+        origin: Which, and where it is.
+        weights: `pretrained` or `random`.
+        dtype: What it computes in.
+        device: Where it runs.
+
+    Raises:
+        FoveateError: There is no such model, it cannot be fetched, or `weights` is neither pretrained nor random.
+        CheckpointError: Files are missing, damaged or of another model.
+    """
+    if weights not in ("pretrained", "random"):
+        raise FoveateError(f'weights must be "pretrained" or "random", got {weights!r}')
+    if weights == "random":
+        return _random(find_spec(origin), dtype, device)
+    folder = _own_folder(origin)
+    if folder is not None:
+        return _from_folder(folder, dtype, device)
+    return _from_sources(_find_sources(origin), dtype, device)
+
+
+def find_spec(origin: Origin) -> ModelSpec:
+    """Shapes and defaults of a model, without its weights where that is possible.
+
+    Raises:
+        FoveateError: There is no such model.
+        CheckpointError: Its files do not say what it is.
+    """
+    name = str(origin.name_or_path)
+    if name in PUBLISHED:
+        return PUBLISHED[name].spec
+    folder = _own_folder(origin)
+    return ModelSpec.from_json(read_config(folder)) if folder is not None else _find_sources(origin).spec
+
+
+def find_folder(origin: Origin) -> Path:
+    """The folder of a bundled name, the folder itself, or the copy of a hub model, which is fetched if need be.
+
+    Raises:
+        FoveateError: There is none; the registered names are listed, or why the hub gave nothing.
+    """
+    folder = _own_folder(origin)
+    if folder is None:
+        raise FoveateError(f"{origin.name_or_path} is no folder with {CONFIG_NAME}; foveate train writes such folders")
+    return folder
+
+
+def _own_folder(origin: Origin) -> Path | None:
+    """The folder in our format that an origin means, or None where it means published files."""
+    name, path = str(origin.name_or_path), Path(origin.name_or_path)
+    if origin.revision is not None and (name in BUNDLED or path.exists()):
+        raise FoveateError(f"revision needs a model on the hub; {name} is none, leave it out")
+    if name in BUNDLED:
+        folder = DATA / BUNDLED[name]
+        if not (folder / CONFIG_NAME).is_file():
+            raise CheckpointError(f"this installation lacks the weights of {BUNDLED[name]}; install the wheel")
+        return folder
+    if name in PUBLISHED or is_weight_file(path):
+        return None
+    if not path.is_dir():
+        if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
+            raise unknown("model", name, model_names(), ", or a folder, a file of weights, or owner/name on the hub")
+        path = fetch_folder(name, origin.revision, origin.local_files_only)
+    return path if _is_ours(path) else None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is in our format, complete or not; others hold published files."""
+    if (folder / CONFIG_NAME).is_file():
+        return "format" in read_config(folder)
+    has_parts = any(folder.glob(f"{TRANSFORMER}*.safetensors*"))
+    return has_parts or not any(is_weight_file(path) for path in folder.iterdir())
+
+
+def _find_sources(origin: Origin) -> Sources:
+    name = str(origin.name_or_path)
+    if name in PUBLISHED:
+        return fetch_published(
+            PUBLISHED[name], origin.autoencoder, origin.text_encoder, origin.revision, origin.local_files_only
+        )
+    path = Path(origin.name_or_path)
+    if not path.exists():
+        path = fetch_folder(name, origin.revision, origin.local_files_only)
+    return local_sources(path, origin.autoencoder, origin.text_encoder)
+
+
+def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """A model in our own format."""
+    spec = ModelSpec.from_json(read_config(folder))
+    config = spec.transformer
+    if spec.conditioner != "minilm" or not isinstance(config, InfinityConfig):
+        raise CheckpointError(f"{folder}: a folder of ours holds the text encoder minilm, got {spec.conditioner}")
+    text = read_text_encoder(folder, config.text_tokens, device)
+    if text.model.config.width != config.text_width:
+        raise CheckpointError(
+            f"text encoder is {text.model.config.width} wide, the transformer reads {config.text_width}"
+        )
+    return _assemble(spec, (folder / TRANSFORMER, folder / AUTOENCODER), text, folder_sha256(folder), dtype, device)
+
+
+def _from_sources(sources: Sources, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """A model in published files; its text encoders come from their own folders or repositories."""
+    spec = sources.spec
+    paths = (sources.transformer, sources.autoencoder)
+    digest = weights_sha256(file for path in paths for file in files_of(path))
+    return _assemble(spec, paths, _conditioner(sources, dtype, device), digest, dtype, device)
+
+
+def _assemble(
+    spec: ModelSpec,
+    paths: tuple[Path, Path],
+    text: Conditioner,
+    sha256: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LoadedModel:
+    kind = spec.kind
+    transformer, autoencoder = (
+        read_network(path, partial(network.build, config), network.load, dtype, device)
+        for path, network, config in zip(
+            paths, (kind.transformer, kind.autoencoder), (spec.transformer, spec.autoencoder), strict=True
+        )
+    )
+    return LoadedModel(
+        spec=spec,
+        transformer=transformer,
+        tokenizer=kind.tokenizer(autoencoder, spec.patch),
+        text=text,
+        weights="pretrained",
+        sha256=sha256,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _conditioner(sources: Sources, dtype: torch.dtype, device: torch.device) -> Conditioner:
+    """The published conditioner; a class-conditional model has no weights for it."""
+    spec, places = sources.spec, sources.text_encoders
+    if isinstance(spec.transformer, VARConfig):
+        return ClassNames(num_classes=spec.transformer.num_classes)
+    if spec.conditioner == "t5-xl":
+        return T5Text.from_pretrained(places[0], dtype=dtype, device=device, local_files_only=sources.local_files_only)
+    if len(places) != 2:  # noqa: PLR2004 - a pair
+        raise FoveateError(f"{spec.name} has two text encoders of its own; leave text_encoder out")
+    return ClipPair.from_pretrained(*places, dtype=dtype, device=device, local_files_only=sources.local_files_only)
+
+
+def _random(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """The shapes of a model, filled with noise."""
+    kind = spec.kind
+    transformer = empty_module(partial(kind.transformer.build, spec.transformer), dtype, device)
+    autoencoder = empty_module(partial(kind.autoencoder.build, spec.autoencoder), dtype, device)
+    fill_randomly(transformer)
+    fill_randomly(autoencoder)
+    return LoadedModel(
+        spec=spec,
+        transformer=transformer,
+        tokenizer=kind.tokenizer(autoencoder, spec.patch),
+        text=_random_conditioner(spec, device),
+        weights="random",
+        sha256=f"random-{RANDOM_SEED}",
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _random_conditioner(spec: ModelSpec, device: torch.device) -> Conditioner:
+    config = spec.transformer
+    if isinstance(config, VARConfig):
+        return ClassNames(num_classes=config.num_classes)
+    if isinstance(config, SwittiConfig):
+        tokens = RandomText(width=config.text_width, max_tokens=CLIP_TOKENS, device=device)
+        return RandomPooledText(tokens=tokens, pooled_width=config.pooled_width)
+    return RandomText(width=config.text_width, max_tokens=config.text_tokens, device=device)

@@ -1,0 +1,221 @@
+"""Finds published weights: on the hub by a friendly name, or on this disk by what the files hold.
+
+A transformer on this disk says by its weights what it is; the autoencoder lies beside it under its published name, or
+is given. Wrong pairs are refused with the reason, also those that agree in every shape.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from foveate.core.errors import CheckpointError, FoveateError
+from foveate.core.schedule import Grid
+from foveate.families.family import FAMILIES, Family, TransformerConfig
+from foveate.families.published import GRIDS_1024, PUBLISHED, Published, WeightSource
+from foveate.families.spec import ALL_RATIOS, ModelSpec, budget_of
+from foveate.models.checkpoint import kind_of
+from foveate.models.infinity import InfinityConfig
+from foveate.models.var import GRIDS_512, VARConfig
+from foveate.models.weight_files import State, is_weight_file, read_weights
+
+_FAMILY_OF_KIND = {"Infinity": "infinity", "VAR": "var", "Switti": "switti"}
+
+_AUTOENCODERS = frozenset(
+    {entry.autoencoder.path for entry in PUBLISHED.values() if entry.autoencoder.path}
+    | {f"infinity_vae_{name}.pth" for name in ("d24", "d32", "d32_reg", "d64")}
+)
+"""Published file names: under one of these, a file is taken for what it is called."""
+
+_ALIASES = {"infinity_vae_d32_reg.pth": "infinity_vae_d32reg.pth"}
+"""The name that scripts of the publisher use, and the one that the hub has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sources:
+    """The files of a model; `text_encoders` are folders or hub repositories."""
+
+    spec: ModelSpec
+    transformer: Path
+    autoencoder: Path
+    text_encoders: tuple[str, ...]
+    local_files_only: bool = False
+
+
+def fetch_folder(repo: str, revision: str | None, local_files_only: bool, part: str = "") -> Path:
+    """The local copy of a hub repository, or of a folder in it.
+
+    Raises:
+        FoveateError: Why the hub gave nothing.
+    """
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - slow to import, rarely needed
+
+    patterns = [f"{part}/*"] if part else None
+    try:
+        folder = snapshot_download(repo, revision=revision, local_files_only=local_files_only, allow_patterns=patterns)
+    except Exception as error:
+        # The client raises what its network library raises, so nothing narrower would do.
+        raise FoveateError(f"no folder {repo}, and no such model from the hub: {_first_line(error)}") from error
+    return Path(folder) / part if part else Path(folder)
+
+
+def fetch_published(
+    entry: Published,
+    autoencoder: str | Path | None,
+    text_encoder: str | Path | None,
+    revision: str | None,
+    local_files_only: bool,
+) -> Sources:
+    """The files of a published model, from the hub's cache or the hub; given ones are not fetched.
+
+    Raises:
+        FoveateError: Why the hub gave nothing.
+        CheckpointError: The given autoencoder is of another model.
+    """
+    if autoencoder is not None:
+        _refuse_pair(entry, Path(autoencoder))
+    return Sources(
+        spec=entry.spec,
+        transformer=_fetch(entry.transformer, revision, local_files_only),
+        autoencoder=_fetch(entry.autoencoder, None, local_files_only) if autoencoder is None else Path(autoencoder),
+        text_encoders=entry.text_encoders if text_encoder is None else (str(text_encoder),),
+        local_files_only=local_files_only,
+    )
+
+
+def local_sources(path: Path, autoencoder: str | Path | None, text_encoder: str | Path | None) -> Sources:
+    """Published files on this disk.
+
+    Args:
+        path: A file of transformer weights, an index of shards, or a folder that holds them.
+        autoencoder: The autoencoder's file; None looks beside the transformer.
+        text_encoder: Folder or hub repository; None takes the published one.
+
+    Raises:
+        CheckpointError: The weights are of no known kind, or a file is missing or of another model.
+    """
+    path = _transformer_in(path)
+    state = read_weights(path)
+    family = _family_of(state, path)
+    config = family.transformer.infer(state, _facts_beside(path))
+    entry = _published_like(config, path)
+    found = Path(autoencoder) if autoencoder is not None else _autoencoder_beside(path, family, entry)
+    if entry is not None:
+        _refuse_pair(entry, found)
+    spec = entry.spec if entry is not None else _unnamed(family, config, read_weights(found), path)
+    default = entry or next(e for e in PUBLISHED.values() if e.spec.family == family.name)
+    return Sources(
+        spec=spec,
+        transformer=path,
+        autoencoder=found,
+        text_encoders=default.text_encoders if text_encoder is None else (str(text_encoder),),
+    )
+
+
+def _fetch(source: WeightSource, revision: str | None, local_files_only: bool) -> Path:
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - slow to import, rarely needed
+
+    if source.is_folder:
+        return fetch_folder(source.repo, revision, local_files_only, source.path)
+    try:
+        return Path(hf_hub_download(source.repo, source.path, revision=revision, local_files_only=local_files_only))
+    except Exception as error:
+        # As above.
+        raise FoveateError(f"no {source.path} from {source.repo} on the hub: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _transformer_in(path: Path) -> Path:
+    """The transformer's file of a folder: the one that is no autoencoder."""
+    if not path.is_dir():
+        return path
+    files = [file for file in sorted(path.iterdir()) if is_weight_file(file) and not _is_autoencoder(file)]
+    indices = [file for file in files if file.name.endswith(".index.json")]
+    if len(indices or files) != 1:
+        names = ", ".join(file.name for file in indices or files) or "none"
+        raise CheckpointError(f"{path}: the folder must hold one transformer, found {names}; name the file")
+    return (indices or files)[0]
+
+
+def _is_autoencoder(path: Path) -> bool:
+    return path.name in _AUTOENCODERS or "vae" in path.stem.lower()
+
+
+def _family_of(state: State, path: Path) -> Family:
+    kind = kind_of(state)
+    if kind not in _FAMILY_OF_KIND:
+        what = "an autoencoder; name the transformer" if kind else "of no family that is known here"
+        raise CheckpointError(f"{path}: the weights are {what} ({', '.join(sorted(FAMILIES))})")
+    return FAMILIES[_FAMILY_OF_KIND[kind]]
+
+
+def _facts_beside(path: Path) -> dict[str, Any]:
+    """What a config.json beside the weights says; nothing if there is none."""
+    try:
+        facts = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _published_like(config: TransformerConfig, path: Path) -> Published | None:
+    """The published model of this shape; where two have it, the one whose files are called like this one."""
+    alike = [entry for entry in PUBLISHED.values() if _shape(entry.spec.transformer) == _shape(config)]
+    called = [entry for entry in alike if entry.transformer.path in (path.name, path.parent.name)]
+    return next(iter(called or alike), None)
+
+
+def _shape(config: TransformerConfig) -> TransformerConfig:
+    """The shape without what leaves no trace in the pictures: how blocks are grouped, defaults written out."""
+    if isinstance(config, InfinityConfig):
+        return replace(config, ff_width=config.hidden, chunks=1)
+    return replace(config, ff_width=config.hidden)
+
+
+def _autoencoder_beside(path: Path, family: Family, entry: Published | None) -> Path:
+    wanted = entry.autoencoder.path if entry is not None else ""
+    beside = [file for file in sorted(path.parent.iterdir()) if is_weight_file(file) and _is_autoencoder(file)]
+    named = [file for file in beside if _ALIASES.get(file.name, file.name) == wanted]
+    if named or len(beside) == 1:
+        return (named or beside)[0]
+    found = ", ".join(file.name for file in beside) or "none"
+    raise CheckpointError(
+        f"{path.name} needs {wanted or f'the autoencoder of family {family.name}'} beside it, found {found}; "
+        "or give its path as autoencoder"
+    )
+
+
+def _refuse_pair(entry: Published, autoencoder: Path) -> None:
+    """Refuses a published autoencoder of another model: some agree in all shapes and still give bad pictures."""
+    name = _ALIASES.get(autoencoder.name, autoencoder.name)
+    if name in _AUTOENCODERS and entry.autoencoder.path and name != entry.autoencoder.path:
+        raise CheckpointError(
+            f"{entry.spec.name} was trained with {entry.autoencoder.path}; with {name} its pictures come out wrong"
+        )
+
+
+def _unnamed(family: Family, config: TransformerConfig, state: State, path: Path) -> ModelSpec:
+    """A fine-tune of an unpublished shape: sizes as its family has them, defaults of the family's first model."""
+    autoencoder = family.autoencoder.infer(state, {})
+    like = next(entry.spec for entry in PUBLISHED.values() if entry.spec.family == family.name)
+    named = {"name": path.stem, "transformer": config, "autoencoder": autoencoder}
+    try:
+        if isinstance(config, InfinityConfig):
+            patch = round((config.bits / autoencoder.latent_channels) ** 0.5)
+            return replace(like, **named, patch=patch, budgets=("1M",), ratios=ALL_RATIOS)
+        grids = config.grids if isinstance(config, VARConfig) else _switti_grids(config.num_levels)
+        return replace(like, **named, grids=grids, budgets=(budget_of(grids, autoencoder.stride),))
+    except CheckpointError:
+        raise
+    except FoveateError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _switti_grids(num_levels: int) -> tuple[Grid, ...]:
+    by_levels = {len(grids): grids for grids in (GRIDS_512, GRIDS_1024)}
+    if num_levels not in by_levels:
+        raise CheckpointError(f"a Switti model has {' or '.join(map(str, by_levels))} scales, got {num_levels}")
+    return by_levels[num_levels]

@@ -1,0 +1,155 @@
+"""One model: its shapes, the sizes it draws and its defaults; what `config.json` of a model folder holds."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from foveate.core.errors import CheckpointError, FoveateError
+from foveate.core.schedule import BUDGETS, Grid, ScaleSchedule, parse_ratio, ratio_name, sizes
+from foveate.families.family import Family, TokenizerConfig, TransformerConfig, family_named
+
+ALL_RATIOS = (
+    "1:1", "4:5", "3:4", "2:3", "4:7", "1:2", "2:5", "1:3", "5:4", "4:3", "3:2", "7:4", "2:1", "5:2", "3:1",
+)  # fmt: skip
+
+_BUDGET_OF_SIDE = {256: "0.06M", 512: "0.25M", 1024: "1M"}
+"""Pixel budgets as squares of models that draw one size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Defaults:
+    """How a model is sampled unless asked otherwise; a tuple holds one value per scale of the longest schedule.
+
+    `guidance_window` is the first scale that guidance acts on and the first one behind it, None for all others.
+    `more_smooth` samples soft codes from scale `smooth_start` on, as the published demos of VAR and Switti can.
+    """
+
+    guidance_scale: float | tuple[float, ...] = 4.0
+    temperature: float | tuple[float, ...] = 0.5
+    top_k: int = 0
+    top_p: float = 0.0
+    guidance_window: tuple[int, int | None] = (0, None)
+    more_smooth: bool = False
+    smooth_start: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """One model: its shapes, what it was trained on and its defaults.
+
+    `budgets` (pixel budgets) and `ratios` (width:height) are those it was trained on; the first ones are the default. A
+    model of a fixed size has `grids` instead, its one schedule.
+    """
+
+    name: str
+    transformer: TransformerConfig
+    autoencoder: TokenizerConfig
+    family: str = "infinity"
+    patch: int = 1
+    conditioner: str = "minilm"
+    budgets: tuple[str, ...] = ("1M",)
+    ratios: tuple[str, ...] = ALL_RATIOS
+    grids: tuple[Grid, ...] | None = None
+    defaults: Defaults = Defaults()
+
+    def __post_init__(self) -> None:
+        """Refuses parts that do not fit each other."""
+        kind = self.kind
+        if self.conditioner not in kind.conditioners:
+            raise FoveateError(
+                f"conditioner of family {self.family} must be one of {', '.join(kind.conditioners)}, "
+                f"got {self.conditioner!r}"
+            )
+        wanted, offered = kind.symbols(self.transformer, self.autoencoder, self.patch)
+        if wanted != offered:
+            raise FoveateError(f"the transformer wants {wanted}, the autoencoder offers {offered}; they are no pair")
+        if not self.budgets or not set(self.budgets) <= set(BUDGETS):
+            raise FoveateError(f"budgets must be some of {', '.join(BUDGETS)}, got {', '.join(self.budgets) or 'none'}")
+        if not self.ratios:
+            raise FoveateError("ratios must name at least one aspect ratio, got none")
+        for ratio in self.ratios:
+            parse_ratio(ratio)
+        if kind.is_fixed_size != (self.grids is not None):
+            raise FoveateError(f"family {self.family} {'needs' if kind.is_fixed_size else 'takes no'} grids of its own")
+
+    @property
+    def kind(self) -> Family:
+        """The family's entry."""
+        return family_named(self.family)
+
+    @property
+    def stride(self) -> int:
+        """Pixels along a side of a token."""
+        return self.autoencoder.stride * self.patch
+
+    @property
+    def default_schedule(self) -> ScaleSchedule:
+        """The scales of a picture of the default size."""
+        return self.schedule(parse_ratio(self.ratios[0]), self.budgets[0])
+
+    def schedule(self, ratio: float, budget: str) -> ScaleSchedule:
+        """The scales of a picture.
+
+        Args:
+            ratio: Template key, height over width.
+            budget: Pixel budget.
+
+        Raises:
+            FoveateError: There is no such size, or the model has another one only.
+        """
+        if self.grids is None:
+            return ScaleSchedule.from_template(ratio, budget, self.patch)
+        if (ratio_name(ratio), budget) != (self.ratios[0], self.budgets[0]):
+            ((width, height),) = self.sizes()
+            raise FoveateError(f"{self.name} draws {width}x{height} only; leave the size out")
+        return ScaleSchedule.from_grids(self.grids, finest=self.grids[-1], patch=self.patch)
+
+    def sizes(self) -> dict[tuple[int, int], tuple[float, str]]:
+        """Every (width, height) in pixels that can be drawn, with its ratio and budget."""
+        if self.grids is None:
+            return sizes(self.stride)
+        height, width = self.grids[-1]
+        return {(width * self.stride, height * self.stride): (parse_ratio(self.ratios[0]), self.budgets[0])}
+
+    def to_json(self) -> dict[str, Any]:
+        """What `config.json` of a model folder holds."""
+        return {"format": 1, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "ModelSpec":
+        """Reads what `to_json` returned.
+
+        Raises:
+            CheckpointError: An unknown format, family or field, or a missing one.
+        """
+        rest = dict(data)
+        version = rest.pop("format", None)
+        if version != 1:
+            raise CheckpointError(f"config.json must be of format 1, got {version}")
+        kind = family_named(rest.get("family"))
+        try:
+            rest["transformer"] = kind.transformer.config(**_tuples(rest["transformer"]))
+            rest["autoencoder"] = kind.autoencoder.config(**_tuples(rest["autoencoder"]))
+            rest["defaults"] = Defaults(**_tuples(rest.get("defaults", {})))
+            return cls(**_tuples(rest))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise CheckpointError(f"config.json does not describe a model: {error}") from None
+
+
+def budget_of(grids: tuple[Grid, ...], stride: int) -> str:
+    """Pixel budget of a fixed square size.
+
+    Raises:
+        FoveateError: It is not one of 256, 512 and 1024 pixels.
+    """
+    height, width = grids[-1]
+    if height != width or width * stride not in _BUDGET_OF_SIDE:
+        raise FoveateError(f"a fixed size must be a square of 256, 512 or 1024 pixels, got {width * stride}")
+    return _BUDGET_OF_SIDE[width * stride]
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: _frozen(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _frozen(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(_frozen(value) if isinstance(value, list) else value for value in values)

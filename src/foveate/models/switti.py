@@ -1,0 +1,337 @@
+"""The Switti transformer: text-conditioned, one id a token, norms before and after every sublayer, rotary positions.
+
+Parameter names are those of the published checkpoints. One block is three sublayers: self-attention, cross-attention to
+the text and a gated feed-forward net; what the text alone decides (modulation, text keys and values) is computed once.
+Only the autoregressive variant remembers earlier scales; in the other one a scale sees itself alone.
+Axes: n packed tokens, R rows, C width, E text width, F width of the pooled text, N heads, D head width, P blocks.
+Source: Switti (arXiv 2412.01819) and its published checkpoints. Theirs run wholly in bfloat16; here the residual
+stream, modulation, crop condition and head are float32 whatever the dtype of the weights.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate.core.conditions import Condition, PooledText
+from foveate.core.cost import ModelShape
+from foveate.core.errors import FoveateError
+from foveate.core.protocols import BlockContext, Prepared
+from foveate.core.rows import Rows
+from foveate.core.schedule import ScaleSchedule
+from foveate.models.attention import TextMemory
+from foveate.models.layers import linear32, modulated_norm, rms_norm, rotate
+
+CROP = (512.0, 512.0, 0.0, 0.0)
+"""Height, width, top and left that the published pipeline states for every image, also for those of 1024 pixels."""
+
+POSITION_SPAN = 128.0
+"""The last row and column of every grid stand here; the one token of scale 0 stands at 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwittiConfig:
+    """Shape of a transformer. `use_ar` is the published name of the variant that remembers earlier scales.
+
+    `num_levels` is the number of scales that have an embedding; the published models have heads 64 wide.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    codebook_size: int
+    latent_channels: int
+    num_levels: int
+    use_ar: bool = False
+    text_width: int = 2048
+    pooled_width: int = 1280
+    ff_width: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses shapes that cannot be built."""
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise FoveateError(f"width / heads must be a multiple of 4, got {self.width} / {self.heads}")
+        if self.width % 8:
+            raise FoveateError(f"width must be a multiple of 8, for the crop embedding, got {self.width}")
+
+    @property
+    def hidden(self) -> int:
+        """Width of the feed-forward net: 8/3 of the width, rounded down as published."""
+        return self.ff_width or self.width * 8 // 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SwittiPrepared:
+    """What the text alone decides, per row: start, modulation of every block and of the head, text memory per block."""
+
+    start_RC: Float[Tensor, "R C"]
+    modulation_PR6C: Float[Tensor, "P R 6 C"]
+    head_R2C: Float[Tensor, "R 2 C"]
+    memory: tuple[TextMemory, ...]
+
+    def keep(self, rows: Sequence[int]) -> "SwittiPrepared":
+        """The same for some rows, in the given order."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.start_RC.device)
+        return SwittiPrepared(
+            start_RC=self.start_RC[index],
+            modulation_PR6C=self.modulation_PR6C[:, index],
+            head_R2C=self.head_R2C[index],
+            memory=tuple(memory.keep(rows) for memory in self.memory),
+        )
+
+
+def own(prepared: Prepared) -> SwittiPrepared:
+    """Narrows what the engine hands back, which knows no model by name.
+
+    Raises:
+        TypeError: Another model prepared it.
+    """
+    if not isinstance(prepared, SwittiPrepared):
+        raise TypeError(f"a Switti block needs what Switti.prepare returned, got {type(prepared).__name__}")
+    return prepared
+
+
+class SelfAttention(nn.Module):
+    """Attention with queries and keys normalised over the full width, then rotary positions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = (width // heads) ** -0.5
+        self.to_qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
+        """Runs the sublayer on packed tokens."""
+        q_nC, k_nC, v_nC = self.to_qkv(x_nC).chunk(3, dim=-1)
+        q_nND, k_nND = (
+            rotate(_full_norm(part_nC).unflatten(-1, (self.heads, -1)), context.rotation_nD).to(v_nC.dtype)
+            for part_nC in (q_nC, k_nC)
+        )
+        v_nND = v_nC.unflatten(-1, (self.heads, -1))
+        return self.proj(context.slot.attend(q_nND, k_nND, v_nND, self.scale).flatten(1))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text, with queries and keys normalised over the full width; no positions."""
+
+    def __init__(self, width: int, heads: int, text_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = (width // heads) ** -0.5
+        self.to_q = nn.Linear(width, width)
+        self.to_kv = nn.Linear(text_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def memory(self, text_TE: Float[Tensor, "t E"], lengths: tuple[int, ...]) -> TextMemory:
+        """Keys and values of packed texts."""
+        k_TC, v_TC = self.to_kv(text_TE).chunk(2, dim=-1)
+        k_TC = _full_norm(k_TC).to(v_TC.dtype)
+        keys, values = (
+            tuple(text.unflatten(-1, (self.heads, -1)).transpose(0, 1).contiguous() for text in part_TC.split(lengths))
+            for part_TC in (k_TC, v_TC)
+        )
+        return TextMemory(lengths=lengths, k_RNTD=keys, v_RNTD=values)
+
+    def forward(self, x_nC: Float[Tensor, "n C"], rows: Rows, memory: TextMemory) -> Float[Tensor, "n C"]:
+        """Attends from packed tokens to the texts of their rows."""
+        q_nC = _full_norm(self.to_q(x_nC)).to(x_nC.dtype)
+        return self.proj(memory.attend(q_nC.unflatten(-1, (self.heads, -1)), rows, self.scale).flatten(1))
+
+
+class GatedFeedForward(nn.Module):
+    """SwiGLU without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
+        """Runs the sublayer."""
+        return self.down_proj(F.silu(self.gate_proj(x_nC)) * self.up_proj(x_nC))
+
+
+class SwittiBlock(nn.Module):
+    """Self-attention and feed-forward with gate, scale and shift; plain cross-attention between them.
+
+    The norm modules hold the weights under their published names; the norms run in float32.
+    """
+
+    num_sublayers = 3
+
+    def __init__(self, config: SwittiConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        width = config.width
+        self.attn = SelfAttention(width, config.heads)
+        self.cross_attn = CrossAttention(width, config.heads, config.text_width)
+        self.ffn = GatedFeedForward(width, config.hidden)
+        self.self_attention_norm1, self.self_attention_norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.cross_attention_norm1, self.cross_attention_norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.ffn_norm1, self.ffn_norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.attention_y_norm = nn.RMSNorm(config.text_width)
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.crop_cond_scales = nn.Parameter(torch.zeros(1, width))
+
+    def modulation(self, pooled_RC: Float[Tensor, "R C"], crop_RC: Float[Tensor, "R C"]) -> Float[Tensor, "R 6 C"]:
+        """Two gates, two scales and two shifts of every row; float32."""
+        active_RC = F.silu(pooled_RC + self.crop_cond_scales.float() * crop_RC)
+        return linear32(self, "ada_lin.1", active_RC).unflatten(-1, (6, -1))
+
+    def memory(self, text_TE: Float[Tensor, "t E"], lengths: tuple[int, ...]) -> TextMemory:
+        """Keys and values of packed texts."""
+        normed_TE = rms_norm(text_TE, self.attention_y_norm.weight)
+        return self.cross_attn.memory(normed_TE.to(self.cross_attn.to_kv.weight.dtype), lengths)
+
+    def delta(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
+        """What self-attention (0), cross-attention (1) or the feed-forward net (2) adds; float32."""
+        prepared, rows, dtype = own(context.prepared), context.rows, self.attn.to_qkv.weight.dtype
+        if sublayer == 1:
+            x_nC = rms_norm(x_nC, self.cross_attention_norm1.weight).to(dtype)
+            change_nC = self.cross_attn(x_nC, rows, prepared.memory[self.index])
+            return rms_norm(change_nC, self.cross_attention_norm2.weight)
+        gate, scale, shift = (prepared.modulation_PR6C[self.index, :, i] for i in ((0, 2, 4), (1, 3, 5))[sublayer // 2])
+        norm1, norm2 = (
+            (self.ffn_norm1, self.ffn_norm2) if sublayer else (self.self_attention_norm1, self.self_attention_norm2)
+        )
+        x_nC = torch.addcmul(rows.spread(shift), rms_norm(x_nC, norm1.weight), rows.spread(scale + 1)).to(dtype)
+        change_nC = self.ffn(x_nC) if sublayer else self.attn(x_nC, context)
+        return rms_norm(change_nC, norm2.weight) * rows.spread(gate)
+
+
+class CropEmbedding(nn.Module):
+    """Sines and cosines of four numbers at learned frequencies."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width // 8))
+
+    def forward(self, numbers: Sequence[float]) -> Float[Tensor, " C"]:
+        """Embeds four numbers; float32, in the published order of products: angles reach thousands."""
+        numbers_41 = torch.tensor(numbers, device=self.weight.device)[:, None]
+        angles = numbers_41 * self.weight.float() * 2 * math.pi
+        return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten()
+
+
+class HeadNorm(nn.Module):
+    """Wrapper that gives the head's modulation its published name."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+
+class Switti(nn.Module):
+    """All weights of a transformer and the few steps around its blocks."""
+
+    def __init__(self, config: SwittiConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.text_pooler = nn.Linear(config.pooled_width, width)
+        self.pos_start = nn.Parameter(torch.randn(1, 1, width) * (3 * width) ** -0.5)
+        self.lvl_embed = nn.Embedding(config.num_levels, width)
+        self.word_embed = nn.Linear(config.latent_channels, width)
+        self.crop_embed = CropEmbedding(width)
+        self.crop_proj = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(SwittiBlock(config, i) for i in range(config.depth))
+        self.head_nm = HeadNorm(width)
+        self.head = nn.Linear(width, config.codebook_size)
+        self.shape = ModelShape(
+            num_blocks=config.depth,
+            width=width,
+            ff_width=config.hidden,
+            num_heads=config.heads,
+            head_width=width // config.heads,
+            head_outputs=config.codebook_size,
+            input_channels=config.latent_channels,
+            has_cross_attention=True,
+            ff_matrices=3,
+            row_flops=2 * width * (config.pooled_width + width * (1 + 6 * config.depth + 2)),
+            text_token_flops=2 * config.depth * config.text_width * 2 * width,
+            is_cached=config.use_ar,
+        )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype of the linear layers of the blocks."""
+        return self.head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.pos_start.device
+
+    def block(self, index: int) -> SwittiBlock:
+        """The block of this index."""
+        block: SwittiBlock = self.blocks[index]  # type: ignore[assignment]
+        return block
+
+    def prepare(self, conditions: Sequence[Condition], is_guided: bool = False) -> SwittiPrepared:
+        """Computes start, modulation and text memory.
+
+        Args:
+            conditions: The text of each image, `PooledText`; with guidance followed by as many negative ones.
+            is_guided: Must be False: nothing learned stands for no prompt.
+
+        Raises:
+            TypeError: A condition is no `PooledText`, or unconditional rows are asked for.
+        """
+        if is_guided:
+            raise TypeError("Switti has no unconditional features of its own: give negative conditions, such as of ''")
+        texts = [_pooled_text(condition) for condition in conditions]
+        lengths = tuple(text.tokens_TE.shape[0] for text in texts)
+        text_TE = torch.cat([text.tokens_TE for text in texts])
+        pooled_RC = linear32(self, "text_pooler", torch.stack([text.pooled_F for text in texts]))
+        crop_RC = linear32(self, "crop_proj", self.crop_embed(CROP).expand(len(texts), -1))
+        blocks = [self.block(i) for i in range(self.config.depth)]
+        return SwittiPrepared(
+            start_RC=pooled_RC + self.pos_start[0].float() + self.lvl_embed.weight[0].float(),
+            modulation_PR6C=torch.stack([block.modulation(pooled_RC, crop_RC) for block in blocks]),
+            head_R2C=linear32(self, "head_nm.ada_lin.1", F.silu(pooled_RC)).unflatten(-1, (2, -1)),
+            memory=tuple(block.memory(text_TE, lengths) for block in blocks),
+        )
+
+    def start(self, prepared: Prepared) -> Float[Tensor, "R C"]:
+        """Hidden state of the first token of every row."""
+        return own(prepared).start_RC
+
+    def embed(self, input_BZhw: Float[Tensor, "B Z h w"], scale: int) -> Float[Tensor, "B l C"]:
+        """Embeds the resized latent and adds the level of the scale; float32."""
+        tokens_BlZ = input_BZhw.flatten(2).transpose(1, 2).to(self.word_embed.weight.dtype)
+        return self.word_embed(tokens_BlZ).float() + self.lvl_embed.weight[scale].float()
+
+    def positions(self, schedule: ScaleSchedule, scale: int) -> Float[Tensor, "l D"]:
+        """Cosines and sines of the rotary angles of a scale's tokens, columns before rows; float32."""
+        height, width = schedule.grids[scale]
+        head_width = self.config.width // self.config.heads
+        frequency = 1.0 / (10000.0 ** (torch.arange(0, head_width, 4).float() / head_width))
+        # The span multiplies the frequencies and not the indices, as published: float32 rounds the two differently.
+        row_hf = torch.outer(torch.arange(height).float(), frequency * (POSITION_SPAN / max(height - 1, 1)))
+        column_wf = torch.outer(torch.arange(width).float(), frequency * (POSITION_SPAN / max(width - 1, 1)))
+        angles = torch.cat((column_wf.repeat(height, 1), row_hf.repeat_interleave(width, 0)), dim=-1)
+        return torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.device)
+
+    def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
+        """Float32 logits, one per code of the codebook."""
+        scale_RC, shift_RC = own(prepared).head_R2C.unbind(1)
+        x_nC = modulated_norm(x_nC, rows.spread(scale_RC), rows.spread(shift_RC))
+        return linear32(self, "head", x_nC)
+
+
+def _pooled_text(condition: Condition) -> PooledText:
+    """Narrows a condition."""
+    if not isinstance(condition, PooledText):
+        raise TypeError(f"Switti reads PooledText (token features and a pooled vector), got {type(condition).__name__}")
+    return condition
+
+
+def _full_norm(x_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
+    """Layer norm without weights over the full width, before the split into heads; float32."""
+    return F.layer_norm(x_nC.float(), x_nC.shape[-1:], eps=1e-6)

@@ -1,0 +1,186 @@
+"""The convolutional autoencoder behind the VQ tokenizer: pixels to latents and back, with attention where it is coarse.
+
+Pixels are float RGB in [-1, 1], (B, 3, Y, X); latents are (B, Z, H, W) with Y = H * stride. The module names are those
+of the published checkpoints, which hold the quantiser's weights too; what is done with those is in `vq`.
+Axes: c channels, (y, x) the grid of a layer, p positions of it.
+Source: VAR (arXiv 2404.02905); the layout is that of VQGAN (arXiv 2012.09841), as in latent diffusion's VQ-f16.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from foveate.core.errors import FoveateError
+from foveate.tokenizers.autoencoder import Downsample, ResBlock, Upsample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VQAutoencoderConfig:
+    """Shape of an autoencoder and its codebook; `num_refiners` convolutions refine the residuals of all scales."""
+
+    latent_channels: int = 32
+    base_channels: int = 160
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 2
+    codebook_size: int = 4096
+    num_refiners: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuses shapes that cannot be built."""
+        for multiplier in self.channel_multipliers:
+            if (self.base_channels * multiplier) % 32:
+                raise FoveateError(
+                    f"base_channels * multiplier must be divisible by 32, got {self.base_channels} * {multiplier}"
+                )
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent along a side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+class Attention(nn.Module):
+    """Every position looks at all others, with one head, plus the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(32, channels, eps=1e-6)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Float[Tensor, "B c y x"]) -> Float[Tensor, "B c y x"]:
+        """Runs the layer."""
+        q_Bpc, k_Bpc, v_Bpc = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        mixed_Bpc = F.scaled_dot_product_attention(q_Bpc, k_Bpc, v_Bpc)
+        return x + self.proj_out(mixed_Bpc.transpose(1, 2).unflatten(-1, x.shape[-2:]))
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = Attention(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Float[Tensor, "B c y x"]) -> Float[Tensor, "B c y x"]:
+        """Runs all three."""
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention at the lowest, and the change to the next."""
+
+    def __init__(
+        self, channels: Sequence[int], has_attention: bool, resample: nn.Module | None, resample_name: str
+    ) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(a, b) for a, b in pairwise(channels))
+        self.attn = nn.ModuleList(Attention(width) for width in channels[1:] if has_attention)
+        self.resample_name = resample_name if resample is not None else ""
+        if resample is not None:
+            self.add_module(resample_name, resample)
+
+    def forward(self, x: Float[Tensor, "B c y x"]) -> Float[Tensor, "B c2 y2 x2"]:
+        """Runs the level."""
+        for i, block in enumerate(self.block):
+            x = block(x)
+            x = self.attn[i](x) if len(self.attn) else x
+        return self.get_submodule(self.resample_name)(x) if self.resample_name else x
+
+
+class Encoder(nn.Module):
+    """Pixels to latents."""
+
+    def __init__(self, config: VQAutoencoderConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        lowest = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
+        levels: list[Level] = []
+        previous = config.base_channels
+        for i, width in enumerate(widths):
+            down = Downsample(width) if i < lowest else None
+            levels.append(Level([previous] + [width] * config.num_res_blocks, i == lowest, down, "downsample"))
+            previous = width
+        self.down = nn.ModuleList(levels)
+        self.mid = Middle(previous)
+        self.norm_out = nn.GroupNorm(32, previous, eps=1e-6)
+        self.conv_out = nn.Conv2d(previous, config.latent_channels, 3, padding=1)
+
+    def forward(self, pixels: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B Z H W"]:
+        """Encodes pixels in [-1, 1]."""
+        x = self.conv_in(pixels)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class Decoder(nn.Module):
+    """Latents to pixels."""
+
+    def __init__(self, config: VQAutoencoderConfig) -> None:
+        super().__init__()
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        lowest = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        levels: list[Level] = []
+        previous = widths[-1]
+        for i, width in reversed(list(enumerate(widths))):
+            up = Upsample(width) if i > 0 else None
+            levels.insert(0, Level([previous] + [width] * (config.num_res_blocks + 1), i == lowest, up, "upsample"))
+            previous = width
+        self.up = nn.ModuleList(levels)
+        self.norm_out = nn.GroupNorm(32, previous, eps=1e-6)
+        self.conv_out = nn.Conv2d(previous, 3, 3, padding=1)
+
+    def forward(self, latent_BZHW: Float[Tensor, "B Z H W"]) -> Float[Tensor, "B 3 Y X"]:
+        """Decodes to pixels around [-1, 1], not clamped."""
+        x = self.mid(self.conv_in(latent_BZHW))
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Quantiser(nn.Module):
+    """Holds the codebook and the convolutions that refine residuals, under their published names."""
+
+    def __init__(self, config: VQAutoencoderConfig) -> None:
+        super().__init__()
+        channels = config.latent_channels
+        self.embedding = nn.Embedding(config.codebook_size, channels)
+        refiners = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_refiners))
+        self.quant_resi = nn.ModuleDict({"qresi_ls": refiners})
+
+    def refiner(self, index: int) -> tuple[Float[Tensor, "Z Z 3 3"], Float[Tensor, " Z"]]:
+        """Weight and bias of one of the convolutions."""
+        name = f"quant_resi.qresi_ls.{index}"
+        return self.get_parameter(f"{name}.weight"), self.get_parameter(f"{name}.bias")
+
+
+class VQAutoencoder(nn.Module):
+    """Encoder, decoder, and the weights of the quantiser between them."""
+
+    def __init__(self, config: VQAutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Quantiser(config)
+        self.quant_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def encode(self, pixels: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B Z H W"]:
+        """Pixels in [-1, 1] to continuous latents."""
+        return self.quant_conv(self.encoder(pixels))
+
+    def decode(self, latent_BZHW: Float[Tensor, "B Z H W"]) -> Float[Tensor, "B 3 Y X"]:
+        """Latents to pixels around [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(latent_BZHW))
