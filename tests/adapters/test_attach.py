@@ -410,8 +410,8 @@ def test_default_and_unread_arguments_are_accepted(infinity: OfficialInfinity) -
 def test_an_autoencoder_of_another_model_is_refused(infinity: OfficialInfinity, var: OfficialVAR) -> None:
     subject = toy("square")
     with fv.attach(infinity):
+        infinity.apply_spatial_patchify = 1
         with pytest.raises(FoveateError, match="wants 8 bits a token, vae offers 32 bits a token"):
-            infinity.apply_spatial_patchify = 1
             infinity.autoregressive_infer_cfg(**call(subject))
         infinity.apply_spatial_patchify = 0
         with pytest.raises(FoveateError, match="z_interplote_up"):
@@ -440,68 +440,60 @@ def test_wrapped_objects_are_refused(var: OfficialVAR, wrapper: str) -> None:
         fv.attach(outer)
 
 
-def broken_var(name: str) -> OfficialVAR:
-    model = OfficialVAR(toy_var())
-    vae = model.vae_proxy[0]
-    if name == "attribute":
-        del model.patch_nums
-    elif name == "generator":
-        model.rng = 3
-    elif name == "weight":
-        del model.blocks._modules["2"].ffn.fc1.bias
-    elif name == "further weight":
-        model.blocks._modules["1"].register_parameter("lora_A", nn.Parameter(torch.zeros(2)))
-    elif name == "hook":
-        model.blocks._modules["0"].register_forward_hook(lambda *_: None)
-    elif name == "forward":
-        model.blocks._modules["0"].forward = lambda x: x
-    elif name == "meta":
-        model.to("meta")
-    elif name == "quantised":
-        model.head.weight = nn.Parameter(model.head.weight.to(torch.int8), requires_grad=False)
-    elif name == "norm":
-        model.head_nm.ln_wo_grad.eps = 1e-5
-    elif name == "ratio":
-        vae.quantize.quant_resi_ratio = 0.3
-    elif name == "sides":
-        vae.quantize.v_patch_nums = (1, 2, 3, 4, 5)
-    elif name == "codebook":
-        model.vae_quant_proxy = (nn.Module(),)
-    elif name == "schedule":
-        model.patch_nums = vae.quantize.v_patch_nums = (1, 2, 3)
-    elif name == "proxy":
-        model.vae_proxy = ()
-    elif name == "method":
-        model.autoregressive_infer_cfg = lambda images: images
-    return model
+def block(model: OfficialVAR, index: int) -> nn.Module:
+    return list(model.blocks.children())[index]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("attribute", "OfficialVAR lacks patch_nums"),
-        ("generator", "rng must be a torch.Generator, got int"),
-        ("weight", r"1 missing: blocks.2.ffn.fc1.bias"),
-        ("further weight", r"1 unknown: blocks.1.lora_A"),
-        ("hook", "blocks.0 of OfficialVAR has forward hooks"),
-        ("forward", "blocks.0.forward of OfficialVAR was replaced"),
-        ("meta", "is on the meta device; load the weights first"),
-        ("quantised", "head.weight is quantised to torch.int8"),
-        ("norm", "head_nm.ln_wo_grad.eps must be 1e-06, as published; got 1e-05"),
-        ("ratio", "quantize.quant_resi_ratio must be 0.5, as published; got 0.3"),
-        ("sides", "patch_nums of the object and of its autoencoder differ"),
-        ("codebook", "vae_quant_proxy must hold the quantiser of vae_proxy"),
-        ("schedule", "not the given one, 1x1 2x2 3x3"),
-        ("proxy", "OfficialVAR.vae_proxy must hold one module in a tuple"),
-        ("method", "does not take B, label_B, g_seed, .*; it is not the official one"),
-    ],
-)
-def test_var_objects_that_are_not_what_they_say(name: str, message: str) -> None:
-    model = broken_var(name)
-    before = dict(vars(model))
+def lose_a_bias(model: OfficialVAR) -> None:
+    del block(model, 2).ffn.fc1.bias
+
+
+def adapt(model: OfficialVAR) -> None:
+    block(model, 1).lora_A = nn.Parameter(torch.zeros(2))
+
+
+def quantise(model: OfficialVAR) -> None:
+    model.head.weight = nn.Parameter(model.head.weight.to(torch.int8), requires_grad=False)
+
+
+def shorten(model: OfficialVAR) -> None:
+    model.patch_nums = model.vae_proxy[0].quantize.v_patch_nums = (1, 2, 3)
+
+
+BROKEN = {
+    "OfficialVAR lacks patch_nums": lambda model: delattr(model, "patch_nums"),
+    "OfficialVAR lacks uniform_prob": lambda model: delattr(model, "uniform_prob"),
+    "rng must be a torch.Generator, got int": lambda model: setattr(model, "rng", 3),
+    "1 missing: blocks.2.ffn.fc1.bias": lose_a_bias,
+    "1 unknown: blocks.1.lora_A": adapt,
+    "blocks.0 of OfficialVAR has forward hooks": lambda model: block(model, 0).register_forward_hook(print),
+    "blocks.0.forward of OfficialVAR was replaced": lambda model: setattr(block(model, 0), "forward", print),
+    "is on the meta device; load the weights first": lambda model: model.to("meta"),
+    "head.weight is on the meta device": lambda model: model.head.to("meta"),
+    "head.weight is quantised to torch.int8": quantise,
+    "eps must be 1e-06, as published; got 1e-05": lambda model: setattr(model.head_nm.ln_wo_grad, "eps", 1e-5),
+    "quant_resi_ratio must be 0.5, as published; got 0.3": lambda model: setattr(
+        model.vae_proxy[0].quantize, "quant_resi_ratio", 0.3
+    ),
+    "patch_nums of the object and of its autoencoder differ": lambda model: setattr(
+        model, "patch_nums", (1, 2, 4, 3, 6)
+    ),
+    "vae_quant_proxy must hold the quantiser of vae_proxy": lambda model: setattr(
+        model, "vae_quant_proxy", (nn.Module(),)
+    ),
+    "not the given one, 1x1 2x2 3x3": shorten,
+    "OfficialVAR.vae_proxy must hold one module in a tuple": lambda model: setattr(model, "vae_proxy", ()),
+    "does not take B, label_B, g_seed, .*; it is not the official one": lambda model: setattr(model, METHOD, print),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_var_objects_that_are_not_what_they_say(var: OfficialVAR, message: str) -> None:
+    BROKEN[message](var)
+    before = dict(vars(var))
     with pytest.raises(FoveateError, match=message):
-        fv.attach(model)
-    assert vars(model) == before
+        fv.attach(var)
+    assert vars(var) == before
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def named_weights(owner: nn.Module) -> dict[str, Tensor]:
         UnsupportedError: The module is wrapped, or something else happens in it than its own code says.
     """
     kind = type(owner).__name__
-    weights = dict(owner.named_parameters(remove_duplicate=False))
+    weights: dict[str, Tensor] = dict(owner.named_parameters(remove_duplicate=False))
     weights |= dict(owner.named_buffers(remove_duplicate=False))
     for name in weights:
         parts = name.split(".")

@@ -109,7 +109,7 @@ class NextScaleModel(Protocol):
         ...
 
     def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
-        """Float32 logits."""
+        """Float32 logits; `rows` are the first rows of what was prepared, or all of them."""
         ...
 
 

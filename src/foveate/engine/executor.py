@@ -150,8 +150,7 @@ class Engine:
         """Head outputs of the conditional rows, and of the unconditional ones where something reads them."""
         headed = [row for row in state.live if row[1] or has_uncond]
         rows = Rows(layout.rows.counts[: len(headed)])
-        prepared = state.prepared if len(headed) == len(state.live) else state.prepared.keep(range(len(headed)))
-        return split_rows(self.model.logits(x_nC[: rows.total], rows, prepared), headed, rows)
+        return split_rows(self.model.logits(x_nC[: rows.total], rows, state.prepared), headed, rows)
 
     def _enter(self, state: RequestState, scale: Scale, layout: TokenLayout) -> Float[Tensor, "n C"]:
         """Hidden states that enter the first block; both branches of an image share the embedding."""

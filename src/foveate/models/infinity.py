@@ -23,7 +23,7 @@ from foveate.core.protocols import BlockContext, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
 from foveate.models.attention import TextMemory
-from foveate.models.layers import FeedForward, modulated_norm, rms_norm, rotate, running_dtype, unit_heads
+from foveate.models.layers import FeedForward, linear32, modulated_norm, rms_norm, rotate, running_dtype, unit_heads
 
 NUM_LEVELS = 15
 """Rows of the published level embedding."""
@@ -297,8 +297,8 @@ class Infinity(nn.Module):
         text_TE = rms_norm(torch.cat([text.float() for text in texts]), self.text_norm.weight).to(dtype)
         pooled_RC = self.text_proj_for_sos.ca.pool(text_TE, lengths).float()
         active_RC = F.silu(pooled_RC)
-        shared_R6C = _linear32(self.shared_ada_lin, "1", active_RC).view(len(texts), 6, -1)
-        head_R2C = _linear32(self.head_nm.ada_lin, "1", active_RC).view(len(texts), 2, -1)
+        shared_R6C = linear32(self.shared_ada_lin, "1", active_RC).view(len(texts), 6, -1)
+        head_R2C = linear32(self.head_nm.ada_lin, "1", active_RC).view(len(texts), 2, -1)
         text_TC = self.text_proj_for_ca(text_TE)
         blocks = [self.block(i) for i in range(self.config.depth)]
         return InfinityPrepared(
@@ -342,9 +342,9 @@ class Infinity(nn.Module):
 
     def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
         """Float32 logits, two per bit."""
-        scale_RC, shift_RC = own(prepared).head_R2C.unbind(1)
+        scale_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
         x_nC = modulated_norm(x_nC, rows.spread(scale_RC), rows.spread(shift_RC))
-        return _linear32(self, "head", x_nC)
+        return linear32(self, "head", x_nC)
 
 
 def _features(condition: Condition) -> Float[Tensor, "T E"]:
@@ -352,10 +352,3 @@ def _features(condition: Condition) -> Float[Tensor, "T E"]:
     if not isinstance(condition, Tensor):
         raise TypeError(f"Infinity reads token features (T, E), got {type(condition).__name__}")
     return condition
-
-
-def _linear32(parent: nn.Module, name: str, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
-    """Runs a linear layer of a module in float32, whatever the dtype of its weights, under autocast too."""
-    weight, bias = parent.get_parameter(f"{name}.weight"), parent.get_parameter(f"{name}.bias")
-    with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float(), bias.float())

@@ -320,7 +320,7 @@ class Switti(nn.Module):
 
     def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
         """Float32 logits, one per code of the codebook."""
-        scale_RC, shift_RC = own(prepared).head_R2C.unbind(1)
+        scale_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
         x_nC = modulated_norm(x_nC, rows.spread(scale_RC), rows.spread(shift_RC))
         return linear32(self, "head", x_nC)
 
