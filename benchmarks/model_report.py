@@ -23,7 +23,8 @@ from foveate.families.loading import Origin, find_folder
 from foveate.pipeline import Pipeline, stack_uint8
 from foveate.pipeline_output import to_uint8
 from foveate.tokenizers.autoencoder import Autoencoder
-from foveate.train.captions import all_captions
+from foveate.tokenizers.bsq import BSQTokenizer
+from foveate.train.captions import all_captions, framed_captions
 from foveate.train.corpus import Corpus, load_corpus
 from foveate.train.recipe import save_sheet
 from foveate.train.tokenizer import composite, reconstruct
@@ -55,13 +56,19 @@ def share(found: np.ndarray, labels: Sequence[str], wanted: Sequence[str]) -> fl
     return float(np.mean([labels[i] == label for i, label in zip(found, wanted, strict=True)]))
 
 
+def autoencoder_of(pipe: Pipeline) -> Autoencoder:
+    """The bundled model's autoencoder; no other family is reported here."""
+    assert isinstance(pipe.model.tokenizer, BSQTokenizer)
+    return pipe.model.tokenizer.autoencoder
+
+
 def tokenizer_figures(pipe: Pipeline, corpus: Corpus) -> dict[str, float]:
     """PSNR of the tokenizer alone, whole picture and foreground, on seen and on held-out drawings."""
     grids = tuple((n, n) for n in (1, 2, 4, 6, 8, 12, 16))
     figures = {}
     for split in ("train", "test"):
         images, _ = pictures(corpus, split)
-        again = rebuilt(pipe.model.tokenizer.autoencoder, images, grids)
+        again = rebuilt(autoencoder_of(pipe), images, grids)
         figures[f"tokenizer_psnr_{split}"] = float(np.mean(psnr(again, images)))
         figures[f"tokenizer_foreground_psnr_{split}"] = float(np.mean(foreground_psnr(again, images)))
     return figures
@@ -77,12 +84,12 @@ def model_figures(pipe: Pipeline, corpus: Corpus, model: str, seed: int) -> dict
     drawn = features(draw(pipe, wanted, seed), network=network)
     grids = tuple((n, n) for n in (1, 2, 4, 6, 8, 12, 16))
     originals = images[[labels.index(label) for label in wanted]]
-    again = features(rebuilt(pipe.model.tokenizer.autoencoder, originals, grids), network=network)
+    again = features(rebuilt(autoencoder_of(pipe), originals, grids), network=network)
     texts = TextEncoder.from_folder(find_folder(Origin(name_or_path=model))).pooled(labels).numpy()
     heads, targets = TextMatch.bundled(), np.array([labels.index(label) for label in wanted])
     lines = (HERE / "paraphrases.tsv").read_text(encoding="utf-8").splitlines()
     pairs = [(line.split("\t")[0], line.split("\t")[1]) for line in lines]
-    trained = {caption.lower() for d in corpus.drawings for caption in all_captions(d)}
+    trained = {caption.lower() for d in corpus.drawings for caption in all_captions(d) + framed_captions(d)}
     pairs = [(text, label) for text, label in pairs if text.lower() not in trained]
     reworded = features(draw(pipe, [text for text, _ in pairs], seed), network=network)
     return {

@@ -13,7 +13,15 @@ from PIL import Image
 
 from foveate.train import corpus as corpus_module
 from foveate.train import packages
-from foveate.train.captions import Drawing, all_captions, caption, clean_phrases, rewrite_label, with_article
+from foveate.train.captions import (
+    Drawing,
+    all_captions,
+    caption,
+    clean_phrases,
+    framed_captions,
+    rewrite_label,
+    with_article,
+)
 from foveate.train.corpus import CorpusConfig, build_corpus, choose_test_pairs, load_corpus
 from foveate.train.packages import FLUENT_3D, CorpusError, Package, fetch_package, verify_package
 from foveate.train.sources import svg_of_icon
@@ -266,3 +274,16 @@ def test_failed_build_leaves_nothing(toy_cache: Path, tmp_path: Path, wrong: Cor
 def test_load_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"must hold images\.npy"):
         load_corpus(tmp_path)
+
+
+def test_framed_captions_name_the_thing_and_repeat_themselves() -> None:
+    drawing = Drawing(
+        index=7, code_point="1f68c", label="bus", style="fluent-3d", group="travel", subgroup="ground",
+        synonyms=("coach",), keywords=("vehicle",), split="train",
+    )  # fmt: skip
+    found = framed_captions(drawing, 200)
+    assert found == framed_captions(drawing, 200)
+    assert found[:12] == framed_captions(drawing)
+    assert all("bus" in caption or "coach" in caption for caption in found)
+    assert len(set(found)) > 100
+    assert "an orange bus" in framed_captions(drawing, 4000)

@@ -26,6 +26,7 @@ from foveate.train.transformer import (
     Examples,
     TeacherSlot,
     TransformerRecipe,
+    alter_text,
     bit_loss,
     small_start,
     teacher_logits,
@@ -233,3 +234,15 @@ def test_head_stays_float32_under_autocast() -> None:
         logits = teacher_logits(model, [torch.randn(3, 12)], quantised, schedule)
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float()), "a head in bfloat16 leaves nothing behind its 8 bits"
+
+
+def test_altered_texts_keep_their_sentence_and_stay_near_it() -> None:
+    text_TE = torch.randn(9, 24, generator=torch.Generator().manual_seed(1))
+    lengths = set()
+    for seed in range(40):
+        altered_TE = alter_text(text_TE, 0.7, np.random.default_rng(seed))
+        lengths.add(altered_TE.shape[0])
+        assert not torch.equal(altered_TE[0], text_TE[0])
+        assert float((altered_TE[0] - text_TE[0]).square().mean().sqrt() / text_TE[0].square().mean().sqrt()) < 1.2
+    assert len(lengths) > 4
+    assert min(lengths) >= 1

@@ -38,6 +38,8 @@ _FRAMES = (
     "{} seen from the front", "{} for children", "I would like to see {}",
 )  # fmt: skip
 _PLAIN_SHARE = 0.4
+NUM_FRAMED = 12
+"""Framed captions of a drawing: about as many as it has short ones."""
 
 # The phrase is in most captions of a corpus with several styles; with one style it says nothing new.
 MULTI_STYLE_SHARE = 0.85
@@ -170,7 +172,7 @@ def all_captions(drawing: Drawing) -> list[str]:
     return list(dict.fromkeys(found))[:_MAX_CAPTIONS]
 
 
-def framed_captions(drawing: Drawing, count: int) -> list[str]:
+def framed_captions(drawing: Drawing, count: int = NUM_FRAMED) -> list[str]:
     """Lists `count` longer ways to ask for a drawing, the same on every call: "a picture of a small bus".
 
     A name, label or synonym, with a quality in front of it more often than not, inside a common frame.

@@ -21,6 +21,7 @@ from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.bsq import Quantised, quantise
+from foveate.train.captions import NUM_FRAMED
 from foveate.train.loop import Optimisation, Run, steps
 
 
@@ -42,7 +43,7 @@ class TransformerRecipe:
     short_scales: int = 6
     scale_power: float = 0.5
     unconditional_share: float = 0.1
-    framed_captions: int = 12
+    framed_captions: int = NUM_FRAMED
     altered_share: float = 0.5
     text_noise: float = 0.7
     masked_tokens: int = 128
@@ -146,7 +147,7 @@ def _batch(recipe: TransformerRecipe, examples: Examples, model: Infinity, step:
         captions = examples.captions[index]
         text = captions[int(rng.integers(len(captions)))]
         if rng.random() < recipe.altered_share:
-            text = _alter(text, recipe.text_noise, rng)
+            text = alter_text(text, recipe.text_noise, rng)
         is_unconditional = rng.random() < recipe.unconditional_share
         texts.append(model.unconditional(text.shape[0]) if is_unconditional else text)
     is_short = rng.random() < recipe.short_share
@@ -161,7 +162,7 @@ def _batch(recipe: TransformerRecipe, examples: Examples, model: Infinity, step:
     )
 
 
-def _alter(text_TE: Float[Tensor, "T E"], noise: float, rng: np.random.Generator) -> Float[Tensor, "_ E"]:
+def alter_text(text_TE: Float[Tensor, "T E"], noise: float, rng: np.random.Generator) -> Float[Tensor, "_ E"]:
     """Drops a random share of the tokens behind the first and adds noise, so that near meanings draw the same."""
     share = rng.random()
     kept = [0, *(t for t in range(1, text_TE.shape[0]) if rng.random() >= share)]
