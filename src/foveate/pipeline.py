@@ -19,17 +19,16 @@ from foveate.core.errors import FoveateError
 from foveate.core.plan import Bound
 from foveate.core.trace import Trace
 from foveate.engine.executor import Engine
-from foveate.engine.forecast import full_cost
 from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler, SmoothSampler
-from foveate.engine.state import Request, bounds_of
+from foveate.engine.state import Request
 from foveate.families.loading import LoadedModel, Origin, load_model
 from foveate.pipeline_options import Job, Options, Prompts, resolve, settings_of, warn_untrained
 from foveate.pipeline_output import (
     Images,
     Milliseconds,
     PipelineOutput,
-    Report,
     ScaleEvent,
+    build_report,
     describe,
     merge_traces,
     to_images,
@@ -273,28 +272,18 @@ class Pipeline:
             prompts=job.per_image(job.prompts),
             seeds=job.seeds,
             config=describe(job, self.model),
-            report=self._report(step, 1e3 * (time.perf_counter() - began)),
-            trace=trace,
-        )
-
-    def _report(self, step: BatchStep, total_ms: float) -> Report:
-        shape, trace = self.model.transformer.shape, step.trace
-        size, heads_width = trace.bytes_per_element, shape.num_heads * shape.head_width
-        run = trace.cost
-        full = [full_cost(request, shape, size) for request in step.requests]
-        limits = [bounds_of(step.bound, request, shape) for request in step.requests]
-        return Report(
-            flops_run=run.flops,
-            flops_full=sum(cost.flops for cost in full),
-            tokens_run=run.tokens,
-            tokens_full=sum(cost.tokens for cost in full),
-            kv_bytes_peak=trace.peak_kv_bytes,
-            kv_bytes_bound=sum(limit.kv_bytes(heads_width, size) for limit in limits),
-            ms=Milliseconds(
-                text=trace.text_ms, transformer=trace.transformer_ms, decoder=trace.decoder_ms, total=total_ms
+            report=build_report(
+                trace,
+                step.bound,
+                step.requests,
+                Milliseconds(
+                    text=trace.text_ms,
+                    transformer=trace.transformer_ms,
+                    decoder=trace.decoder_ms,
+                    total=1e3 * (time.perf_counter() - began),
+                ),
             ),
-            unfired=trace.unfired,
-            notes=step.bound.notes,
+            trace=trace,
         )
 
 

@@ -16,8 +16,11 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from foveate.core.plan import Bound
 from foveate.core.trace import ScaleTrace, Trace
 from foveate.core.version import __version__
+from foveate.engine.forecast import full_cost
+from foveate.engine.state import Request, bounds_of
 from foveate.families.loading import LoadedModel
 from foveate.pipeline_options import Job
 
@@ -78,6 +81,32 @@ class PipelineOutput:
     def row_config(self, row: int) -> dict[str, Any]:
         """The configuration that belongs into the PNG of one picture: the whole batch, and which row it is."""
         return {**self.config, "row": range(len(self.prompts))[row]}
+
+
+def build_report(trace: Trace, bound: Bound, requests: Sequence[Request], ms: Milliseconds) -> Report:
+    """What finished requests cost, beside what they would have cost in full.
+
+    Args:
+        trace: Of all requests together.
+        bound: The policy that all of them obeyed.
+        requests: As they were asked.
+        ms: Measured by the caller.
+    """
+    shape, size = trace.shape, trace.bytes_per_element
+    run = trace.cost
+    full = [full_cost(request, shape, size) for request in requests]
+    limits = [bounds_of(bound, request, shape) for request in requests]
+    return Report(
+        flops_run=run.flops,
+        flops_full=sum(cost.flops for cost in full),
+        tokens_run=run.tokens,
+        tokens_full=sum(cost.tokens for cost in full),
+        kv_bytes_peak=trace.peak_kv_bytes,
+        kv_bytes_bound=sum(limit.kv_bytes(shape.num_heads * shape.head_width, size) for limit in limits),
+        ms=ms,
+        unfired=trace.unfired,
+        notes=bound.notes,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

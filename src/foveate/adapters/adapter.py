@@ -19,9 +19,8 @@ from foveate.core.errors import FoveateError, UnsupportedError
 from foveate.core.plan import Policy
 from foveate.core.trace import Trace
 from foveate.engine.executor import Engine
-from foveate.engine.forecast import full_cost
-from foveate.engine.state import Request, bounds_of
-from foveate.pipeline_output import Milliseconds, Report
+from foveate.engine.state import Request
+from foveate.pipeline_output import Milliseconds, Report, build_report
 
 logger = logging.getLogger("foveate")
 
@@ -55,7 +54,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def answer(self, pixels_B3YX: Float[Tensor, "B 3 Y X"]) -> object:
-        """What the official method returns."""
+        """What the official method returns: new tensors, which whoever called may change (pixels may not be)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -79,28 +78,15 @@ def draw(engine: Engine, request: Request, policy: Policy) -> Drawn:
     for step in engine.run(bound, request):  # noqa: B007 - the last one is what counts
         pass
     decoding = time.perf_counter()
-    # A copy made here can be changed by whoever called, unlike what inference mode made.
-    pixels_B3YX = engine.tokenizer.decode(step.f_hat_BZHW).clone()
+    pixels_B3YX = engine.tokenizer.decode(step.f_hat_BZHW)
     if pixels_B3YX.is_cuda:
         torch.cuda.synchronize(pixels_B3YX.device)
     now, trace = time.perf_counter(), step.trace
     trace.decoder_ms = 1e3 * (now - decoding)
     for promise in trace.unfired:
         logger.warning("policy %s did not %s on this schedule", policy.spec, promise)
-    run, full = trace.cost, full_cost(request, shape, trace.bytes_per_element)
-    limit = bounds_of(bound, request, shape)
     ms = Milliseconds(text=0.0, transformer=trace.transformer_ms, decoder=trace.decoder_ms, total=1e3 * (now - began))
-    report = Report(
-        flops_run=run.flops,
-        flops_full=full.flops,
-        tokens_run=run.tokens,
-        tokens_full=full.tokens,
-        kv_bytes_peak=trace.peak_kv_bytes,
-        kv_bytes_bound=limit.kv_bytes(shape.num_heads * shape.head_width, trace.bytes_per_element),
-        ms=ms,
-        unfired=trace.unfired,
-        notes=bound.notes,
-    )
+    report = build_report(trace, bound, [request], ms)
     return Drawn(pixels_B3YX=pixels_B3YX, report=report, trace=trace)
 
 

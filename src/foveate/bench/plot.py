@@ -76,7 +76,11 @@ def _throughput(axis: Axes, report: BenchReport) -> None:
     for (size, _, policy), points in lines.items():
         batches, rates = zip(*sorted(points), strict=True)
         axis.plot(batches, rates, "o-", label=f"{policy}, {size}")
+    sizes = sorted({case.batch for case in report.cases})
     axis.set_xscale("log", base=2)
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
     axis.set_xlabel("batch")
     axis.set_ylabel("pictures per second, offline")
     _finish(axis)

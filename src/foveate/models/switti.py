@@ -24,7 +24,7 @@ from foveate.core.protocols import BlockContext, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
 from foveate.models.attention import TextMemory
-from foveate.models.layers import linear32, modulated_norm, rms_norm, rotate
+from foveate.models.layers import linear32, modulated_norm, rms_norm, rotate, running_dtype
 
 CROP = (512.0, 512.0, 0.0, 0.0)
 """Height, width, top and left that the published pipeline states for every image, also for those of 1024 pixels."""
@@ -261,7 +261,7 @@ class Switti(nn.Module):
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the linear layers of the blocks."""
-        return self.head.weight.dtype
+        return running_dtype(self.block(0).attn.proj.weight)
 
     @property
     def device(self) -> torch.device:
