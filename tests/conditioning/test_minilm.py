@@ -273,3 +273,13 @@ def test_no_prompts(encoder: TextEncoder) -> None:
     assert encoder.encode([]) == []
     with pytest.raises(FoveateError, match="prompts must hold at least one text"):
         encoder.pooled([])
+
+
+def test_row_0_is_the_mean_and_stands_for_cls(encoder: TextEncoder) -> None:
+    (x_TE,) = encoder.encode(["a red cat"])
+    ids = encoder.tokenizer.encode("a red cat").ids
+    ids_BT = torch.tensor([ids])
+    raw_TE = encoder.model(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))[0]
+    torch.testing.assert_close(x_TE[0], raw_TE.mean(0))
+    assert torch.equal(x_TE[1:], raw_TE[1:])
+    torch.testing.assert_close(encoder.pooled(["a red cat"])[0], x_TE[0] / x_TE[0].norm())

@@ -290,29 +290,31 @@ class TextEncoder:
         write_text(path / TOKENIZER_NAME, self.tokenizer.to_str())
 
     def encode(self, prompts: list[str]) -> list[Tensor]:
-        """Computes the token features of each prompt.
+        """Computes the features of each prompt: its sentence embedding, then its tokens.
 
-        Every prompt runs by itself, without padding, so its features are the same bit for bit whatever it is batched
-        with.
+        Sentence embeddings of like meanings lie near each other, token features need not: the embedding stands where
+        [CLS] would, whose feature sentence encoders are not trained to use by itself. Every prompt runs by itself,
+        without padding, so its features are the same bit for bit whatever it is batched with.
 
         Args:
             prompts: Any texts; the empty one has the two tokens [CLS] and [SEP].
 
         Returns:
-            Per prompt a float32 tensor (tokens, width), [CLS] and [SEP] included. A prompt longer than `max_tokens`
-            loses the tokens before [SEP], and a warning says how many.
+            Per prompt a float32 tensor (tokens, width): row 0 is the mean over all tokens, [CLS] included, and the
+            others are the tokens behind [CLS], [SEP] included. A prompt longer than `max_tokens` loses the tokens
+            before [SEP], and a warning says how many.
         """
-        return [self._encode_one(prompt) for prompt in prompts]
+        tokens = (self._token_features(prompt) for prompt in prompts)
+        return [torch.cat((x_TE.mean(0, keepdim=True), x_TE[1:])) for x_TE in tokens]
 
     def pooled(self, prompts: list[str]) -> Float[Tensor, "B E"]:
-        """Computes sentence embeddings: the mean over the features of `encode`, float32, of length 1."""
+        """Computes sentence embeddings: row 0 of `encode` scaled to length 1, float32."""
         if not prompts:
             raise FoveateError("prompts must hold at least one text, got none")
-        rows = [(x_TE, x_TE.new_ones(1, x_TE.shape[0], dtype=torch.bool)) for x_TE in self.encode(prompts)]
-        return torch.cat([mean_pool(x_TE[None], mask_BT) for x_TE, mask_BT in rows])
+        return F.normalize(torch.stack([x_TE[0] for x_TE in self.encode(prompts)]), dim=-1)
 
     @torch.no_grad()
-    def _encode_one(self, prompt: str) -> Float[Tensor, "T E"]:
+    def _token_features(self, prompt: str) -> Float[Tensor, "T E"]:
         ids: list[int] = self.tokenizer.encode(prompt).ids
         num_cut = len(ids) - self.max_tokens
         if num_cut > 0:
