@@ -7,6 +7,9 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 
+_GAP, _LAST_WIDTH = 3, 20
+"""Blanks between columns, and what the last column keeps at least."""
+
 
 def print_json(content: Mapping[str, Any]) -> None:
     """One object on one line, with the version of its schema in front."""
@@ -19,7 +22,10 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table without lines; column names in bold if there are any."""
+    """A table without lines; column names in bold if there are any.
+
+    The last column folds where the terminal ends; the others never do, as folded numbers could not be read.
+    """
     from rich.console import Console  # noqa: PLC0415 - `--help` must answer without it
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
@@ -27,12 +33,16 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     body = [[Text(cell) for cell in row] for row in rows]
     if not body:
         return
-    table = Table(box=None, pad_edge=False, show_header=bool(columns), header_style="bold", padding=(0, 3, 0, 0))
-    for column in columns or [""] * len(body[0]):
-        table.add_column(column, overflow="fold")
+    table = Table(box=None, pad_edge=False, show_header=bool(columns), header_style="bold", padding=(0, _GAP, 0, 0))
+    names = columns or [""] * len(body[0])
+    for index, column in enumerate(names):
+        is_last = index == len(names) - 1
+        table.add_column(column, no_wrap=not is_last, overflow="fold")
     for cells in body:
         table.add_row(*cells)
-    Console(file=sys.stdout).print(table)
+    widths = [max(cell.cell_len for cell in (Text(name), *cells)) for name, *cells in zip(names, *body, strict=True)]
+    needed = sum(widths[:-1]) + _GAP * len(widths) + min(widths[-1], _LAST_WIDTH)
+    Console(file=sys.stdout, width=max(Console(file=sys.stdout).width, needed)).print(table)
 
 
 def print_gap() -> None:
