@@ -5,12 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import foveate as fv
 from foveate.families.loading import DATA
 from foveate.pipeline import Pipeline, stack_uint8
-from foveate.policies.registry import REGISTRY
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -21,15 +19,6 @@ def emoji() -> Pipeline:
     pipe = Pipeline.from_pretrained("emoji")
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture(scope="module")
-def full(emoji: Pipeline) -> torch.Tensor:
-    return latent(emoji, "full")
-
-
-def latent(pipe: Pipeline, policy: object, prompts: tuple[str, ...] = ("hamburger",), **options: bool) -> torch.Tensor:
-    return pipe.generate(prompts, seed=7, policy=policy, output_type="latent", **options).images
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -53,18 +42,6 @@ def test_the_bundled_model_draws_a_picture_that_depends_on_the_prompt(emoji: Pip
     assert np.abs(pictures[0].astype(int) - pictures[1]).mean() > 10
     corners = pictures[:, [4, 4, -4, -4], [4, -4, 4, -4]]
     assert corners.mean() > 235, "drawings stand on white"
-
-
-@pytest.mark.parametrize("name", list(REGISTRY))
-def test_neutral_equals_full_on_the_bundled_model(emoji: Pipeline, full: torch.Tensor, name: str) -> None:
-    assert torch.equal(latent(emoji, REGISTRY[name].neutral()), full)
-
-
-@pytest.mark.parametrize("policy", ["full", "ld-pruning", "depthvar"])
-def test_alone_and_in_a_batch_on_the_bundled_model(emoji: Pipeline, policy: str) -> None:
-    alone = latent(emoji, policy)
-    batch = latent(emoji, policy, ("a green cactus in the desert", "hamburger"), batch_invariant=True)
-    assert torch.equal(batch[1], alone[0])
 
 
 def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,12 +78,13 @@ def sample_bits(logits_lV: Tensor, positions: Sequence[int], num_tokens: int, se
 
 def codes_of(bits_ld: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     """Codes (Z, h, w) of one image: bit c * patch^2 + dy * patch + dx of a token is channel c of latent (dy, dx)."""
-    codes = torch.zeros(LATENT_CHANNELS, grid[0] * patch, grid[1] * patch)
+    num_channels = bits_ld.shape[-1] // patch**2
+    codes = torch.zeros(num_channels, grid[0] * patch, grid[1] * patch)
     for token, bits in enumerate(bits_ld.tolist()):
         for index, bit in enumerate(bits):
             channel, inside = divmod(index, patch**2)
             y, x = token // grid[1] * patch + inside // patch, token % grid[1] * patch + inside % patch
-            codes[channel, y, x] = (1 if bit else -1) * LATENT_CHANNELS**-0.5
+            codes[channel, y, x] = (1 if bit else -1) * num_channels**-0.5
     return codes
 
 
@@ -102,7 +103,7 @@ def generate(toy: Toy, request: Request, seeds: Sequence[int]) -> tuple[list[Ten
     prepared = model.prepare(request.conditions, not request.has_negative)
     num_rows = 2 * num_images
     slots = [GrowingSlot(num_rows) for _ in range(toy.num_blocks)]
-    f_hat = torch.zeros(num_images, LATENT_CHANNELS, *toy.schedule.latent_grid(len(toy.schedule) - 1))
+    f_hat = torch.zeros(num_images, toy.tokenizer.latent_channels, *toy.schedule.latent_grid(len(toy.schedule) - 1))
     f_hats, all_bits = [], []
     for scale, (h, w) in enumerate(toy.schedule.grids):
         x = enter(toy, f_hat, scale).repeat(2, 1, 1).flatten(0, 1) if scale else model.start(prepared).clone()

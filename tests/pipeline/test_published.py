@@ -1,6 +1,7 @@
 """Published weights on this disk and on the hub, at toy size: what is found, what is drawn, which pairs are refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -154,9 +155,9 @@ def test_a_friendly_name_is_fetched_in_parts(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(PUBLISHED, "infinity-toy", toy_entry())
     monkeypatch.setattr(loading.T5Text, "from_pretrained", lambda *args, **kwargs: toy_text_encoder())
     pipe = Pipeline.from_pretrained("infinity-toy", revision="v2")
-    assert asked == [("someone/weights", "shards/*", "v2"), ("someone/weights", "infinity_vae_d16.pth", None)]
+    assert asked == [("someone/weights", "shards/*", "v2"), ("someone/weights", "infinity_vae_d16.pth", "v2")]
     tuned = Pipeline.from_pretrained(tmp_path / "tuned.pth")
-    assert tuned.model.spec == pipe.model.spec
+    assert tuned.model.spec == replace(pipe.model.spec, name="tuned")
     a, b = (p.generate("a red cat", seed=1, output_type="latent").images for p in (pipe, tuned))
     assert torch.equal(a, b)  # type: ignore[arg-type]
     with pytest.raises(FoveateError, match="more_smooth is for VAR and Switti"):
@@ -209,3 +210,36 @@ def test_random_weights_of_a_shape_draw(name: str, monkeypatch: pytest.MonkeyPat
     output = pipe.generate("volcano", seed=1, top_k=0, top_p=0.0)
     assert output.images[0].size == (256, 256)  # type: ignore[union-attr]
     assert output.report.flops_ratio == 1.0
+
+
+def test_parts_that_would_have_no_effect_are_refused(toy_folder: Path) -> None:
+    with pytest.raises(FoveateError, match="autoencoder has no effect on random weights; leave it out"):
+        Pipeline.from_pretrained("var-d16", weights="random", autoencoder="vae.pth")
+    with pytest.raises(FoveateError, match="text_encoder has no effect on .*, which holds its own; leave it out"):
+        Pipeline.from_pretrained(toy_folder, text_encoder="someone/text")
+
+
+def test_a_converted_file_is_still_known_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="infinity-2b was trained with infinity_vae_d32reg.pth"):
+        Pipeline.from_pretrained("infinity-2b", autoencoder=tmp_path / "infinity_vae_d32.safetensors")
+
+
+def test_local_files_only_reaches_the_text_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(filled(Infinity(TOY_INFINITY)).state_dict(), tmp_path / "tuned.pth")
+    torch.save(filled(Autoencoder(BSQ), 3).state_dict(), tmp_path / "vae.pth")
+    asked: list[object] = []
+
+    def load(*args: object, **kwargs: object) -> object:
+        asked.append(kwargs["local_files_only"])
+        return toy_text_encoder()
+
+    monkeypatch.setattr(loading.T5Text, "from_pretrained", load)
+    for flag in (False, True):
+        Pipeline.from_pretrained(tmp_path / "tuned.pth", local_files_only=flag)
+    assert asked == [False, True]
+
+
+def test_a_pickle_of_more_than_tensors_says_what_to_do(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.zeros(1)}, "args": Path("x")}, tmp_path / "run.pth")
+    with pytest.raises(CheckpointError, match="holds more than tensors and is not opened; save its state dict alone"):
+        Pipeline.from_pretrained(tmp_path / "run.pth")

@@ -1,12 +1,12 @@
 """This machine and what a model needs on it, as plain data."""
 
+from pathlib import Path
 from typing import Any
 
 from foveate.bench.machine import describe_machine
 from foveate.cli.registered import file_bytes
 from foveate.families.loading import BUNDLED, DATA, Origin, find_folder, find_spec
 from foveate.families.memory import count_parameters, memory_need
-from foveate.families.published import PUBLISHED
 from foveate.folder import CONFIG_NAME
 from foveate.pipeline import DTYPES
 from foveate.policies.full import Full
@@ -33,8 +33,8 @@ def needs(name: str) -> dict[str, Any]:
         FoveateError: There is no such model.
     """
     origin = Origin(name_or_path=name)
-    folder = None if name in PUBLISHED else find_folder(origin)
     spec = find_spec(origin)
+    folder = find_folder(origin) if (name in BUNDLED or Path(name).is_dir()) and spec.conditioner == "minilm" else None
     height, width = spec.default_schedule.grids[-1]
     return {
         "name": name,

@@ -109,6 +109,9 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None = None) -> Con
         written = [target]
     else:
         written = save_sharded(cast, target, "model", SHARD_BYTES)
+    beside = (source if source.is_dir() else source.parent) / "config.json"
+    if kind == "Switti" and beside.is_file():
+        write_text(manifest.with_name("config.json"), beside.read_text(encoding="utf-8"))
     described = _describe(kind, source, written)
     write_text(manifest, json.dumps(described, indent=1) + "\n")
     tensors = described["tensors"]

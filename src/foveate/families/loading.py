@@ -4,7 +4,7 @@ Nothing is fetched that is here already, and everything is checked before it is 
 networks belong together, and every key.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -94,11 +94,19 @@ def load_model(origin: Origin, *, weights: str, dtype: torch.dtype, device: torc
     if weights not in ("pretrained", "random"):
         raise FoveateError(f'weights must be "pretrained" or "random", got {weights!r}')
     if weights == "random":
+        _refuse_parts(origin, "random weights")
         return _random(find_spec(origin), dtype, device)
     folder = _own_folder(origin)
     if folder is not None:
+        _refuse_parts(origin, f"{origin.name_or_path}, which holds its own")
         return _from_folder(folder, dtype, device)
     return _from_sources(_find_sources(origin), dtype, device)
+
+
+def _refuse_parts(origin: Origin, whose: str) -> None:
+    for name, given in (("autoencoder", origin.autoencoder), ("text_encoder", origin.text_encoder)):
+        if given is not None:
+            raise FoveateError(f"{name} has no effect on {whose}; leave it out")
 
 
 def find_spec(origin: Origin) -> ModelSpec:
@@ -150,7 +158,7 @@ def _is_ours(folder: Path) -> bool:
     """Whether a folder is in our format, complete or not; others hold published files."""
     if (folder / CONFIG_NAME).is_file():
         return "format" in read_config(folder)
-    has_parts = any(folder.glob(f"{TRANSFORMER}*.safetensors*"))
+    has_parts = all(any(folder.glob(f"{part}*.safetensors*")) for part in (TRANSFORMER, AUTOENCODER))
     return has_parts or not any(is_weight_file(path) for path in folder.iterdir())
 
 
@@ -163,7 +171,7 @@ def _find_sources(origin: Origin) -> Sources:
     path = Path(origin.name_or_path)
     if not path.exists():
         path = fetch_folder(name, origin.revision, origin.local_files_only)
-    return local_sources(path, origin.autoencoder, origin.text_encoder)
+    return local_sources(path, origin.autoencoder, origin.text_encoder, origin.local_files_only)
 
 
 def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> LoadedModel:
@@ -220,8 +228,9 @@ def _conditioner(sources: Sources, dtype: torch.dtype, device: torch.device) -> 
     spec, places = sources.spec, sources.text_encoders
     if isinstance(spec.transformer, VARConfig):
         return ClassNames(num_classes=spec.transformer.num_classes)
-    if spec.conditioner == "t5-xl":
-        return T5Text.from_pretrained(places[0], dtype=dtype, device=device, local_files_only=sources.local_files_only)
+    if isinstance(spec.transformer, InfinityConfig):
+        text = T5Text.from_pretrained(places[0], dtype=dtype, device=device, local_files_only=sources.local_files_only)
+        return replace(text, max_tokens=min(text.max_tokens, spec.transformer.text_tokens))
     if len(places) != 2:  # noqa: PLR2004 - a pair
         raise FoveateError(f"{spec.name} has two text encoders of its own; leave text_encoder out")
     return ClipPair.from_pretrained(*places, dtype=dtype, device=device, local_files_only=sources.local_files_only)

@@ -18,7 +18,7 @@ from foveate.families.spec import ModelSpec
 TEXT_ENCODER_PARAMETERS = {
     "minilm": 22_565_376,
     "t5-xl": 1_223_527_424,
-    "clip-pair": 123_060_480 + 694_659_840,
+    "clip-pair": 123_060_480 + 693_021_440,
     "imagenet": 0,
 }
 """Of the text encoders of every kind of conditioner, word embeddings included."""

@@ -22,12 +22,12 @@ from foveate.models.weight_files import State, is_weight_file, read_weights
 _FAMILY_OF_KIND = {"Infinity": "infinity", "VAR": "var", "Switti": "switti"}
 
 _AUTOENCODERS = frozenset(
-    {entry.autoencoder.path for entry in PUBLISHED.values() if entry.autoencoder.path}
-    | {f"infinity_vae_{name}.pth" for name in ("d24", "d32", "d32_reg", "d64")}
+    {Path(entry.autoencoder.path).stem for entry in PUBLISHED.values() if entry.autoencoder.path}
+    | {f"infinity_vae_{name}" for name in ("d24", "d32", "d32_reg", "d64")}
 )
-"""Published file names: under one of these, a file is taken for what it is called."""
+"""Published file names without their ending: under one of these, a file is taken for what it is called."""
 
-_ALIASES = {"infinity_vae_d32_reg.pth": "infinity_vae_d32reg.pth"}
+_ALIASES = {"infinity_vae_d32_reg": "infinity_vae_d32reg"}
 """The name that scripts of the publisher use, and the one that the hub has."""
 
 
@@ -74,22 +74,26 @@ def fetch_published(
     """
     if autoencoder is not None:
         _refuse_pair(entry, Path(autoencoder))
+    pinned = revision if entry.autoencoder.repo == entry.transformer.repo else None
     return Sources(
         spec=entry.spec,
         transformer=_fetch(entry.transformer, revision, local_files_only),
-        autoencoder=_fetch(entry.autoencoder, None, local_files_only) if autoencoder is None else Path(autoencoder),
+        autoencoder=_fetch(entry.autoencoder, pinned, local_files_only) if autoencoder is None else Path(autoencoder),
         text_encoders=entry.text_encoders if text_encoder is None else (str(text_encoder),),
         local_files_only=local_files_only,
     )
 
 
-def local_sources(path: Path, autoencoder: str | Path | None, text_encoder: str | Path | None) -> Sources:
+def local_sources(
+    path: Path, autoencoder: str | Path | None, text_encoder: str | Path | None, local_files_only: bool
+) -> Sources:
     """Published files on this disk.
 
     Args:
         path: A file of transformer weights, an index of shards, or a folder that holds them.
         autoencoder: The autoencoder's file; None looks beside the transformer.
         text_encoder: Folder or hub repository; None takes the published one.
+        local_files_only: Whether the text encoder must have been fetched before.
 
     Raises:
         CheckpointError: The weights are of no known kind, or a file is missing or of another model.
@@ -102,13 +106,15 @@ def local_sources(path: Path, autoencoder: str | Path | None, text_encoder: str 
     found = Path(autoencoder) if autoencoder is not None else _autoencoder_beside(path, family, entry)
     if entry is not None:
         _refuse_pair(entry, found)
-    spec = entry.spec if entry is not None else _unnamed(family, config, read_weights(found), path)
+    # The file may be a fine-tune: under the published name its pictures could not be told from the original's.
+    spec = _unnamed(family, config, read_weights(found), path) if entry is None else replace(entry.spec, name=path.stem)
     default = entry or next(e for e in PUBLISHED.values() if e.spec.family == family.name)
     return Sources(
         spec=spec,
         transformer=path,
         autoencoder=found,
         text_encoders=default.text_encoders if text_encoder is None else (str(text_encoder),),
+        local_files_only=local_files_only,
     )
 
 
@@ -141,7 +147,7 @@ def _transformer_in(path: Path) -> Path:
 
 
 def _is_autoencoder(path: Path) -> bool:
-    return path.name in _AUTOENCODERS or "vae" in path.stem.lower()
+    return path.stem in _AUTOENCODERS or "vae" in path.stem.lower()
 
 
 def _family_of(state: State, path: Path) -> Family:
@@ -176,9 +182,12 @@ def _shape(config: TransformerConfig) -> TransformerConfig:
 
 
 def _autoencoder_beside(path: Path, family: Family, entry: Published | None) -> Path:
-    wanted = entry.autoencoder.path if entry is not None else ""
-    beside = [file for file in sorted(path.parent.iterdir()) if is_weight_file(file) and _is_autoencoder(file)]
-    named = [file for file in beside if _ALIASES.get(file.name, file.name) == wanted]
+    wanted = entry.autoencoder.path or entry.autoencoder.repo if entry is not None else ""
+    # Shards have a folder of their own; what belongs to them lies beside that folder.
+    places = [path.parent, path.parent.parent] if path.name.endswith(".index.json") else [path.parent]
+    files = [file for place in places for file in sorted(place.iterdir())]
+    beside = [file for file in files if is_weight_file(file) and _is_autoencoder(file)]
+    named = [file for file in beside if _ALIASES.get(file.stem, file.stem) == Path(wanted).stem]
     if named or len(beside) == 1:
         return (named or beside)[0]
     found = ", ".join(file.name for file in beside) or "none"
@@ -190,10 +199,11 @@ def _autoencoder_beside(path: Path, family: Family, entry: Published | None) -> 
 
 def _refuse_pair(entry: Published, autoencoder: Path) -> None:
     """Refuses a published autoencoder of another model: some agree in all shapes and still give bad pictures."""
-    name = _ALIASES.get(autoencoder.name, autoencoder.name)
-    if name in _AUTOENCODERS and entry.autoencoder.path and name != entry.autoencoder.path:
+    name = _ALIASES.get(autoencoder.stem, autoencoder.stem)
+    if name in _AUTOENCODERS and entry.autoencoder.path and name != Path(entry.autoencoder.path).stem:
         raise CheckpointError(
-            f"{entry.spec.name} was trained with {entry.autoencoder.path}; with {name} its pictures come out wrong"
+            f"{entry.spec.name} was trained with {entry.autoencoder.path}; with {autoencoder.name} its pictures come "
+            "out wrong"
         )
 
 

@@ -29,7 +29,10 @@ _ROLES = {
     "VQ": "a VQ autoencoder (VAR, Switti)",
     "autoencoder": "an Infinity autoencoder",
 }
-_NESTS = ("trainer.gpt_fsdp.", "gpt_fsdp.", "trainer.var_wo_ddp.", "var_wo_ddp.", "vae.", "ema.", "")
+_NESTS = (
+    "trainer.gpt_fsdp.", "gpt_fsdp.", "trainer.var_wo_ddp.", "var_wo_ddp.", "trainer.vae_local.", "vae_local.",
+    "trainer.vae_wo_ddp.", "vae_wo_ddp.", "vae.", "ema.", "",
+)  # fmt: skip
 
 
 def kind_of(state: State) -> str | None:

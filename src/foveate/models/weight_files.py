@@ -5,6 +5,7 @@ Weights are tensors by name. Nested dicts of a training checkpoint are read as n
 
 import hashlib
 import json
+import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -152,6 +153,12 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             tensors: dict[str, Tensor] = load_file(path)
             return tensors
         loaded = _load_pickle(path)
+    except pickle.UnpicklingError as error:
+        if "Weights only" not in str(error):
+            raise CheckpointError(f"{path}: not a readable weight file, fetch it again") from error
+        raise CheckpointError(
+            f"{path}: the pickle holds more than tensors and is not opened; save its state dict alone"
+        ) from error
     except Exception as error:
         # Damaged bytes make the readers raise almost anything, so nothing narrower would do.
         first = (str(error).splitlines() or [type(error).__name__])[0][:120]

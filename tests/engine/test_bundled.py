@@ -1,0 +1,139 @@
+"""The promises of `test_invariants`, for every registered policy on the bundled model with its own text encoder."""
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from foveate.core.guidance import GuidanceSchedule
+from foveate.engine.executor import Engine
+from foveate.engine.forecast import forecast, full_cost
+from foveate.engine.sample import Filter, KeyedSampler
+from foveate.engine.state import Request, bounds_of
+from foveate.pipeline import Pipeline
+from foveate.policies.registry import REGISTRY, load_policy
+from tests.engine.naive import draw, generate
+from tests.engine.test_invariants import ACTIVE, attributes, left_over, same_choice, total_after
+from tests.toys import Result, SpySampler, Toy, run, same_bits, with_sampler
+
+PROMPTS = ("a hamburger", "a green cactus in the desert of the south")
+SEEDS = (7, 8)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Iterator[Pipeline]:
+    pipe = Pipeline.from_pretrained("emoji")
+    pipe.set_progress_bar_config(disable=True)
+    gc.collect()
+    gc.freeze()
+    yield pipe
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def subject(pipe: Pipeline) -> Toy:
+    model = pipe.model
+    return Toy(name="emoji", model=model.transformer, tokenizer=model.tokenizer, schedule=model.spec.default_schedule)
+
+
+@pytest.fixture(scope="module")
+def request_of(pipe: Pipeline):
+    schedule = pipe.model.spec.default_schedule
+    count = len(schedule)
+    conditions = tuple(pipe.model.text.encode(list(PROMPTS)))
+
+    def make(*images: int) -> Request:
+        return Request(
+            schedule=schedule,
+            guidance=GuidanceSchedule.from_infinity(2.5, count),
+            temperatures=(0.5,) * count,
+            filters=(Filter(top_k=0, top_p=0.0),) * count,
+            sampler=KeyedSampler(seeds=tuple(SEEDS[i] for i in images)),
+            conditions=tuple(conditions[i] for i in images),
+            num_images=len(images),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def full(subject: Toy, request_of) -> Result:
+    return run(subject, REGISTRY["full"].neutral(), request_of(0, 1))
+
+
+def test_full_equals_the_plain_loop(subject: Toy, request_of, full: Result):
+    f_hats, bits = generate(subject, request_of(0, 1), SEEDS)
+    for scale in range(len(subject.schedule)):
+        assert torch.equal(torch.stack(full.choices[scale].symbols), bits[scale])
+        assert torch.equal(full.f_hats[scale], f_hats[scale])
+
+
+@pytest.mark.parametrize("policy", list(REGISTRY))
+def test_neutral_equals_full(policy: str, subject: Toy, request_of, full: Result):
+    assert same_bits(run(subject, REGISTRY[policy].neutral(), request_of(0, 1)), full)
+
+
+@pytest.mark.parametrize("spec", ACTIVE)
+def test_one_request(spec: str, subject: Toy, request_of, full: Result):
+    """Draws, costs and cache of one batch, and the same codes for each of its images alone."""
+    policy, request = load_policy(spec), request_of(0, 1)
+    bound = policy.bind(subject.schedule, subject.model.shape)
+    before = forecast(bound, request, subject.model.shape)
+    batch = run(subject, policy, request)
+    assert same_bits(batch, full) == (spec == "full")
+    counted = total_after(batch.trace)
+    assert counted == batch.trace.cost
+    for name in ("flops", "tokens", "kv_bytes"):
+        planned, ran = getattr(before, name), getattr(counted, name)
+        assert planned == ran if bound.is_static else planned >= ran
+    assert counted.flops <= full_cost(request, subject.model.shape).flops
+    limit = bounds_of(bound, request, subject.model.shape).kv_bytes(subject.model.shape.width, 4)
+    assert batch.trace.peak_kv_bytes == limit
+    assert_keyed(batch, subject)
+    for image in (0, 1):
+        alone = run(subject, policy, request_of(image))
+        assert alone.choices.keys() == batch.choices.keys()
+        for scale in alone.choices:
+            if not same_choice(alone, batch, image, scale, SEEDS[image], subject.schedule):
+                break
+        else:
+            assert torch.allclose(alone.f_hat[0], batch.f_hat[image], atol=1e-4)
+
+
+def assert_keyed(result: Result, subject: Toy):
+    for scale, choice in result.choices.items():
+        num_tokens = subject.schedule.scales[scale].num_tokens
+        for image, (logits_kd2, bits_kd) in enumerate(zip(choice.logits, choice.symbols, strict=True)):
+            u_ld = torch.tensor(draw(SEEDS[image], scale, num_tokens * bits_kd.shape[-1])).view(num_tokens, -1)
+            u_kd = u_ld[choice.positions(image, num_tokens)]
+            p_kd = logits_kd2.double().softmax(-1)[..., 1]
+            is_clear = (u_kd - p_kd).abs() > 1e-6
+            assert torch.equal((u_kd < p_kd)[is_clear], bits_kd.bool()[is_clear])
+
+
+@pytest.mark.parametrize("spec", ACTIVE)
+def test_batch_invariant_mode_gives_the_same_bits(spec: str, pipe: Pipeline):
+    options = {"policy": spec, "output_type": "latent", "batch_invariant": True}
+    alone = pipe.generate(PROMPTS[1], seed=SEEDS[1], **options).images
+    batch = pipe.generate([PROMPTS[0], PROMPTS[1]], seed=list(SEEDS), **options).images
+    assert torch.equal(batch[1], alone[0])
+
+
+@pytest.mark.parametrize("spec", ACTIVE)
+def test_broken_request_leaves_nothing(spec: str, subject: Toy, request_of):
+    policy, request = load_policy(spec), request_of(0)
+    fresh = run(subject, policy, request)
+    before, others, last = attributes(subject.model), len(left_over()), max(fresh.choices)
+    engine, bound = Engine(subject.model, subject.tokenizer), policy.bind(subject.schedule, subject.model.shape)
+    with pytest.raises(RuntimeError, match="the toy broke"):
+        list(engine.run(bound, with_sampler(request, SpySampler(inner=request.sampler, fails_at=last))))
+    assert len(left_over()) == others
+    steps = engine.run(bound, request)
+    for _ in range(last):
+        next(steps)
+    assert len(left_over()) > others
+    steps.close()
+    assert len(left_over()) == others
+    assert attributes(subject.model) == before
+    assert same_bits(run(subject, bound, request), fresh)
