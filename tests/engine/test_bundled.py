@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from foveate.core.guidance import GuidanceSchedule
-from foveate.engine.executor import Engine
 from foveate.engine.forecast import forecast, full_cost
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request, bounds_of
 from foveate.pipeline import Pipeline
 from foveate.policies.registry import REGISTRY, load_policy
-from tests.engine.naive import draw, generate
-from tests.engine.test_invariants import ACTIVE, attributes, left_over, same_choice, total_after
-from tests.toys import Result, SpySampler, Toy, run, same_bits, with_sampler
+from tests.engine.naive import generate
+from tests.engine.test_invariants import ACTIVE, assert_keyed, assert_nothing_stays, same_choice, total_after
+from tests.toys import Result, Toy, run, same_bits
 
 PROMPTS = ("a hamburger", "a green cactus in the desert of the south")
 SEEDS = (7, 8)
@@ -90,7 +89,7 @@ def test_one_request(spec: str, subject: Toy, request_of, full: Result):
     assert counted.flops <= full_cost(request, subject.model.shape).flops
     limit = bounds_of(bound, request, subject.model.shape).kv_bytes(subject.model.shape.width, 4)
     assert batch.trace.peak_kv_bytes == limit
-    assert_keyed(batch, subject)
+    assert_keyed(batch, subject.schedule, SEEDS)
     for image in (0, 1):
         alone = run(subject, policy, request_of(image))
         assert alone.choices.keys() == batch.choices.keys()
@@ -99,17 +98,6 @@ def test_one_request(spec: str, subject: Toy, request_of, full: Result):
                 break
         else:
             assert torch.allclose(alone.f_hat[0], batch.f_hat[image], atol=1e-4)
-
-
-def assert_keyed(result: Result, subject: Toy):
-    for scale, choice in result.choices.items():
-        num_tokens = subject.schedule.scales[scale].num_tokens
-        for image, (logits_kd2, bits_kd) in enumerate(zip(choice.logits, choice.symbols, strict=True)):
-            u_ld = torch.tensor(draw(SEEDS[image], scale, num_tokens * bits_kd.shape[-1])).view(num_tokens, -1)
-            u_kd = u_ld[choice.positions(image, num_tokens)]
-            p_kd = logits_kd2.double().softmax(-1)[..., 1]
-            is_clear = (u_kd - p_kd).abs() > 1e-6
-            assert torch.equal((u_kd < p_kd)[is_clear], bits_kd.bool()[is_clear])
 
 
 @pytest.mark.parametrize("spec", ACTIVE)
@@ -123,17 +111,4 @@ def test_batch_invariant_mode_gives_the_same_bits(spec: str, pipe: Pipeline):
 @pytest.mark.parametrize("spec", ACTIVE)
 def test_broken_request_leaves_nothing(spec: str, subject: Toy, request_of):
     policy, request = load_policy(spec), request_of(0)
-    fresh = run(subject, policy, request)
-    before, others, last = attributes(subject.model), len(left_over()), max(fresh.choices)
-    engine, bound = Engine(subject.model, subject.tokenizer), policy.bind(subject.schedule, subject.model.shape)
-    with pytest.raises(RuntimeError, match="the toy broke"):
-        list(engine.run(bound, with_sampler(request, SpySampler(inner=request.sampler, fails_at=last))))
-    assert len(left_over()) == others
-    steps = engine.run(bound, request)
-    for _ in range(last):
-        next(steps)
-    assert len(left_over()) > others
-    steps.close()
-    assert len(left_over()) == others
-    assert attributes(subject.model) == before
-    assert same_bits(run(subject, bound, request), fresh)
+    assert_nothing_stays(subject, policy, request, run(subject, policy, request))

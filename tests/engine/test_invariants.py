@@ -3,7 +3,7 @@ costs known before and counted after."""
 
 import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from foveate.engine.executor import Engine
 from foveate.engine.forecast import forecast, full_cost
 from foveate.engine.kv_cache import KVCache
 from foveate.engine.sample import Filter, KeyedSampler
-from foveate.engine.state import RequestState, bounds_of
+from foveate.engine.state import Request, RequestState, bounds_of
 from foveate.models.infinity import Infinity
 from foveate.policies.registry import REGISTRY, load_policy
 from tests.engine.naive import draw, generate
@@ -30,6 +30,7 @@ from tests.toys import (
     FixedBound,
     Result,
     SpySampler,
+    Toy,
     cached_run,
     make_request,
     run,
@@ -201,12 +202,12 @@ def test_draws_count_skipped_scales():
     assert_keyed(result, toy("square").schedule)
 
 
-def assert_keyed(result: Result, schedule: ScaleSchedule):
+def assert_keyed(result: Result, schedule: ScaleSchedule, seeds: Sequence[int] = SEEDS):
     for scale, choice in result.choices.items():
         num_tokens = schedule.scales[scale].num_tokens
         for image, (logits_kd2, bits_kd) in enumerate(zip(choice.logits, choice.symbols, strict=True)):
             num_bits = bits_kd.shape[-1]
-            u_ld = torch.tensor(draw(SEEDS[image], scale, num_tokens * num_bits)).view(num_tokens, num_bits)
+            u_ld = torch.tensor(draw(seeds[image], scale, num_tokens * num_bits)).view(num_tokens, num_bits)
             u_kd = u_ld[choice.positions(image, num_tokens)]
             p_kd = logits_kd2.double().softmax(-1)[..., 1]
             is_clear = (u_kd - p_kd).abs() > 1e-6
@@ -236,9 +237,13 @@ def test_broken_request_leaves_nothing(spec: str):
     """One request raises in the middle, one is cancelled; the next one runs as on a model that nobody used."""
     subject, policy = toy("wide"), load_policy(spec)
     fresh = run(subject, policy, model=copy.deepcopy(subject.model))
-    before, others = attributes(subject.model), len(left_over())
-    engine, request, last = Engine(subject.model, subject.tokenizer), make_request(subject.schedule), max(fresh.choices)
-    bound = policy.bind(subject.schedule, subject.model.shape)
+    assert_nothing_stays(subject, policy, make_request(subject.schedule), fresh)
+
+
+def assert_nothing_stays(subject: Toy, policy: Policy, request: Request, fresh: Result):
+    """Breaks one request, cancels one, and runs it a third time: nothing is left over, and the bits are the same."""
+    before, others, last = attributes(subject.model), len(left_over()), max(fresh.choices)
+    engine, bound = Engine(subject.model, subject.tokenizer), policy.bind(subject.schedule, subject.model.shape)
     with pytest.raises(RuntimeError, match="the toy broke"):
         list(engine.run(bound, with_sampler(request, SpySampler(inner=request.sampler, fails_at=last))))
     assert len(left_over()) == others
@@ -250,7 +255,7 @@ def test_broken_request_leaves_nothing(spec: str):
     assert len(left_over()) == others
     assert attributes(subject.model) == before
     assert vars(engine).keys() == {"model", "tokenizer"}
-    assert same_bits(run(subject, bound), fresh)
+    assert same_bits(run(subject, bound, request), fresh)
 
 
 def test_latents_handed_out_are_never_changed_later():

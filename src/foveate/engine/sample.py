@@ -198,10 +198,11 @@ class SmoothSampler(Sampler):
         rule: Filter,
     ) -> list[Int[Tensor, "_k d"]] | list[Float[Tensor, "_k V"]]:
         """Softmax of (progress-scaled logits + Gumbel noise) over a temperature that falls from .27 to .0135."""
-        if self.is_after_draw or not self.first <= scale < self.end:
-            ids = self.inner.choose(scale, grid, logits, kept, rule)
-            if not self.first <= scale < self.end:
-                return ids
+        if not self.first <= scale < self.end:
+            return self.inner.choose(scale, grid, logits, kept, rule)
+        if self.is_after_draw and isinstance(self.inner, ReferenceSampler):
+            # The ids go nowhere, but the generator has to advance; keyed draws depend on no other draw.
+            self.inner.choose(scale, grid, logits, kept, rule)
         progress = scale / max(self.num_scales - 1, 1)
         sharpness = max(0.27 * (1 - 0.95 * progress), 0.005)
         mixed = []
