@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core.plan import Base, Fill
-from foveate.core.protocols import BlockContext
+from foveate.core.protocols import BlockContext, Change
 from foveate.core.rows import Rows
 from foveate.core.signals import Signal
 from foveate.engine.state import Request
@@ -88,6 +88,12 @@ def codes_of(bits_ld: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     return codes
 
 
+def added(change: Change, rows: Rows) -> Tensor:
+    """What a sublayer adds to the hidden states."""
+    gate = 1.0 if change.gate_RC is None else rows.spread(change.gate_RC)
+    return change.value_nC.float() * gate
+
+
 def enter(toy: Toy, f_hat_BZHW: Tensor, scale: int) -> Tensor:
     """Embedded input of a scale > 0, (B, l, C)."""
     patch, grid = toy.schedule.patch, toy.schedule.grids[scale]
@@ -114,7 +120,7 @@ def generate(toy: Toy, request: Request, seeds: Sequence[int]) -> tuple[list[Ten
         for index in range(toy.num_blocks):
             context = BlockContext(rows=rows, prepared=prepared, rotation_nD=rotation, slot=slots[index])
             for sublayer in range(3):
-                x = x + model.block(index).delta(sublayer, x, context)
+                x = x + added(model.block(index).change(sublayer, x, context), context.rows)
         cond, uncond = model.logits(x, rows, prepared).chunk(2)
         guide, inverse = request.guidance.weights[scale], 1 / request.temperatures[scale]
         logits = guide * (cond * inverse) + (1 - guide) * (uncond * inverse)
@@ -234,7 +240,7 @@ class PlannedRow:
                     slot=self.slots[block],
                 )
                 for sublayer in range(3):
-                    part = part + model.block(block).delta(sublayer, part, context)
+                    part = part + added(model.block(block).change(sublayer, part, context), context.rows)
                 change_lC[active] = part - before
             x_lC = x_lC + change_lC
             fresh.append(change_lC)

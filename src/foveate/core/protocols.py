@@ -1,8 +1,8 @@
 """What the engine asks of a transformer and a tokenizer, and what it offers to a block.
 
 The engine packs the tokens of all rows into one list (`core.rows`), so a block sees `x_nC` and never a batch. A block
-is a short list of sublayers; sublayer j returns its *delta*, which the engine adds. The only thing a block needs beside
-its own weights comes in a `BlockContext`.
+is a short list of sublayers; sublayer j returns its *change*, which the engine adds. The only thing a block needs
+beside its own weights comes in a `BlockContext`.
 """
 
 from collections.abc import Sequence
@@ -56,13 +56,24 @@ class BlockContext:
     slot: KVSlot
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """What one sublayer adds to the hidden states: the value times the gate of each token's row.
+
+    The value has the dtype that the sublayer computed in, the gate is float32; no gate means 1.
+    """
+
+    value_nC: Float[Tensor, "n C"]
+    gate_RC: Float[Tensor, "R C"] | None = None
+
+
 @runtime_checkable
 class Block(Protocol):
     """One transformer block."""
 
     num_sublayers: int
 
-    def delta(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
+    def change(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Change:
         """What one sublayer adds to the hidden states; `x_nC` is left as it was."""
         ...
 

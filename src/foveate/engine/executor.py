@@ -25,6 +25,7 @@ from foveate.engine.recorder import Recorder, branch_logits
 from foveate.engine.select import TokenLayout
 from foveate.engine.state import Request, RequestState
 from foveate.engine.tally import Tally, skipped
+from foveate.kernels.residual import add_gated_
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -132,7 +133,8 @@ class Engine:
                 )
                 block = self.model.block(index)
                 for sublayer in range(block.num_sublayers):
-                    part_nC += block.delta(sublayer, part_nC, context)
+                    change = block.change(sublayer, part_nC, context)
+                    add_gated_(part_nC, change.value_nC, change.gate_RC, active.rows)
             fill_nC = recorder.fill(index) if plan.fill is Fill.CACHED and active.index_n is not None else None
             if active.index_n is not None:
                 x_nC = x_nC if fill_nC is None else x_nC + fill_nC

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.core.attention import attend_group
 from foveate.core.cost import ModelShape
 from foveate.core.rows import Rows
+from foveate.kernels.attention import attend_group
 
 
 class KVCache:

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.core.attention import attend_group
 from foveate.core.rows import Rows
+from foveate.kernels.attention import attend_group
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

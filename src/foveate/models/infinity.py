@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from foveate.core.conditions import Condition
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
-from foveate.core.protocols import BlockContext, Prepared
+from foveate.core.protocols import BlockContext, Change, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
+from foveate.kernels.heads import unit_rotated
+from foveate.kernels.norm import norm_modulate
 from foveate.models.attention import TextMemory
-from foveate.models.layers import FeedForward, linear32, modulated_norm, rms_norm, rotate, running_dtype, unit_heads
+from foveate.models.layers import FeedForward, linear32, rms_norm, running_dtype, with_factors
 
 NUM_LEVELS = 15
 """Rows of the published level embedding."""
@@ -66,7 +68,10 @@ class InfinityConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InfinityPrepared:
-    """What the text alone decides, per row: start, modulation of every block and of the head, text memory per block."""
+    """What the text alone decides, per row: start, modulation of every block and of the head, text memory per block.
+
+    Modulation is gates, factors (1 + scale) and shifts, two of each; the head has a factor and a shift.
+    """
 
     start_RC: Float[Tensor, "R C"]
     modulation_PR6C: Float[Tensor, "P R 6 C"]
@@ -114,10 +119,8 @@ class SelfAttention(nn.Module):
         """Runs the sublayer on packed tokens."""
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv_n3ND = F.linear(x_nC, self.mat_qkv.weight, bias).view(x_nC.shape[0], 3, self.heads, -1)
-        q_nND, k_nND, v_nND = qkv_n3ND.unbind(1)
-        gain_N1 = self.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp().view(-1, 1)
-        q_nND = rotate(unit_heads(q_nND) * gain_N1, context.rotation_nD).to(v_nND.dtype)
-        k_nND = rotate(unit_heads(k_nND), context.rotation_nD).to(v_nND.dtype)
+        gain_N = self.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp().view(-1)
+        q_nND, k_nND, v_nND = unit_rotated(qkv_n3ND, gain_N, context.rotation_nD)
         return self.proj(context.slot.attend(q_nND, k_nND, v_nND, 1.0).flatten(1))
 
 
@@ -174,17 +177,18 @@ class InfinityBlock(nn.Module):
         self.ca_norm = nn.LayerNorm(config.width, eps=1e-6)
         self.ffn = FeedForward(config.width, config.hidden)
 
-    def delta(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
-        """What self-attention (0), cross-attention (1) or the feed-forward net (2) adds; float32."""
+    def change(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Change:
+        """What self-attention (0), cross-attention (1) or the feed-forward net (2) adds."""
         prepared = own(context.prepared)
         rows, dtype = context.rows, self.ffn.fc1.weight.dtype
         if sublayer == 1:
-            x_nC = F.layer_norm(x_nC, x_nC.shape[-1:], self.ca_norm.weight.float(), self.ca_norm.bias.float(), 1e-6)
-            return self.ca(x_nC.to(dtype), rows, prepared.memory[self.index]).float()
-        gate, scale, shift = (prepared.modulation_PR6C[self.index, :, i] for i in ((0, 2, 4), (1, 3, 5))[sublayer // 2])
-        x_nC = modulated_norm(x_nC, rows.spread(scale), rows.spread(shift)).to(dtype)
-        change_nC = self.sa(x_nC, context) if sublayer == 0 else self.ffn(x_nC)
-        return change_nC.float() * rows.spread(gate)
+            weight_1C, bias_1C = self.ca_norm.weight.float()[None], self.ca_norm.bias.float()[None]
+            x_nC = norm_modulate(x_nC, weight_1C, bias_1C, Rows((rows.total,)), dtype)
+            return Change(value_nC=self.ca(x_nC, rows, prepared.memory[self.index]))
+        places = ((0, 2, 4), (1, 3, 5))[sublayer // 2]
+        gate_RC, factor_RC, shift_RC = (prepared.modulation_PR6C[self.index, :, i] for i in places)
+        x_nC = norm_modulate(x_nC, factor_RC, shift_RC, rows, dtype)
+        return Change(value_nC=self.sa(x_nC, context) if sublayer == 0 else self.ffn(x_nC), gate_RC=gate_RC)
 
 
 class TextPool(nn.Module):
@@ -303,8 +307,8 @@ class Infinity(nn.Module):
         blocks = [self.block(i) for i in range(self.config.depth)]
         return InfinityPrepared(
             start_RC=pooled_RC + self.pos_start[0].float() + self.lvl_embed.weight[0].float(),
-            modulation_PR6C=torch.stack([shared_R6C + block.ada_gss[0].float() for block in blocks]),
-            head_R2C=head_R2C,
+            modulation_PR6C=with_factors(torch.stack([shared_R6C + b.ada_gss[0].float() for b in blocks]), 2, 4),
+            head_R2C=with_factors(head_R2C, 0, 1),
             memory=tuple(block.ca.memory(text_TC, lengths) for block in blocks),
         )
 
@@ -342,9 +346,8 @@ class Infinity(nn.Module):
 
     def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
         """Float32 logits, two per bit."""
-        scale_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
-        x_nC = modulated_norm(x_nC, rows.spread(scale_RC), rows.spread(shift_RC))
-        return linear32(self, "head", x_nC)
+        factor_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
+        return linear32(self, "head", norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32))
 
 
 def _features(condition: Condition) -> Float[Tensor, "T E"]:

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from foveate.core.conditions import Condition, PooledText
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
-from foveate.core.protocols import BlockContext, Prepared
+from foveate.core.protocols import BlockContext, Change, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
+from foveate.kernels.heads import rotate
+from foveate.kernels.norm import norm_modulate
 from foveate.models.attention import TextMemory
-from foveate.models.layers import linear32, modulated_norm, rms_norm, rotate, running_dtype
+from foveate.models.layers import linear32, rms_norm, running_dtype, with_factors
 
 CROP = (512.0, 512.0, 0.0, 0.0)
 """Height, width, top and left that the published pipeline states for every image, also for those of 1024 pixels."""
@@ -66,7 +68,10 @@ class SwittiConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SwittiPrepared:
-    """What the text alone decides, per row: start, modulation of every block and of the head, text memory per block."""
+    """What the text alone decides, per row: start, modulation of every block and of the head, text memory per block.
+
+    Modulation is gates, factors (1 + scale) and shifts, two of each; the head has a factor and a shift.
+    """
 
     start_RC: Float[Tensor, "R C"]
     modulation_PR6C: Float[Tensor, "P R 6 C"]
@@ -189,20 +194,22 @@ class SwittiBlock(nn.Module):
         normed_TE = rms_norm(text_TE, self.attention_y_norm.weight)
         return self.cross_attn.memory(normed_TE.to(self.cross_attn.to_kv.weight.dtype), lengths)
 
-    def delta(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
-        """What self-attention (0), cross-attention (1) or the feed-forward net (2) adds; float32."""
+    def change(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Change:
+        """What self-attention (0), cross-attention (1) or the feed-forward net (2) adds."""
         prepared, rows, dtype = own(context.prepared), context.rows, self.attn.to_qkv.weight.dtype
         if sublayer == 1:
             x_nC = rms_norm(x_nC, self.cross_attention_norm1.weight).to(dtype)
             change_nC = self.cross_attn(x_nC, rows, prepared.memory[self.index])
-            return rms_norm(change_nC, self.cross_attention_norm2.weight)
-        gate, scale, shift = (prepared.modulation_PR6C[self.index, :, i] for i in ((0, 2, 4), (1, 3, 5))[sublayer // 2])
+            return Change(value_nC=rms_norm(change_nC, self.cross_attention_norm2.weight))
+        places = ((0, 2, 4), (1, 3, 5))[sublayer // 2]
+        gate_RC, factor_RC, shift_RC = (prepared.modulation_PR6C[self.index, :, i] for i in places)
         norm1, norm2 = (
             (self.ffn_norm1, self.ffn_norm2) if sublayer else (self.self_attention_norm1, self.self_attention_norm2)
         )
-        x_nC = torch.addcmul(rows.spread(shift), rms_norm(x_nC, norm1.weight), rows.spread(scale + 1)).to(dtype)
+        normed_nC = rms_norm(x_nC, norm1.weight)
+        x_nC = torch.addcmul(rows.spread(shift_RC), normed_nC, rows.spread(factor_RC)).to(dtype)
         change_nC = self.ffn(x_nC) if sublayer else self.attn(x_nC, context)
-        return rms_norm(change_nC, norm2.weight) * rows.spread(gate)
+        return Change(value_nC=rms_norm(change_nC, norm2.weight), gate_RC=gate_RC)
 
 
 class CropEmbedding(nn.Module):
@@ -293,8 +300,8 @@ class Switti(nn.Module):
         blocks = [self.block(i) for i in range(self.config.depth)]
         return SwittiPrepared(
             start_RC=pooled_RC + self.pos_start[0].float() + self.lvl_embed.weight[0].float(),
-            modulation_PR6C=torch.stack([block.modulation(pooled_RC, crop_RC) for block in blocks]),
-            head_R2C=linear32(self, "head_nm.ada_lin.1", F.silu(pooled_RC)).unflatten(-1, (2, -1)),
+            modulation_PR6C=with_factors(torch.stack([b.modulation(pooled_RC, crop_RC) for b in blocks]), 2, 4),
+            head_R2C=with_factors(linear32(self, "head_nm.ada_lin.1", F.silu(pooled_RC)).unflatten(-1, (2, -1)), 0, 1),
             memory=tuple(block.memory(text_TE, lengths) for block in blocks),
         )
 
@@ -320,9 +327,8 @@ class Switti(nn.Module):
 
     def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
         """Float32 logits, one per code of the codebook."""
-        scale_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
-        x_nC = modulated_norm(x_nC, rows.spread(scale_RC), rows.spread(shift_RC))
-        return linear32(self, "head", x_nC)
+        factor_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
+        return linear32(self, "head", norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32))
 
 
 def _pooled_text(condition: Condition) -> PooledText:

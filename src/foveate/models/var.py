@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from foveate.core.conditions import ClassLabel, Condition
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
-from foveate.core.protocols import BlockContext, Prepared
+from foveate.core.protocols import BlockContext, Change, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import Grid, ScaleSchedule
-from foveate.models.layers import FeedForward, linear32, modulated_norm, running_dtype, unit_heads
+from foveate.kernels.heads import unit_rotated
+from foveate.kernels.norm import norm_modulate
+from foveate.models.layers import FeedForward, linear32, running_dtype, with_factors
 
 GRIDS_256: tuple[Grid, ...] = tuple((n, n) for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 """The published schedule of 256 pixels."""
@@ -114,10 +116,8 @@ class SelfAttention(nn.Module):
         """Runs the sublayer on packed tokens."""
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
         qkv_n3ND = F.linear(x_nC, self.mat_qkv.weight, bias).view(x_nC.shape[0], 3, self.heads, -1)
-        q_nND, k_nND, v_nND = qkv_n3ND.unbind(1)
-        gain_N1 = self.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp().view(-1, 1)
-        q_nND = (unit_heads(q_nND) * gain_N1).to(v_nND.dtype)
-        k_nND = unit_heads(k_nND).to(v_nND.dtype)
+        gain_N = self.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp().view(-1)
+        q_nND, k_nND, v_nND = unit_rotated(qkv_n3ND, gain_N, context.rotation_nD)
         return self.proj(context.slot.attend(q_nND, k_nND, v_nND, 1.0).flatten(1))
 
 
@@ -136,14 +136,12 @@ class VARBlock(nn.Module):
         self.attn = SelfAttention(config.width, config.heads)
         self.ffn = FeedForward(config.width, config.hidden)
 
-    def delta(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
-        """What self-attention (0) or the feed-forward net (1) adds; float32."""
-        rows, chunks = context.rows, own(context.prepared).modulation_PR6C[self.index].unbind(1)
+    def change(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Change:
+        """What self-attention (0) or the feed-forward net (1) adds."""
         # Published order: both gates, both scales, both shifts.
-        gate, scale, shift = (rows.spread(chunk_RC) for chunk_RC in chunks[sublayer::2])
-        x_nC = modulated_norm(x_nC, scale, shift).to(self.ffn.fc1.weight.dtype)
-        change_nC = self.attn(x_nC, context) if sublayer == 0 else self.ffn(x_nC)
-        return change_nC.float() * gate
+        gate_RC, factor_RC, shift_RC = own(context.prepared).modulation_PR6C[self.index].unbind(1)[sublayer::2]
+        x_nC = norm_modulate(x_nC, factor_RC, shift_RC, context.rows, self.ffn.fc1.weight.dtype)
+        return Change(value_nC=self.attn(x_nC, context) if sublayer == 0 else self.ffn(x_nC), gate_RC=gate_RC)
 
 
 class VAR(nn.Module):
@@ -207,8 +205,8 @@ class VAR(nn.Module):
         active_RC = F.silu(class_RC)
         return VARPrepared(
             start_RC=class_RC + self.pos_start[0].float() + self._places(0),
-            modulation_PR6C=torch.stack(self._modulation(active_RC)).unflatten(-1, (6, -1)),
-            head_R2C=linear32(self, "head_nm.ada_lin.1", active_RC).unflatten(-1, (2, -1)),
+            modulation_PR6C=with_factors(torch.stack(self._modulation(active_RC)).unflatten(-1, (6, -1)), 2, 4),
+            head_R2C=with_factors(linear32(self, "head_nm.ada_lin.1", active_RC).unflatten(-1, (2, -1)), 0, 1),
         )
 
     def _index(self, condition: Condition) -> int:
@@ -255,6 +253,5 @@ class VAR(nn.Module):
 
     def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
         """Float32 logits, one per code."""
-        scale_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
-        x_nC = modulated_norm(x_nC, rows.spread(scale_RC), rows.spread(shift_RC))
-        return linear32(self, "head", x_nC)
+        factor_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
+        return linear32(self, "head", norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32))

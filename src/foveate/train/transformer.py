@@ -19,6 +19,7 @@ from torch import Tensor
 from foveate.core.protocols import BlockContext
 from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
+from foveate.kernels.residual import gated
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.bsq import Quantised, quantise
 from foveate.train.captions import NUM_FRAMED
@@ -115,7 +116,8 @@ def teacher_logits(
     for index in range(model.config.depth):
         block = model.block(index)
         for sublayer in range(block.num_sublayers):
-            x_nC = x_nC + block.delta(sublayer, x_nC, context)
+            change = block.change(sublayer, x_nC, context)
+            x_nC = x_nC + gated(change.value_nC, change.gate_RC, rows)
     return model.logits(x_nC, rows, prepared).unflatten(0, (num_rows, length))
 
 

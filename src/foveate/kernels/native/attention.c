@@ -1,0 +1,248 @@
+// Softmax attention without a mask: bfloat16 in and out, scores, softmax and sums in float32.
+// Blocks of queries walk over blocks of keys with a running maximum (FlashAttention, arXiv 2205.14135). Keys and values
+// are packed once per row and head into pairs, the form that vdpbf16ps multiplies: keys [block][width / 2][KEY_BLOCK],
+// values [keys / 2][width].
+#include "common.h"
+
+enum { KEY_BLOCK = 512, QUERY_BLOCK = 96, KEY_STEP = 4 * LANES };
+
+typedef struct {
+    Queue queue;
+    const uint16_t *q, *k, *v;
+    uint16_t *out;
+    int64_t heads, queries, keys, width;
+    int64_t q_row, q_token, q_head, kv_row, kv_head, kv_token, out_row, out_token, out_head;
+    int64_t parts;
+    float scale;
+    atomic_int failed;
+} Job;
+
+typedef struct {
+    float *scores, *sums, *tops, *out;
+    __m512 *lane_tops;
+    uint16_t *weights, *query;
+    uint32_t *keys, *values;
+} Scratch;
+
+static void pack_keys(const Job *job, const uint16_t *k, uint32_t *out) {
+    int64_t pairs = job->width / 2;
+    for (int64_t b = 0; b < job->keys; b += KEY_BLOCK) {
+        int64_t count = job->keys - b < KEY_BLOCK ? job->keys - b : KEY_BLOCK;
+        uint32_t *block = out + b * pairs;
+        for (int64_t first = 0; first < count; first += LANES)
+            for (int64_t p = 0; p < pairs; p++)
+                for (int64_t key = first; key < first + LANES; key++) {
+                    uint32_t pair = 0;
+                    if (key < count) memcpy(&pair, k + (b + key) * job->kv_token + 2 * p, 4);
+                    block[p * KEY_BLOCK + key] = pair;
+                }
+    }
+}
+
+static void pack_values(const Job *job, const uint16_t *v, uint32_t *out) {
+    for (int64_t key = 0; key < job->keys; key += 2) {
+        const uint16_t *a = v + key * job->kv_token, *b = a + job->kv_token;
+        uint32_t *pair = out + (key / 2) * job->width;
+        int has_both = key + 1 < job->keys;
+        for (int64_t d = 0; d < job->width; d++) pair[d] = (uint32_t)a[d] | (has_both ? (uint32_t)b[d] << 16 : 0);
+    }
+}
+
+INLINE __m512bh broadcast_pair(const uint16_t *pair) { return (__m512bh)_mm512_set1_epi32(*(const int32_t *)pair); }
+
+// Scores of `rows` queries and KEY_STEP keys, and the largest of every lane so far; `rows` is a constant after inlining.
+INLINE void score(const int rows, const uint16_t *q, const uint32_t *k, int64_t width, float *scores, __m512 *tops) {
+    __m512 sum[6][4];
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < 4; j++) sum[i][j] = _mm512_setzero_ps();
+    for (int64_t p = 0; p < width / 2; p++) {
+        __m512bh key[4];
+        UNROLL for (int j = 0; j < 4; j++) key[j] = (__m512bh)_mm512_loadu_si512(k + p * KEY_BLOCK + j * LANES);
+        UNROLL for (int i = 0; i < rows; i++) {
+            __m512bh query = broadcast_pair(q + i * width + 2 * p);
+            UNROLL for (int j = 0; j < 4; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], query, key[j]);
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < 4; j++) {
+        _mm512_storeu_ps(scores + i * KEY_BLOCK + j * LANES, sum[i][j]);
+        tops[i] = _mm512_max_ps(tops[i], sum[i][j]);
+    }
+}
+
+// Adds weights times values to `rows` outputs of `lanes` vectors; `rows` and `lanes` are constants after inlining.
+INLINE void mix(const int rows, const int lanes, const uint16_t *weights, const uint32_t *v, int64_t width,
+                int64_t count, float *out) {
+    __m512 sum[12][4];
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int j = 0; j < lanes; j++) sum[i][j] = _mm512_loadu_ps(out + i * width + j * LANES);
+    for (int64_t key = 0; key < count; key += 2) {
+        __m512bh value[4];
+        UNROLL for (int j = 0; j < lanes; j++)
+            value[j] = (__m512bh)_mm512_loadu_si512(v + (key / 2) * width + j * LANES);
+        UNROLL for (int i = 0; i < rows; i++) {
+            __m512bh weight = broadcast_pair(weights + i * KEY_BLOCK + key);
+            UNROLL for (int j = 0; j < lanes; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], weight, value[j]);
+        }
+    }
+    UNROLL for (int i = 0; i < rows; i++)
+        UNROLL for (int j = 0; j < lanes; j++) _mm512_storeu_ps(out + i * width + j * LANES, sum[i][j]);
+}
+
+INLINE void mix_rows(const int rows, const int lanes, const uint16_t *weights, const uint32_t *v, int64_t width,
+                     int64_t queries, int64_t count, float *out) {
+    int64_t i = 0;
+    for (; i + rows <= queries; i += rows) mix(rows, lanes, weights + i * KEY_BLOCK, v, width, count, out + i * width);
+    for (; i < queries; i++) mix(1, lanes, weights + i * KEY_BLOCK, v, width, count, out + i * width);
+}
+
+// All columns, as many at a time as fill the registers.
+static void mix_all(const Scratch *s, const uint32_t *v, int64_t width, int64_t queries, int64_t count) {
+    for (int64_t d = 0; d < width;) {
+        int64_t left = (width - d) / LANES;
+        int64_t lanes = left % 4 == 0 ? 4 : left % 3 == 0 ? 3 : left > 4 ? 4 : left;
+        if (lanes == 4) mix_rows(6, 4, s->weights, v + d, width, queries, count, s->out + d);
+        if (lanes == 3) mix_rows(8, 3, s->weights, v + d, width, queries, count, s->out + d);
+        if (lanes == 2) mix_rows(12, 2, s->weights, v + d, width, queries, count, s->out + d);
+        if (lanes == 1) mix_rows(12, 1, s->weights, v + d, width, queries, count, s->out + d);
+        d += lanes * LANES;
+    }
+}
+
+static void score_all(const Scratch *s, const uint32_t *k, int64_t width, int64_t queries, int64_t count) {
+    for (int64_t i = 0; i < queries; i++) s->lane_tops[i] = _mm512_set1_ps(-INFINITY);
+    for (int64_t j = 0; j < count; j += KEY_STEP) {
+        int64_t i = 0;
+        for (; i + 6 <= queries; i += 6)
+            score(6, s->query + i * width, k + j, width, s->scores + i * KEY_BLOCK + j, s->lane_tops + i);
+        for (; i < queries; i++)
+            score(1, s->query + i * width, k + j, width, s->scores + i * KEY_BLOCK + j, s->lane_tops + i);
+    }
+}
+
+INLINE float top_of(const float *scores, __m512 lane_top, int64_t count) {
+    if (count % KEY_STEP == 0) return _mm512_reduce_max_ps(lane_top);
+    // Lanes behind the last key hold scores of no key.
+    __m512 top = _mm512_set1_ps(-INFINITY);
+    for (int64_t j = 0; j < count; j += LANES) {
+        __mmask16 mask = first_lanes(count - j);
+        top = _mm512_mask_max_ps(top, mask, top, _mm512_maskz_loadu_ps(mask, scores + j));
+    }
+    return _mm512_reduce_max_ps(top);
+}
+
+// Scores of one query become weights; its sum and output shrink to the new maximum.
+static void weigh(const Scratch *s, int64_t i, int64_t count, int64_t width, float to_log2) {
+    const float *scores = s->scores + i * KEY_BLOCK;
+    float before = s->tops[i], top = top_of(scores, s->lane_tops[i], count) * to_log2;
+    top = before > top ? before : top;
+    s->tops[i] = top;
+    if (before < top && s->sums[i] != 0.0f) {
+        float shrink = exp2f(before - top);
+        __m512 by = _mm512_set1_ps(shrink);
+        s->sums[i] *= shrink;
+        for (float *o = s->out + i * width; o < s->out + (i + 1) * width; o += LANES)
+            _mm512_storeu_ps(o, _mm512_mul_ps(by, _mm512_loadu_ps(o)));
+    }
+    __m512 factor = _mm512_set1_ps(to_log2), minus = _mm512_set1_ps(-top), sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < count; j += LANES) {
+        __mmask16 mask = first_lanes(count - j);
+        __m512 x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, scores + j), factor, minus);
+        __m512 weight = _mm512_maskz_mov_ps(mask, exp2_16(x));
+        sum = _mm512_add_ps(sum, weight);
+        // Also the lanes behind the last key, as zeros: the values come in pairs.
+        store16(s->weights, i * KEY_BLOCK + j, BFLOAT16, 0xffff, weight);
+    }
+    s->sums[i] += _mm512_reduce_add_ps(sum);
+}
+
+static void attend_queries(const Job *job, const Scratch *s, const uint16_t *q, int64_t queries, uint16_t *out) {
+    int64_t width = job->width;
+    memset(s->out, 0, sizeof(float) * (size_t)(queries * width));
+    for (int64_t i = 0; i < queries; i++) {
+        s->sums[i] = 0.0f;
+        s->tops[i] = -INFINITY;
+        memcpy(s->query + i * width, q + i * job->q_token, sizeof(uint16_t) * (size_t)width);
+    }
+    for (int64_t b = 0; b < job->keys; b += KEY_BLOCK) {
+        int64_t count = job->keys - b < KEY_BLOCK ? job->keys - b : KEY_BLOCK;
+        score_all(s, s->keys + b * width / 2, width, queries, count);
+        for (int64_t i = 0; i < queries; i++) weigh(s, i, count, width, job->scale * 1.44269504f);
+        mix_all(s, s->values + b / 2 * width, width, queries, count);
+    }
+    for (int64_t i = 0; i < queries; i++) {
+        __m512 by = _mm512_set1_ps(1.0f / s->sums[i]);
+        for (int64_t d = 0; d < width; d += LANES)
+            store16(out, i * job->out_token + d, BFLOAT16, 0xffff, _mm512_mul_ps(by, _mm512_loadu_ps(s->out + i * width + d)));
+    }
+}
+
+static void attend_tasks(Job *job, const Scratch *s) {
+    int64_t per = (job->queries + job->parts - 1) / job->parts, packed = -1, task, task_end;
+    while (take_slice(&job->queue, &task, &task_end)) {
+        int64_t pair = task / job->parts, row = pair / job->heads, head = pair % job->heads;
+        if (pair != packed) {
+            pack_keys(job, job->k + row * job->kv_row + head * job->kv_head, s->keys);
+            pack_values(job, job->v + row * job->kv_row + head * job->kv_head, s->values);
+            packed = pair;
+        }
+        int64_t first = task % job->parts * per, end = first + per < job->queries ? first + per : job->queries;
+        const uint16_t *q = job->q + row * job->q_row + head * job->q_head;
+        uint16_t *out = job->out + row * job->out_row + head * job->out_head;
+        for (int64_t i = first; i < end; i += QUERY_BLOCK)
+            attend_queries(job, s, q + i * job->q_token, end - i < QUERY_BLOCK ? end - i : QUERY_BLOCK,
+                           out + i * job->out_token);
+    }
+}
+
+// A piece of `arena`, or its size while there is none.
+INLINE void *piece(char *arena, size_t *used, size_t bytes) {
+    void *at = arena ? arena + *used : NULL;
+    *used += (bytes + 63) / 64 * 64;
+    return at;
+}
+
+static Scratch lay_out(const Job *job, char *arena, size_t *used) {
+    size_t width = (size_t)job->width, keys = (size_t)((job->keys + KEY_BLOCK - 1) / KEY_BLOCK * KEY_BLOCK);
+    *used = 0;
+    return (Scratch){
+        .scores = piece(arena, used, sizeof(float) * QUERY_BLOCK * KEY_BLOCK),
+        .sums = piece(arena, used, sizeof(float) * QUERY_BLOCK),
+        .tops = piece(arena, used, sizeof(float) * QUERY_BLOCK),
+        .out = piece(arena, used, sizeof(float) * QUERY_BLOCK * width),
+        .lane_tops = piece(arena, used, sizeof(__m512) * QUERY_BLOCK),
+        .weights = piece(arena, used, sizeof(uint16_t) * QUERY_BLOCK * KEY_BLOCK),
+        .query = piece(arena, used, sizeof(uint16_t) * QUERY_BLOCK * width),
+        .keys = piece(arena, used, sizeof(uint16_t) * keys * width),
+        .values = piece(arena, used, sizeof(uint16_t) * keys * width),
+    };
+}
+
+static void attend_work(void *arg) {
+    Job *job = arg;
+    size_t bytes;
+    lay_out(job, NULL, &bytes);
+    char *arena = aligned_alloc(64, bytes);
+    if (!arena) {
+        atomic_store(&job->failed, 1);
+        return;
+    }
+    Scratch scratch = lay_out(job, arena, &bytes);
+    attend_tasks(job, &scratch);
+    free(arena);
+}
+
+// dims: rows, heads, queries, keys, width (a multiple of 16). strides, in elements: q row, token, head; keys and values
+// row, head, token; out row, token, head. A width lies together everywhere. Returns 1 without memory, else 0.
+API int64_t foveate_attend(const void *q, const void *k, const void *v, void *out, const int64_t *dims,
+                           const int64_t *strides, float scale, int64_t threads) {
+    int64_t pairs = dims[0] * dims[1];
+    // Each part of the queries packs the keys again, so a head is only split where heads do not share out evenly.
+    int64_t parts = pairs % threads && pairs < 8 * threads ? threads : 1;
+    Job job = {
+        .queue = {.count = pairs * parts, .slice = 1}, .q = q, .k = k, .v = v, .out = out, .heads = dims[1],
+        .queries = dims[2], .keys = dims[3], .width = dims[4], .q_row = strides[0], .q_token = strides[1],
+        .q_head = strides[2], .kv_row = strides[3], .kv_head = strides[4], .kv_token = strides[5],
+        .out_row = strides[6], .out_token = strides[7], .out_head = strides[8], .parts = parts, .scale = scale,
+    };
+    run(attend_work, &job, threads);
+    return atomic_load(&job.failed);
+}
