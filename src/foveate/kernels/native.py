@@ -138,11 +138,9 @@ def _cache_folder() -> Path:
 def _share_threads(loaded: ctypes.CDLL) -> None:
     """Lets the C code use torch's own threads: a second pool would fight with the first over the cores."""
     torch.ones(1)
-    maps = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    pools = {
-        line.split()[-1] for line in maps if Path(line.split()[-1]).name.startswith(("libgomp", "libiomp", "libomp"))
-    }
-    for pool in sorted(pools, key=lambda name: "torch" not in name):
+    files = {line.split()[-1] for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()}
+    pools = [file for file in files if Path(file).name.startswith(("libgomp", "libiomp", "libomp"))]
+    for pool in sorted(pools, key=lambda file: "torch" not in file):
         parallel = getattr(ctypes.CDLL(pool), "GOMP_parallel", None)
         if parallel is not None:
             loaded.foveate_threads(ctypes.cast(parallel, ctypes.c_void_p))
