@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from foveate.conditioning.minilm import MiniLM, MiniLMConfig, TextEncoder
 from foveate.families.spec import Defaults, ModelSpec
 from foveate.folder import save_folder
+from foveate.kernels import native
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.models.random_weights import fill_randomly
 from foveate.pipeline import Pipeline
@@ -35,6 +36,13 @@ TOY_SPEC = ModelSpec(
     ratios=("1:1",),
     defaults=Defaults(guidance_scale=2.5, temperature=0.5),
 )
+
+
+@pytest.fixture
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Takes all kernels away, so that every product is one that torch counts."""
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "allows_onednn", lambda: False)
 
 
 def toy_tokenizer() -> Tokenizer:

@@ -1,4 +1,6 @@
-"""The slow twins of the engine: no plan, no preallocated cache, no packing tricks; they share only the model's blocks.
+"""The slow twins of the engine: no plan, no preallocated cache, no packing tricks.
+
+They share only the model's blocks and the attention of one group, which has a slow twin of its own (`tests/kernels`).
 
 `generate` is the plain loop of next-scale prediction on a dense batch. `generate_planned` is told what every image runs
 at every scale and does so row by row, token list by token list; it is compared within float error.
@@ -18,6 +20,7 @@ from foveate.core.protocols import BlockContext, Change
 from foveate.core.rows import Rows
 from foveate.core.signals import Signal
 from foveate.engine.state import Request
+from foveate.kernels.attention import attend_group
 from tests.toys import LATENT_CHANNELS, Result, Toy
 
 
@@ -30,11 +33,10 @@ class GrowingSlot:
         self.v: Tensor | None = None
 
     def attend(self, q_nND: Tensor, k_nND: Tensor, v_nND: Tensor, scale: float) -> Tensor:
-        q, k, v = (x.unflatten(0, (self.num_rows, -1)).transpose(1, 2) for x in (q_nND, k_nND, v_nND))
+        k, v = (x.unflatten(0, (self.num_rows, -1)).transpose(1, 2) for x in (k_nND, v_nND))
         self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
         self.v = v if self.v is None else torch.cat((self.v, v), dim=2)
-        out = F.scaled_dot_product_attention(q, self.k, self.v, scale=scale)
-        return out.transpose(1, 2).flatten(0, 1)
+        return attend_group(q_nND, self.k, self.v, scale)
 
 
 def draw(seed: int, scale: int, num_values: int) -> list[float]:

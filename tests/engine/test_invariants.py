@@ -316,6 +316,7 @@ def test_policies_that_look_at_content_say_so():
     assert load_policy("ld-pruning:energy_share=1,sats=false").bind(schedule, shape).is_static
 
 
+@pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize(("spec", "name"), [*((spec, "wide") for spec in ACTIVE), ("ld-pruning|depthvar", "patches")])
 def test_flops_agree_with_those_that_torch_counts(spec: str, name: str):
     """Exactly, but for the resizing of cached deltas, which contracts leave out and torch sees as matrix products."""

@@ -76,6 +76,7 @@ def test_cost_is_known_before_and_nothing_is_stored(spec: str):
     assert limit.kv_bytes(shape.width, 4) == 2 * 2 * 3 * shape.width * 4 * limit.scratch_tokens
 
 
+@pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize("spec", ["full", "random-tokens:keep_ratio=0.3,num_scales=1"])
 def test_flops_agree_with_those_that_torch_counts(spec: str):
     subject = forgetful("square")

@@ -25,6 +25,7 @@ from foveate.engine.recorder import Recorder, branch_logits
 from foveate.engine.select import TokenLayout
 from foveate.engine.state import Request, RequestState
 from foveate.engine.tally import Tally, skipped
+from foveate.kernels.heap import kept_heap
 from foveate.kernels.residual import add_gated_
 
 
@@ -53,13 +54,14 @@ class Engine:
         """
         _refuse_equal_branches(bound, request)
         began = time.perf_counter()
-        with torch.inference_mode():
-            state = RequestState.open(self.model, self.tokenizer, bound, request)
-        for scale in request.schedule.scales:
+        with kept_heap():
             with torch.inference_mode():
-                self._step(state, scale, request, bound, began)
-            yield ScaleStep(scale=scale.index, f_hat_BZHW=state.f_hat_BZHW, trace=state.trace)
-            began = time.perf_counter()
+                state = RequestState.open(self.model, self.tokenizer, bound, request)
+            for scale in request.schedule.scales:
+                with torch.inference_mode():
+                    self._step(state, scale, request, bound, began)
+                yield ScaleStep(scale=scale.index, f_hat_BZHW=state.f_hat_BZHW, trace=state.trace)
+                began = time.perf_counter()
 
     def _step(self, state: RequestState, scale: Scale, request: Request, bound: Bound, began: float) -> None:
         """Asks for the plan of a scale, obeys it and notes what it took since `began`.

@@ -22,8 +22,8 @@ def attend_group(
 ) -> Float[Tensor, "n N D"]:
     """Softmax attention of g rows with equally many queries and keys each; no mask.
 
-    In bfloat16 on a CPU with the instructions, C code computes it with scores and sums in float32, bit for bit the same
-    for a query whatever stands beside it.
+    On a CPU with the instructions, C code computes it with scores and sums in float32, bit for bit the same for a query
+    whatever stands beside it.
 
     Args:
         q_nND: Queries, row after row; one head's channels lie together.
@@ -33,8 +33,8 @@ def attend_group(
     """
     num_rows, num_heads, _, width = k_gNmD.shape
     q_glND = q_nND.unflatten(0, (num_rows, -1))
-    is_native = q_nND.dtype is torch.bfloat16 and width % _LANES == 0 and native.serves(q_nND, k_gNmD, v_gNmD)
-    if is_native and all(t.stride(-1) == 1 for t in (q_nND, k_gNmD)) and k_gNmD.stride() == v_gNmD.stride():
+    is_laid_out = q_nND.stride(-1) == k_gNmD.stride(-1) == 1 and k_gNmD.stride() == v_gNmD.stride()
+    if is_laid_out and width % _LANES == 0 and native.serves(q_nND, k_gNmD, v_gNmD):
         return _native(q_glND, k_gNmD, v_gNmD, scale).flatten(0, 1)
     out_gNlD = F.scaled_dot_product_attention(q_glND.transpose(1, 2), k_gNmD, v_gNmD, scale=scale)
     return out_gNlD.transpose(1, 2).reshape(-1, num_heads, width)
@@ -48,7 +48,8 @@ def _native(
     out_glND = q_glND.new_empty(q_glND.shape)
     num_rows, num_queries, num_heads, width = q_glND.shape
     num_keys = k_gNmD.shape[2]
-    failed = library.foveate_attend(
+    attend = library.foveate_attend_f32 if q_glND.dtype is torch.float32 else library.foveate_attend_bf16
+    failed = attend(
         q_glND.data_ptr(),
         k_gNmD.data_ptr(),
         v_gNmD.data_ptr(),

@@ -50,6 +50,11 @@ def describe() -> str:
     return "native" if library() is not None else f"torch ({_why_not() or 'it could not be compiled'})"
 
 
+def allows_onednn() -> bool:
+    """Whether oneDNN may be called: torch was built with it, and nobody switched it or our code off."""
+    return torch.backends.mkldnn.is_available() and os.environ.get("FOVEATE_NATIVE", "1") != "0"
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library; None, after one warning where that is worth one, if it cannot be had."""
@@ -63,7 +68,7 @@ def library() -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or str(error)
         first = (detail.strip().splitlines() or [type(error).__name__])[0][:200]
         logger.warning(
-            "bfloat16 runs several times slower: no C compiler made the kernels (%s); install gcc, or set CC", first
+            "attention runs several times slower: no C compiler made the kernels (%s); install gcc, or set CC", first
         )
         return None
     _declare(loaded)
@@ -153,7 +158,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     signatures = {
         "foveate_threads": [pointer],
-        "foveate_attend": [pointer, pointer, pointer, pointer, pointer, pointer, real, integer],
+        "foveate_attend_f32": [pointer, pointer, pointer, pointer, pointer, pointer, real, integer],
+        "foveate_attend_bf16": [pointer, pointer, pointer, pointer, pointer, pointer, real, integer],
         "foveate_norm": [
             pointer, pointer, integer, pointer, integer, pointer, integer, pointer, integer, integer, real, integer,
         ],
@@ -163,7 +169,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     }  # fmt: skip
     for name, arguments in signatures.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, integer if name == "foveate_attend" else None
+        function.argtypes, function.restype = arguments, integer if "attend" in name else None
 
 
 def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:

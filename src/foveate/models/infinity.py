@@ -23,6 +23,7 @@ from foveate.core.protocols import BlockContext, Change, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
 from foveate.kernels.heads import unit_rotated
+from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
 from foveate.models.attention import TextMemory
 from foveate.models.layers import FeedForward, linear32, rms_norm, running_dtype, with_factors
@@ -109,16 +110,16 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width), persistent=False)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
         """Runs the sublayer on packed tokens."""
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv_n3ND = F.linear(x_nC, self.mat_qkv.weight, bias).view(x_nC.shape[0], 3, self.heads, -1)
+        qkv_n3ND = linear(x_nC, self.mat_qkv.weight, bias).view(x_nC.shape[0], 3, self.heads, -1)
         gain_N = self.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp().view(-1)
         q_nND, k_nND, v_nND = unit_rotated(qkv_n3ND, gain_N, context.rotation_nD)
         return self.proj(context.slot.attend(q_nND, k_nND, v_nND, 1.0).flatten(1))
@@ -138,16 +139,16 @@ class CrossAttention(nn.Module):
         if is_pool:
             self.mat_q = nn.Parameter(torch.randn(1, heads, width // heads) * (3 * width) ** -0.5)
         else:
-            self.mat_q = nn.Linear(width, width)
-        self.mat_kv = nn.Linear(text_width, 2 * width, bias=False)
+            self.mat_q = Linear(width, width)
+        self.mat_kv = Linear(text_width, 2 * width, bias=False)
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width), persistent=False)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def memory(self, text_TE: Float[Tensor, "t E"], lengths: tuple[int, ...]) -> TextMemory:
         """Keys and values of packed texts."""
         bias = torch.cat((self.zero_k_bias, self.v_bias))
-        kv_T2ND = F.linear(text_TE, self.mat_kv.weight, bias).view(text_TE.shape[0], 2, self.heads, -1)
+        kv_T2ND = linear(text_TE, self.mat_kv.weight, bias).view(text_TE.shape[0], 2, self.heads, -1)
         parts = [part.permute(1, 2, 0, 3).contiguous() for part in kv_T2ND.split(lengths)]
         return TextMemory(lengths=lengths, k_RNTD=tuple(p[0] for p in parts), v_RNTD=tuple(p[1] for p in parts))
 
@@ -204,7 +205,7 @@ class HeadNorm(nn.Module):
 
     def __init__(self, config: InfinityConfig) -> None:
         super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
+        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 2 * config.width))
 
 
 class RootMeanSquareNorm(nn.Module):
@@ -235,16 +236,16 @@ class Infinity(nn.Module):
         self.text_norm = RootMeanSquareNorm(config.text_width)
         self.text_proj_for_sos = TextPool(config)
         self.text_proj_for_ca = nn.Sequential(
-            nn.Linear(config.text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+            Linear(config.text_width, width), nn.GELU(approximate="tanh"), Linear(width, width)
         )
         self.lvl_embed = nn.Embedding(NUM_LEVELS, width)
-        self.word_embed = nn.Linear(config.bits, width)
-        self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.word_embed = Linear(config.bits, width)
+        self.shared_ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
         blocks = [InfinityBlock(config, i) for i in range(config.depth)]
         size = config.depth // config.chunks
         self.block_chunks = nn.ModuleList(BlockChunk(blocks[i : i + size]) for i in range(0, config.depth, size))
         self.head_nm = HeadNorm(config)
-        self.head = nn.Linear(width, 2 * config.bits)
+        self.head = Linear(width, 2 * config.bits)
         self.shape = ModelShape(
             num_blocks=config.depth,
             width=width,

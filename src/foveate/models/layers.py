@@ -4,11 +4,11 @@ Axes: n packed tokens, C width, E width of a text.
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.kernels.activation import gelu
+from foveate.kernels.linear import Linear, linear
 
 
 class FeedForward(nn.Module):
@@ -16,8 +16,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
         """Runs the layer."""
@@ -40,7 +40,7 @@ def linear32(parent: nn.Module, name: str, x: Float[Tensor, "n i"]) -> Float[Ten
     """Runs a linear layer of a module in float32, whatever the dtype of its weights, under autocast too."""
     weight, bias = parent.get_parameter(f"{name}.weight"), parent.get_parameter(f"{name}.bias")
     with torch.autocast(x.device.type, enabled=False):
-        return F.linear(x.float(), weight.float(), bias.float())
+        return linear(x.float(), weight.float(), bias.float())
 
 
 def with_factors(modulation: Float[Tensor, "... k C"], first: int, end: int) -> Float[Tensor, "... k C"]:

@@ -24,6 +24,7 @@ from foveate.core.protocols import BlockContext, Change, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
 from foveate.kernels.heads import rotate
+from foveate.kernels.linear import Linear
 from foveate.kernels.norm import norm_modulate
 from foveate.models.attention import TextMemory
 from foveate.models.layers import linear32, rms_norm, running_dtype, with_factors
@@ -107,8 +108,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.scale = (width // heads) ** -0.5
-        self.to_qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.to_qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
         """Runs the sublayer on packed tokens."""
@@ -128,9 +129,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.scale = (width // heads) ** -0.5
-        self.to_q = nn.Linear(width, width)
-        self.to_kv = nn.Linear(text_width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.to_q = Linear(width, width)
+        self.to_kv = Linear(text_width, 2 * width)
+        self.proj = Linear(width, width)
 
     def memory(self, text_TE: Float[Tensor, "t E"], lengths: tuple[int, ...]) -> TextMemory:
         """Keys and values of packed texts."""
@@ -153,9 +154,9 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(width, hidden, bias=False)
-        self.gate_proj = nn.Linear(width, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
 
     def forward(self, x_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
         """Runs the sublayer."""
@@ -181,7 +182,7 @@ class SwittiBlock(nn.Module):
         self.cross_attention_norm1, self.cross_attention_norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.ffn_norm1, self.ffn_norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.attention_y_norm = nn.RMSNorm(config.text_width)
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
         self.crop_cond_scales = nn.Parameter(torch.zeros(1, width))
 
     def modulation(self, pooled_RC: Float[Tensor, "R C"], crop_RC: Float[Tensor, "R C"]) -> Float[Tensor, "R 6 C"]:
@@ -231,7 +232,7 @@ class HeadNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
 
 class Switti(nn.Module):
@@ -241,15 +242,15 @@ class Switti(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.text_pooler = nn.Linear(config.pooled_width, width)
+        self.text_pooler = Linear(config.pooled_width, width)
         self.pos_start = nn.Parameter(torch.randn(1, 1, width) * (3 * width) ** -0.5)
         self.lvl_embed = nn.Embedding(config.num_levels, width)
-        self.word_embed = nn.Linear(config.latent_channels, width)
+        self.word_embed = Linear(config.latent_channels, width)
         self.crop_embed = CropEmbedding(width)
-        self.crop_proj = nn.Linear(width, width)
+        self.crop_proj = Linear(width, width)
         self.blocks = nn.ModuleList(SwittiBlock(config, i) for i in range(config.depth))
         self.head_nm = HeadNorm(width)
-        self.head = nn.Linear(width, config.codebook_size)
+        self.head = Linear(width, config.codebook_size)
         self.shape = ModelShape(
             num_blocks=config.depth,
             width=width,

@@ -24,6 +24,7 @@ from foveate.core.protocols import BlockContext, Change, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.kernels.heads import unit_rotated
+from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
 from foveate.models.layers import FeedForward, linear32, running_dtype, with_factors
 
@@ -106,16 +107,16 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width), persistent=False)
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
         """Runs the sublayer on packed tokens."""
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv_n3ND = F.linear(x_nC, self.mat_qkv.weight, bias).view(x_nC.shape[0], 3, self.heads, -1)
+        qkv_n3ND = linear(x_nC, self.mat_qkv.weight, bias).view(x_nC.shape[0], 3, self.heads, -1)
         gain_N = self.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp().view(-1)
         q_nND, k_nND, v_nND = unit_rotated(qkv_n3ND, gain_N, context.rotation_nD)
         return self.proj(context.slot.attend(q_nND, k_nND, v_nND, 1.0).flatten(1))
@@ -132,7 +133,7 @@ class VARBlock(nn.Module):
         if config.shared_aln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) * config.width**-0.5)
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 6 * config.width))
+            self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 6 * config.width))
         self.attn = SelfAttention(config.width, config.heads)
         self.ffn = FeedForward(config.width, config.hidden)
 
@@ -155,12 +156,12 @@ class VAR(nn.Module):
         self.pos_start = nn.Parameter(torch.randn(1, 1, width) * std)
         self.pos_1LC = nn.Parameter(torch.randn(1, config.starts[-1], width) * std)
         self.lvl_embed = nn.Embedding(len(config.grids), width)
-        self.word_embed = nn.Linear(config.latent_channels, width)
+        self.word_embed = Linear(config.latent_channels, width)
         if config.shared_aln:
-            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
         self.blocks = nn.ModuleList(VARBlock(config, i) for i in range(config.depth))
-        self.head_nm = nn.ModuleDict({"ada_lin": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))})
-        self.head = nn.Linear(width, config.codebook_size)
+        self.head_nm = nn.ModuleDict({"ada_lin": nn.Sequential(nn.SiLU(), Linear(width, 2 * width))})
+        self.head = Linear(width, config.codebook_size)
         num_projections = 1 if config.shared_aln else config.depth
         self.shape = ModelShape(
             num_blocks=config.depth,

@@ -1,15 +1,17 @@
-// Softmax attention without a mask: bfloat16 in and out, scores, softmax and sums in float32.
-// Blocks of queries walk over blocks of keys with a running maximum (FlashAttention, arXiv 2205.14135). Keys and values
-// are packed once per row and head into pairs, the form that vdpbf16ps multiplies: keys [block][width / 2][KEY_BLOCK],
-// values [keys / 2][width].
+// Softmax attention without a mask, for the number format that the including file names; scores, softmax and sums are
+// float32. Blocks of queries walk over blocks of keys with a running maximum (FlashAttention, arXiv 2205.14135). Keys and
+// values are packed once per row and head into words of 32 bits, a float32 or a pair of bfloat16: keys
+// [block][width / GROUP][KEY_BLOCK], values [keys / GROUP][width].
+//
+// The including file defines: Number, GROUP (numbers per word), FORMAT, MULTIPLY_ADD(sum, a, b) over vectors of words.
 #include "common.h"
 
 enum { KEY_BLOCK = 512, QUERY_BLOCK = 96, KEY_STEP = 4 * LANES };
 
 typedef struct {
     Queue queue;
-    const uint16_t *q, *k, *v;
-    uint16_t *out;
+    const Number *q, *k, *v;
+    Number *out;
     int64_t heads, queries, keys, width;
     int64_t q_row, q_token, q_head, kv_row, kv_head, kv_token, out_row, out_token, out_head;
     int64_t parts;
@@ -20,46 +22,47 @@ typedef struct {
 typedef struct {
     float *scores, *sums, *tops, *out;
     __m512 *lane_tops;
-    uint16_t *weights, *query;
+    Number *weights, *query;
     uint32_t *keys, *values;
 } Scratch;
 
-static void pack_keys(const Job *job, const uint16_t *k, uint32_t *out) {
-    int64_t pairs = job->width / 2;
+static void pack_keys(const Job *job, const Number *k, uint32_t *out) {
+    int64_t words = job->width / GROUP;
     for (int64_t b = 0; b < job->keys; b += KEY_BLOCK) {
         int64_t count = job->keys - b < KEY_BLOCK ? job->keys - b : KEY_BLOCK;
-        uint32_t *block = out + b * pairs;
+        uint32_t *block = out + b * words;
         for (int64_t first = 0; first < count; first += LANES)
-            for (int64_t p = 0; p < pairs; p++)
+            for (int64_t w = 0; w < words; w++)
                 for (int64_t key = first; key < first + LANES; key++) {
-                    uint32_t pair = 0;
-                    if (key < count) memcpy(&pair, k + (b + key) * job->kv_token + 2 * p, 4);
-                    block[p * KEY_BLOCK + key] = pair;
+                    uint32_t word = 0;
+                    if (key < count) memcpy(&word, k + (b + key) * job->kv_token + GROUP * w, sizeof(word));
+                    block[w * KEY_BLOCK + key] = word;
                 }
     }
 }
 
-static void pack_values(const Job *job, const uint16_t *v, uint32_t *out) {
-    for (int64_t key = 0; key < job->keys; key += 2) {
-        const uint16_t *a = v + key * job->kv_token, *b = a + job->kv_token;
-        uint32_t *pair = out + (key / 2) * job->width;
-        int has_both = key + 1 < job->keys;
-        for (int64_t d = 0; d < job->width; d++) pair[d] = (uint32_t)a[d] | (has_both ? (uint32_t)b[d] << 16 : 0);
+static void pack_values(const Job *job, const Number *v, uint32_t *out) {
+    for (int64_t key = 0; key < job->keys; key += GROUP) {
+        const Number *first = v + key * job->kv_token;
+        Number *words = (Number *)(out + key / GROUP * job->width);
+        for (int64_t g = 0; g < GROUP; g++)
+            for (int64_t d = 0; d < job->width; d++)
+                words[d * GROUP + g] = key + g < job->keys ? first[g * job->kv_token + d] : (Number)0;
     }
 }
 
-INLINE __m512bh broadcast_pair(const uint16_t *pair) { return (__m512bh)_mm512_set1_epi32(*(const int32_t *)pair); }
+INLINE __m512i broadcast_word(const Number *word) { return _mm512_set1_epi32(*(const int32_t *)word); }
 
 // Scores of `rows` queries and KEY_STEP keys, and the largest of every lane so far; `rows` is a constant after inlining.
-INLINE void score(const int rows, const uint16_t *q, const uint32_t *k, int64_t width, float *scores, __m512 *tops) {
+INLINE void score(const int rows, const Number *q, const uint32_t *k, int64_t width, float *scores, __m512 *tops) {
     __m512 sum[6][4];
     UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < 4; j++) sum[i][j] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < width / 2; p++) {
-        __m512bh key[4];
-        UNROLL for (int j = 0; j < 4; j++) key[j] = (__m512bh)_mm512_loadu_si512(k + p * KEY_BLOCK + j * LANES);
+    for (int64_t w = 0; w < width / GROUP; w++) {
+        __m512i key[4];
+        UNROLL for (int j = 0; j < 4; j++) key[j] = _mm512_loadu_si512(k + w * KEY_BLOCK + j * LANES);
         UNROLL for (int i = 0; i < rows; i++) {
-            __m512bh query = broadcast_pair(q + i * width + 2 * p);
-            UNROLL for (int j = 0; j < 4; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], query, key[j]);
+            __m512i query = broadcast_word(q + i * width + GROUP * w);
+            UNROLL for (int j = 0; j < 4; j++) sum[i][j] = MULTIPLY_ADD(sum[i][j], query, key[j]);
         }
     }
     UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < 4; j++) {
@@ -69,25 +72,24 @@ INLINE void score(const int rows, const uint16_t *q, const uint32_t *k, int64_t 
 }
 
 // Adds weights times values to `rows` outputs of `lanes` vectors; `rows` and `lanes` are constants after inlining.
-INLINE void mix(const int rows, const int lanes, const uint16_t *weights, const uint32_t *v, int64_t width,
+INLINE void mix(const int rows, const int lanes, const Number *weights, const uint32_t *v, int64_t width,
                 int64_t count, float *out) {
     __m512 sum[12][4];
     UNROLL for (int i = 0; i < rows; i++)
         UNROLL for (int j = 0; j < lanes; j++) sum[i][j] = _mm512_loadu_ps(out + i * width + j * LANES);
-    for (int64_t key = 0; key < count; key += 2) {
-        __m512bh value[4];
-        UNROLL for (int j = 0; j < lanes; j++)
-            value[j] = (__m512bh)_mm512_loadu_si512(v + (key / 2) * width + j * LANES);
+    for (int64_t key = 0; key < count; key += GROUP) {
+        __m512i value[4];
+        UNROLL for (int j = 0; j < lanes; j++) value[j] = _mm512_loadu_si512(v + key / GROUP * width + j * LANES);
         UNROLL for (int i = 0; i < rows; i++) {
-            __m512bh weight = broadcast_pair(weights + i * KEY_BLOCK + key);
-            UNROLL for (int j = 0; j < lanes; j++) sum[i][j] = _mm512_dpbf16_ps(sum[i][j], weight, value[j]);
+            __m512i weight = broadcast_word(weights + i * KEY_BLOCK + key);
+            UNROLL for (int j = 0; j < lanes; j++) sum[i][j] = MULTIPLY_ADD(sum[i][j], weight, value[j]);
         }
     }
     UNROLL for (int i = 0; i < rows; i++)
         UNROLL for (int j = 0; j < lanes; j++) _mm512_storeu_ps(out + i * width + j * LANES, sum[i][j]);
 }
 
-INLINE void mix_rows(const int rows, const int lanes, const uint16_t *weights, const uint32_t *v, int64_t width,
+INLINE void mix_rows(const int rows, const int lanes, const Number *weights, const uint32_t *v, int64_t width,
                      int64_t queries, int64_t count, float *out) {
     int64_t i = 0;
     for (; i + rows <= queries; i += rows) mix(rows, lanes, weights + i * KEY_BLOCK, v, width, count, out + i * width);
@@ -148,30 +150,30 @@ static void weigh(const Scratch *s, int64_t i, int64_t count, int64_t width, flo
         __m512 x = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, scores + j), factor, minus);
         __m512 weight = _mm512_maskz_mov_ps(mask, exp2_16(x));
         sum = _mm512_add_ps(sum, weight);
-        // Also the lanes behind the last key, as zeros: the values come in pairs.
-        store16(s->weights, i * KEY_BLOCK + j, BFLOAT16, 0xffff, weight);
+        // Also the lanes behind the last key, as zeros: the last word of values may hold one that is none.
+        store16(s->weights, i * KEY_BLOCK + j, FORMAT, 0xffff, weight);
     }
     s->sums[i] += _mm512_reduce_add_ps(sum);
 }
 
-static void attend_queries(const Job *job, const Scratch *s, const uint16_t *q, int64_t queries, uint16_t *out) {
+static void attend_queries(const Job *job, const Scratch *s, const Number *q, int64_t queries, Number *out) {
     int64_t width = job->width;
     memset(s->out, 0, sizeof(float) * (size_t)(queries * width));
     for (int64_t i = 0; i < queries; i++) {
         s->sums[i] = 0.0f;
         s->tops[i] = -INFINITY;
-        memcpy(s->query + i * width, q + i * job->q_token, sizeof(uint16_t) * (size_t)width);
+        memcpy(s->query + i * width, q + i * job->q_token, sizeof(Number) * (size_t)width);
     }
     for (int64_t b = 0; b < job->keys; b += KEY_BLOCK) {
         int64_t count = job->keys - b < KEY_BLOCK ? job->keys - b : KEY_BLOCK;
-        score_all(s, s->keys + b * width / 2, width, queries, count);
+        score_all(s, s->keys + b * width / GROUP, width, queries, count);
         for (int64_t i = 0; i < queries; i++) weigh(s, i, count, width, job->scale * 1.44269504f);
-        mix_all(s, s->values + b / 2 * width, width, queries, count);
+        mix_all(s, s->values + b / GROUP * width, width, queries, count);
     }
     for (int64_t i = 0; i < queries; i++) {
         __m512 by = _mm512_set1_ps(1.0f / s->sums[i]);
         for (int64_t d = 0; d < width; d += LANES)
-            store16(out, i * job->out_token + d, BFLOAT16, 0xffff, _mm512_mul_ps(by, _mm512_loadu_ps(s->out + i * width + d)));
+            store16(out, i * job->out_token + d, FORMAT, 0xffff, _mm512_mul_ps(by, _mm512_loadu_ps(s->out + i * width + d)));
     }
 }
 
@@ -185,8 +187,8 @@ static void attend_tasks(Job *job, const Scratch *s) {
             packed = pair;
         }
         int64_t first = task % job->parts * per, end = first + per < job->queries ? first + per : job->queries;
-        const uint16_t *q = job->q + row * job->q_row + head * job->q_head;
-        uint16_t *out = job->out + row * job->out_row + head * job->out_head;
+        const Number *q = job->q + row * job->q_row + head * job->q_head;
+        Number *out = job->out + row * job->out_row + head * job->out_head;
         for (int64_t i = first; i < end; i += QUERY_BLOCK)
             attend_queries(job, s, q + i * job->q_token, end - i < QUERY_BLOCK ? end - i : QUERY_BLOCK,
                            out + i * job->out_token);
@@ -209,10 +211,10 @@ static Scratch lay_out(const Job *job, char *arena, size_t *used) {
         .tops = piece(arena, used, sizeof(float) * QUERY_BLOCK),
         .out = piece(arena, used, sizeof(float) * QUERY_BLOCK * width),
         .lane_tops = piece(arena, used, sizeof(__m512) * QUERY_BLOCK),
-        .weights = piece(arena, used, sizeof(uint16_t) * QUERY_BLOCK * KEY_BLOCK),
-        .query = piece(arena, used, sizeof(uint16_t) * QUERY_BLOCK * width),
-        .keys = piece(arena, used, sizeof(uint16_t) * keys * width),
-        .values = piece(arena, used, sizeof(uint16_t) * keys * width),
+        .weights = piece(arena, used, sizeof(Number) * QUERY_BLOCK * KEY_BLOCK),
+        .query = piece(arena, used, sizeof(Number) * QUERY_BLOCK * width),
+        .keys = piece(arena, used, sizeof(Number) * keys * width),
+        .values = piece(arena, used, sizeof(Number) * keys * width),
     };
 }
 
@@ -232,8 +234,8 @@ static void attend_work(void *arg) {
 
 // dims: rows, heads, queries, keys, width (a multiple of 16). strides, in elements: q row, token, head; keys and values
 // row, head, token; out row, token, head. A width lies together everywhere. Returns 1 without memory, else 0.
-API int64_t foveate_attend(const void *q, const void *k, const void *v, void *out, const int64_t *dims,
-                           const int64_t *strides, float scale, int64_t threads) {
+static int64_t attend(const void *q, const void *k, const void *v, void *out, const int64_t *dims,
+                      const int64_t *strides, float scale, int64_t threads) {
     int64_t pairs = dims[0] * dims[1];
     // Each part of the queries packs the keys again, so a head is only split where heads do not share out evenly.
     int64_t parts = pairs % threads && pairs < 8 * threads ? threads : 1;
