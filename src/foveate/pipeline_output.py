@@ -22,6 +22,7 @@ from foveate.core.version import __version__
 from foveate.engine.forecast import full_cost
 from foveate.engine.state import Request, bounds_of
 from foveate.families.loading import LoadedModel
+from foveate.kernels import native
 from foveate.pipeline_options import Job
 
 Images = list[Image.Image] | np.ndarray | Tensor
@@ -224,4 +225,5 @@ def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
             "python": ".".join(map(str, sys.version_info[:3])),
         },
         "machine": processor_name(model.device),
+        "kernels": native.describe() if model.device.type == "cpu" else "torch",
     }

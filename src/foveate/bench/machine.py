@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from foveate.core.version import __version__
+from foveate.kernels import native
 from foveate.pipeline_output import processor_name
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pillow", "torchmetrics")
@@ -23,6 +24,7 @@ def describe_machine() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "has_bf16_instructions": _has_bf16(),
+            "kernels": native.describe(),
         },
         "torch_build": {
             "cuda": torch.version.cuda,

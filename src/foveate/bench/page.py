@@ -142,7 +142,8 @@ def _mb(size: float) -> str:
 def _processor(report: BenchReport) -> str:
     cpu = report.machine["cpu"]
     bf16 = "with" if cpu["has_bf16_instructions"] else "without"
-    return f"{cpu['name']}, {cpu['cores']} cores, {cpu['capability']}, {bf16} bfloat16 instructions"
+    kind = f"{cpu['name']}, {cpu['cores']} cores, {cpu['capability']}, {bf16} bfloat16 instructions"
+    return f"{kind}; kernels: {cpu['kernels']}"
 
 
 def _markdown_table(table: Table) -> list[str]:

@@ -27,6 +27,7 @@ from foveate.folder import (
     read_network,
     read_text_encoder,
 )
+from foveate.kernels import native
 from foveate.models.infinity import InfinityConfig
 from foveate.models.random_weights import RANDOM_SEED, empty_module, fill_randomly
 from foveate.models.switti import SwittiConfig
@@ -93,6 +94,9 @@ def load_model(origin: Origin, *, weights: str, dtype: torch.dtype, device: torc
     """
     if weights not in ("pretrained", "random"):
         raise FoveateError(f'weights must be "pretrained" or "random", got {weights!r}')
+    if device.type == "cpu":
+        # Compiled once per machine, and not in the first picture's time.
+        native.library()
     if weights == "random":
         _refuse_parts(origin, "random weights")
         return _random(find_spec(origin), dtype, device)
