@@ -162,7 +162,7 @@ class Pipeline:
     def _events(self, job: Job, previews: int) -> Generator[ScaleEvent, None, None]:
         began = time.perf_counter()
         num_scales = len(job.schedule)
-        with closing(self._steps(job)) as steps:
+        with closing(self._steps(job, times_scales=True)) as steps:
             for step in steps:
                 is_last = step.scale == num_scales - 1
                 output = self._finish(job, step, began) if is_last else None
@@ -180,11 +180,16 @@ class Pipeline:
                     output=output,
                 )
 
-    def _steps(self, job: Job) -> Generator[BatchStep, None, None]:
-        """Runs the requests of a call side by side, scale by scale; closing it frees all of them."""
+    def _steps(self, job: Job, times_scales: bool = False) -> Generator[BatchStep, None, None]:
+        """Runs the requests of a call side by side, scale by scale; closing it frees all of them.
+
+        Args:
+            job: The call.
+            times_scales: Whether the time of a scale must be known when it is handed out.
+        """
         bound = job.policy.bind(job.schedule, self.model.transformer.shape)
         began = time.perf_counter()
-        requests = self._requests(job)
+        requests = self._requests(job, times_scales)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         text_ms = 1e3 * (time.perf_counter() - began)
@@ -209,7 +214,7 @@ class Pipeline:
                     text_ms=text_ms,
                 )
 
-    def _requests(self, job: Job) -> tuple[Request, ...]:
+    def _requests(self, job: Job, times_scales: bool) -> tuple[Request, ...]:
         """One request for the batch, or one per image where bits must not depend on the batch."""
         conditions = job.per_image(self.model.text.encode(list(job.prompts)))
         negatives: tuple[Condition, ...] = ()
@@ -228,6 +233,7 @@ class Pipeline:
                 conditions=tuple(conditions[i] for i in images) + tuple(negatives[i] for i in images if negatives),
                 num_images=len(images),
                 wants_maps=job.settings.trace,
+                times_scales=times_scales,
             )
 
         everything = range(job.num_images)

@@ -15,7 +15,7 @@ from foveate.engine.branches import combine_hidden, combine_logits
 from foveate.engine.deltas import DeltaStore, resize_matrix, resize_tokens
 from foveate.engine.executor import Engine
 from foveate.engine.kv_cache import KVCache
-from foveate.engine.select import TokenLayout
+from foveate.engine.select import TokenLayout, choose
 from foveate.engine.tally import Tally
 from foveate.policies.registry import load_policy
 from tests.engine.naive import attend_list, decisions_of, generate_planned
@@ -37,6 +37,12 @@ SHAPE = ModelShape(num_blocks=2, width=8, ff_width=16, num_heads=2, head_width=4
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lay_out(plan: ScalePlan, live: list[tuple[int, bool]], num_images: int, num_tokens: int) -> TokenLayout:
+    """The layout of a plan, of as many blocks as its depths know."""
+    num_blocks = len(plan.depths[0].order) if plan.depths else 1
+    return TokenLayout.of(choose(plan, num_images, num_tokens, num_blocks), live, num_tokens)
 
 
 # Plans are executed as decided
@@ -97,23 +103,24 @@ def test_depth_of_nobody_runs_no_block():
 
 def test_a_selection_that_keeps_all_takes_the_dense_path():
     selection = TokenSelection(score_Bl=noise(0, 1, 64), share=1.0, rule=Rule.COUNT)
-    layout = TokenLayout.of(ScalePlan(selections=(selection,)), [(0, True), (0, False)], 1, 64)
+    layout = lay_out(ScalePlan(selections=(selection,)), [(0, True), (0, False)], 1, 64)
     assert layout.kept is None
     assert layout.keep_Bl is None
     full = tuple(range(5))
-    deep = ScalePlan(depths=(DepthMap(depth_Bl=torch.full((1, 64), 5), order=full),))
-    assert all(layout.active(deep, block).index_n is None for block in full)
+    deep = DepthMap(depth_Bl=torch.full((1, 64), 5), order=full)
+    layout = lay_out(ScalePlan(depths=(deep,)), [(0, True), (0, False)], 1, 64)
+    assert all(layout.active(block).index_n is None for block in full)
 
 
 def test_packing_gathers_each_image_in_both_branches():
     score_Bl = torch.tensor([[4.0, 1.0, 3.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
     selection = TokenSelection(score_Bl=score_Bl, share=0.5, rule=Rule.COUNT)
     live = [(0, True), (1, True), (1, False)]
-    layout = TokenLayout.of(ScalePlan(selections=(selection,)), live, 2, 4)
+    depth = DepthMap(depth_Bl=torch.tensor([[0, 2, 2, 0], [0, 0, 1, 2]]), order=(1, 0))
+    layout = lay_out(ScalePlan(selections=(selection,), depths=(depth,)), live, 2, 4)
     packed = layout.pack([torch.arange(4), torch.arange(10, 14)])
     assert packed.tolist() == [0, 2, 12, 13, 12, 13]
-    depth = DepthMap(depth_Bl=torch.tensor([[0, 2, 2, 0], [0, 0, 1, 2]]), order=(1, 0))
-    active = layout.active(ScalePlan(depths=(depth,)), 0)
+    active = layout.active(0)
     assert active.rows.counts == (1, 1, 1)
     assert active.index_n.tolist() == [1, 3, 5]
 
@@ -238,10 +245,10 @@ def test_tally_counts_what_ran():
         selections=(TokenSelection(score_Bl=score_Bl, share=0.75, rule=Rule.COUNT),),
         depths=(DepthMap(depth_Bl=torch.tensor([[2, 2, 1, 0]]), order=(1, 0)),),
     )
-    layout = TokenLayout.of(plan, [(0, True)], 1, 4)
-    tally = Tally.start(layout, True)
+    layout = lay_out(plan, [(0, True)], 1, 4)
+    tally = Tally.start(layout, True, torch.device("cpu"))
     for block in (0, 1):
-        tally.count(layout.active(plan, block))
+        tally.count(layout.active(block))
     trace = tally.trace(Scale(index=2, grid=(2, 2)), {(0, True): 3})
     assert trace.work.rows[(0, True)].block_tokens == (2, 3)
     assert trace.keep_Bl.tolist() == [[True, True, True, False]]

@@ -262,9 +262,9 @@ def both(seed: int, gap: float, tokens: int = 4) -> BranchLogits:
 def test_gap_is_a_root_mean_square_or_the_literal_norm():
     logits = both(0, 2.0)
     values = (logits.cond_kV - logits.uncond_kV).flatten().tolist()
-    assert branch_gap(logits, "rms") == pytest.approx(math.sqrt(sum(v * v for v in values) / len(values)))
-    assert branch_gap(logits, "rms") == pytest.approx(2.0, rel=1e-5)
-    assert branch_gap(logits, "l2") == pytest.approx(math.sqrt(sum(v * v for v in values)))
+    assert float(branch_gap(logits, "rms")) == pytest.approx(math.sqrt(sum(v * v for v in values) / len(values)))
+    assert float(branch_gap(logits, "rms")) == pytest.approx(2.0, rel=1e-5)
+    assert float(branch_gap(logits, "l2")) == pytest.approx(math.sqrt(sum(v * v for v in values)))
 
 
 def decisions(
@@ -279,7 +279,8 @@ def decisions(
     state, signals = bound.start(), None
     for scale in range(7):
         plan, state = bound.plan(scale, signals, state)
-        plans.append(plan.unconditional)
+        is_free = plan.guided_B is None or bool(plan.guided_B.all())
+        plans.append(None if is_free else tuple(plan.guided_B.tolist()))
         logits = tuple(None if gap is None else both(scale, gap) for gap in gaps[scale])
         wanted = hears_all or Signal.LOGITS in bound.record(scale)
         signals = Signals(scale=scale, grid=schedule.grids[scale], logits=logits if wanted else None)

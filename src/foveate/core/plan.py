@@ -8,7 +8,7 @@ Axes: B images, l tokens of the scale, P blocks.
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -23,6 +23,7 @@ from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError, PlanConflictError
 from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Signal, Signals
+from foveate.core.transfer import to_device
 
 P = TypeVar("P", bound="Policy")
 
@@ -76,11 +77,11 @@ def keep_by_mass(score_Bl: Float[Tensor, "B l"], share: float) -> Bool[Tensor, "
     return (score_Bl >= descending_Bl.gather(-1, last_B1)) | (total_B1 <= 0)
 
 
-def keep_by_count(score_Bl: Float[Tensor, "B l"], count: int) -> Bool[Tensor, "B l"]:
-    """Keeps the `count` highest scores of each image; equal scores go by index."""
+def keep_by_count(score_Bl: Float[Tensor, "B l"], count: int | Int[Tensor, "B 1"]) -> Bool[Tensor, "B l"]:
+    """Keeps the `count` highest scores of each image, equal scores by index; never waits for the device."""
     order_Bl = score_Bl.sort(dim=-1, descending=True, stable=True).indices
-    keep_Bl = torch.zeros_like(score_Bl, dtype=torch.bool)
-    return keep_Bl.scatter_(-1, order_Bl[:, :count], True)
+    is_high_Bl = (torch.arange(score_Bl.shape[-1], device=score_Bl.device) < count).expand_as(order_Bl)
+    return torch.zeros_like(score_Bl, dtype=torch.bool).scatter_(-1, order_Bl, is_high_Bl)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -91,26 +92,33 @@ class TokenSelection:
     share: float
     rule: Rule
 
+    def count(self, num_survivors: int) -> int | None:
+        """How many of so many survivors stay, or None where the content decides."""
+        if self.rule is Rule.COUNT:
+            return min(num_survivors, math.ceil(self.share * num_survivors - 1e-9))
+        return num_survivors if self.share >= 1 else None
+
     def narrow(self, survivors_Bl: Bool[Tensor, "B l"]) -> Bool[Tensor, "B l"]:
-        """Ranks the survivors of earlier selections and returns those that stay."""
+        """Ranks the survivors of earlier selections and returns those that stay; never waits for the device."""
         score_Bl = self.score_Bl.expand(survivors_Bl.shape)
         if self.rule is Rule.MASS:
             return survivors_Bl & keep_by_mass(score_Bl.masked_fill(~survivors_Bl, 0.0), self.share)
         ranked_Bl = score_Bl.masked_fill(~survivors_Bl, -torch.inf)
-        counts = survivors_Bl.sum(-1).tolist()
-        kept = [
-            keep_by_count(row[None], math.ceil(self.share * n - 1e-9))[0]
-            for row, n in zip(ranked_Bl, counts, strict=True)
-        ]
-        return survivors_Bl & torch.stack(kept)
+        count_B1 = (self.share * survivors_Bl.sum(-1, keepdim=True).double() - 1e-9).ceil().long()
+        return survivors_Bl & keep_by_count(ranked_Bl, count_B1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class DepthMap:
-    """A depth per token: a token of depth D runs the first D blocks of `order`."""
+    """A depth per token: a token of depth D runs the first D blocks of `order`.
+
+    `counts` says for every place in the order how many tokens of each image run that block; None where the content
+    decides.
+    """
 
     depth_Bl: Int[Tensor, "B l"]
     order: tuple[int, ...]
+    counts: tuple[int, ...] | None = None
 
     def active(self, block: int) -> Bool[Tensor, "B l"]:
         """The tokens that run a block."""
@@ -123,11 +131,12 @@ class ScalePlan:
 
     `unconditional` says per image whether the branch runs (one entry speaks for all images), None for all. A token
     outside the selections runs no block, writes no keys and values and commits the base. `weight_Bl` multiplies the
-    looked-up codes.
+    looked-up codes. `guided_B` is as `unconditional`, decided on the device: the engine reads it with the counts.
     """
 
     runs: bool = True
     unconditional: tuple[bool, ...] | None = None
+    guided_B: Bool[Tensor, " B"] | None = None
     selections: tuple[TokenSelection, ...] = ()
     depths: tuple[DepthMap, ...] = ()
     fill: Fill = Fill.IDENTITY
@@ -152,13 +161,17 @@ class ScalePlan:
             active_Bl = mask_Bl if active_Bl is None else active_Bl & mask_Bl
         return active_Bl
 
+    def with_branches(self, unconditional: Sequence[bool]) -> "ScalePlan":
+        """The same plan with what was read of `guided_B` among `unconditional`."""
+        return replace(self, unconditional=_both(self.unconditional, tuple(unconditional)), guided_B=None)
+
     def on(self, device: torch.device) -> "ScalePlan":
         """The same plan with its tensors on a device."""
         return replace(
             self,
-            selections=tuple(replace(s, score_Bl=s.score_Bl.to(device)) for s in self.selections),
-            depths=tuple(replace(d, depth_Bl=d.depth_Bl.to(device)) for d in self.depths),
-            weight_Bl=None if self.weight_Bl is None else self.weight_Bl.to(device),
+            selections=tuple(replace(s, score_Bl=to_device(s.score_Bl, device)) for s in self.selections),
+            depths=tuple(replace(d, depth_Bl=to_device(d.depth_Bl, device)) for d in self.depths),
+            weight_Bl=None if self.weight_Bl is None else to_device(self.weight_Bl, device),
         )
 
     def meet(self, other: "ScalePlan") -> "ScalePlan":
@@ -175,10 +188,11 @@ class ScalePlan:
         return ScalePlan(
             runs=self.runs and other.runs,
             unconditional=_both(self.unconditional, other.unconditional),
+            guided_B=_meet(torch.logical_and, self.guided_B, other.guided_B),
             selections=self.selections + other.selections,
             depths=self.depths + other.depths,
             fill=self.fill if self.depths else other.fill,
-            weight_Bl=_product(self.weight_Bl, other.weight_Bl),
+            weight_Bl=_meet(torch.mul, self.weight_Bl, other.weight_Bl),
             base=bases.pop() if bases else Base.ZERO,
         )
 
@@ -190,10 +204,10 @@ def _both(a: tuple[bool, ...] | None, b: tuple[bool, ...] | None) -> tuple[bool,
     return tuple(x and y for x, y in zip(a * (size // len(a)), b * (size // len(b)), strict=True))
 
 
-def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+def _meet(rule: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
-    return a * b
+    return rule(a, b)
 
 
 class Bound(ABC):

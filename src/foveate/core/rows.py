@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from foveate.core.transfer import numbers
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -38,9 +40,17 @@ class Rows:
         return self.counts[0] if len(set(self.counts)) == 1 else None
 
     def row_of_token(self, device: torch.device) -> Int[Tensor, " n"]:
-        """The row that each token belongs to."""
-        counts = torch.tensor(self.counts, device=device)
-        return torch.repeat_interleave(torch.arange(len(self.counts), device=device), counts, output_size=self.total)
+        """The row that each token belongs to; built once per device, without waiting for it."""
+        if device not in self._lookups:
+            rows = torch.arange(len(self.counts), device=device)
+            counts = numbers(self.counts, device)
+            self._lookups[device] = torch.repeat_interleave(rows, counts, output_size=self.total)
+        return self._lookups[device]
+
+    @cached_property
+    def _lookups(self) -> dict[torch.device, Tensor]:
+        """What `row_of_token` has built."""
+        return {}
 
     def spread(self, per_row_RC: Float[Tensor, "R C"]) -> Float[Tensor, "n C"]:
         """Repeats one vector per row for each of its tokens; a view where the rows allow it."""

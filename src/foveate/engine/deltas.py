@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core.schedule import Grid
+from foveate.core.transfer import numbers
 
 
 def resize_matrix(size: int, source: int, device: torch.device) -> Float[Tensor, "size source"]:
@@ -50,4 +51,7 @@ class DeltaStore:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Releases all other rows."""
-        self.blocks = [None if stored is None else stored[list(rows)] for stored in self.blocks]
+        held = [stored for stored in self.blocks if stored is not None]
+        if held:
+            index = numbers(rows, held[0].device)
+            self.blocks = [None if stored is None else stored[index] for stored in self.blocks]

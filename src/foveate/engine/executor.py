@@ -3,7 +3,6 @@
 Axes: B images, R rows, n packed tokens, l tokens of the scale, C width, V outputs, Z latent channels.
 """
 
-import time
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 
@@ -21,8 +20,9 @@ from foveate.core.schedule import Scale
 from foveate.core.signals import Signal, Signals
 from foveate.core.trace import ScaleTrace, Trace, unfired
 from foveate.engine.branches import combine_hidden, combine_logits, split_rows
+from foveate.engine.clock import clock_of
 from foveate.engine.recorder import Recorder, branch_logits
-from foveate.engine.select import TokenLayout
+from foveate.engine.select import Chosen, TokenLayout, choose
 from foveate.engine.state import Request, RequestState
 from foveate.engine.tally import Tally, skipped
 from foveate.kernels.heap import kept_heap
@@ -53,39 +53,46 @@ class Engine:
             PlanConflictError: A plan asks for what cannot be done.
         """
         _refuse_equal_branches(bound, request)
-        began = time.perf_counter()
+        clock = clock_of(self.model.device, request.times_scales)
+        clock.start()
         with kept_heap():
             with torch.inference_mode():
-                state = RequestState.open(self.model, self.tokenizer, bound, request)
+                state = RequestState.open(self.model, self.tokenizer, bound, request, clock)
             for scale in request.schedule.scales:
                 with torch.inference_mode():
-                    self._step(state, scale, request, bound, began)
+                    self._step(state, scale, request, bound)
                 yield ScaleStep(scale=scale.index, f_hat_BZHW=state.f_hat_BZHW, trace=state.trace)
-                began = time.perf_counter()
+                clock.start()
 
-    def _step(self, state: RequestState, scale: Scale, request: Request, bound: Bound, began: float) -> None:
-        """Asks for the plan of a scale, obeys it and notes what it took since `began`.
+    def _step(self, state: RequestState, scale: Scale, request: Request, bound: Bound) -> None:
+        """Asks for the plan of a scale, obeys it and notes what it took since the clock was started.
 
-        The first scale's time holds what the request prepares once: text keys and values, modulation, the cache.
+        The first scale's time holds what the request prepares once: text keys and values, modulation, the cache. The
+        device is read once at most, for counts and branches that its content decides.
         """
         plan, state.policy = bound.plan(scale.index, state.signals, state.policy)
         plan = plan.on(state.f_hat_BZHW.device)
-        state.settle_branches(plan, request.guidance, scale.index)
-        traced = self._scale(state, plan, scale, request, bound.record(scale.index)) if plan.runs else skipped(scale)
-        _synchronise(state.f_hat_BZHW)
-        state.trace.scales.append(replace(traced, ms=1e3 * (time.perf_counter() - began)))
+        chosen = choose(plan, request.num_images, scale.num_tokens, self.model.shape.num_blocks)
+        state.settle_branches(chosen.plan, request.guidance, scale.index)
+        wanted = bound.record(scale.index)
+        traced = self._scale(state, chosen, scale, request, wanted) if plan.runs else skipped(scale)
+        state.trace.scales.append(replace(traced, ms=state.clock.stop()))
         if scale.index == len(request.schedule) - 1:
+            state.trace.scales = [
+                replace(traced, ms=ms) for traced, ms in zip(state.trace.scales, state.clock.read(), strict=True)
+            ]
             state.trace.unfired = unfired(state.trace, bound.directives)
 
     def _scale(
-        self, state: RequestState, plan: ScalePlan, scale: Scale, request: Request, wanted: frozenset[Signal]
+        self, state: RequestState, chosen: Chosen, scale: Scale, request: Request, wanted: frozenset[Signal]
     ) -> ScaleTrace:
-        """Runs one scale: blocks, guidance, sampling, commit."""
-        layout = TokenLayout.of(plan, state.live, request.num_images, scale.num_tokens)
+        """Runs one scale: blocks, guidance, sampling, commit. The host never waits for the device here."""
+        plan = chosen.plan
+        layout = TokenLayout.of(chosen, state.live, scale.num_tokens)
         recorder = Recorder(
             wanted=wanted, store=state.deltas, layout=layout, grid=scale.grid, dtype=self.model.compute_dtype
         )
-        tally = Tally.start(layout, request.wants_maps)
+        tally = Tally.start(layout, request.wants_maps, state.f_hat_BZHW.device)
         x_nC = self._blocks(state, plan, scale, request, recorder, tally)
         weight = request.guidance.weights[scale.index] if request.guidance.on_logits else 1.0
         logits = self._logits(state, x_nC, layout, weight != 1.0 or Signal.LOGITS in wanted)
@@ -123,7 +130,7 @@ class Engine:
         x_nC = self._enter(state, scale, layout)
         rotation_nD = layout.pack([self.model.positions(request.schedule, scale.index)] * request.num_images)
         for index in range(self.model.shape.num_blocks):
-            active = layout.active(plan, index)
+            active = layout.active(index)
             part_nC = x_nC if active.index_n is None else x_nC[active.index_n]
             before_nC = part_nC.clone() if recorder.is_on else None
             if active.rows.total:
@@ -203,8 +210,3 @@ def _refuse_equal_branches(bound: Bound, request: Request) -> None:
             "combine guidance on logits only, or switch that rule off"
         )
 
-
-def _synchronise(tensor: Tensor) -> None:
-    """Waits for the device, so that a clock read next is true."""
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)

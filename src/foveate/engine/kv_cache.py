@@ -13,6 +13,7 @@ from torch import Tensor
 
 from foveate.core.cost import ModelShape
 from foveate.core.rows import Rows
+from foveate.core.transfer import numbers
 from foveate.kernels.attention import attend_group
 
 
@@ -57,7 +58,7 @@ class KVCache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Releases all other rows, block by block."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.scratch_k_RNMD.device)
+        index = numbers(rows, self.scratch_k_RNMD.device)
         # The scratch holds nothing between two scales. Giving it back first keeps the copies below the bound: it is at
         # least as large as any block.
         heads, behind, width = self.scratch_k_RNMD.shape[1:]

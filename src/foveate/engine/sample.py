@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.core.schedule import Grid
+from foveate.core.transfer import to_device
 
 SAMPLE_STREAM, SMOOTH_STREAM = 0, 1
 """Philox streams of a scale: of its codes, and of smoothing."""
@@ -126,10 +127,10 @@ class KeyedSampler(Sampler):
             shape = (*grid, num_symbols if num_values == NUM_BIT_VALUES else num_values)
             u = keyed_uniform(self.seeds[image], scale, shape).reshape(grid[0] * grid[1], -1)
             if num_values == NUM_BIT_VALUES:
-                u_kd = _take(torch.from_numpy(u.astype(np.float32)).to(p_kdV.device), kept, image)
+                u_kd = _take(to_device(torch.from_numpy(u.astype(np.float32)), p_kdV.device), kept, image)
                 chosen.append((u_kd < p_kdV[..., 1]).long())
             else:
-                e_kV = _take(torch.from_numpy((-np.log(u)).astype(np.float32)).to(p_kdV.device), kept, image)
+                e_kV = _take(to_device(torch.from_numpy((-np.log(u)).astype(np.float32)), p_kdV.device), kept, image)
                 chosen.append((p_kdV / e_kV[:, None]).argmax(-1))
         return chosen
 
@@ -165,7 +166,7 @@ class ReferenceSampler(Sampler):
         chosen = []
         for image, logits_kdV in enumerate(logits):
             p_kdV = probabilities(logits_kdV, rule.top_k, rule.top_p)
-            chosen.append((p_kdV / _take(e_BldV[image].to(p_kdV.device), kept, image)).argmax(-1))
+            chosen.append((p_kdV / _take(to_device(e_BldV[image], p_kdV.device), kept, image)).argmax(-1))
         return chosen
 
     def exponentials(self, scale: int, grid: Grid, num_images: int, num_values: int) -> list[Float[Tensor, "l V"]]:
@@ -208,7 +209,7 @@ class SmoothSampler(Sampler):
         mixed = []
         for image, e_lV in enumerate(self.inner.exponentials(scale, grid, len(logits), logits[0].shape[-1])):
             x_kdV = filtered(logits[image], rule.top_k, rule.top_p) if self.is_after_draw else logits[image].float()
-            gumbel_kV = -_take(e_lV.to(x_kdV.device), kept, image).log()
+            gumbel_kV = -_take(to_device(e_lV, x_kdV.device), kept, image).log()
             mixed.append(((x_kdV.squeeze(1) * (1 + progress) + gumbel_kV) / sharpness).softmax(-1))
         return mixed
 
@@ -229,4 +230,4 @@ class ForcedSampler(Sampler):
     ) -> list[Int[Tensor, "_k d"]]:
         """Returns what was given."""
         device = logits[0].device
-        return [_take(symbols_ld.to(device), kept, image) for image, symbols_ld in enumerate(self.symbols[scale])]
+        return [_take(to_device(symbols_ld, device), kept, image) for image, symbols_ld in enumerate(self.symbols[scale])]

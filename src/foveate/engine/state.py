@@ -20,6 +20,7 @@ from foveate.core.protocols import NextScaleModel, Prepared, ScaleTokenizer
 from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Signals
 from foveate.core.trace import Trace
+from foveate.engine.clock import Clock
 from foveate.engine.deltas import DeltaStore
 from foveate.engine.kv_cache import KVCache
 from foveate.engine.sample import Filter, Sampler
@@ -30,7 +31,8 @@ class Request:
     """What shall be generated: B images of one size.
 
     `conditions` has one entry per image, followed by as many negative ones if there are any. One temperature and one
-    filter per scale.
+    filter per scale. Without `times_scales` a GPU is not waited for after every scale, and the times of its scales are
+    known when the last one has run.
     """
 
     schedule: ScaleSchedule
@@ -41,6 +43,7 @@ class Request:
     conditions: tuple[Condition, ...]
     num_images: int
     wants_maps: bool = False
+    times_scales: bool = False
 
     @property
     def has_negative(self) -> bool:
@@ -120,14 +123,17 @@ class RequestState:
     f_hat_BZHW: Float[Tensor, "B Z H W"]
     policy: Any
     trace: Trace
+    clock: Clock
     num_stored: int
     residual_BZhw: Tensor | None = None
     signals: Signals | None = None
     dropped: set[int] = field(default_factory=set)
 
     @classmethod
-    def open(cls, model: NextScaleModel, tokenizer: ScaleTokenizer, bound: Bound, request: Request) -> "RequestState":
-        """Allocates everything, at the bound."""
+    def open(
+        cls, model: NextScaleModel, tokenizer: ScaleTokenizer, bound: Bound, request: Request, clock: Clock
+    ) -> "RequestState":
+        """Allocates everything, at the bound; the clock runs."""
         is_guided = request.guidance.is_needed(0)
         conditions = request.conditions if is_guided else request.conditions[: request.num_images]
         prepared = model.prepare(conditions, is_guided and not request.has_negative)
@@ -150,6 +156,7 @@ class RequestState:
                 bytes_per_element=torch.empty(0, dtype=model.compute_dtype).element_size(),
                 peak_kv_bytes=cache.num_bytes,
             ),
+            clock=clock,
             num_stored=limits.num_stored,
         )
 

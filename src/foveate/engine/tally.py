@@ -25,16 +25,16 @@ class Tally:
     counts: list[tuple[int, ...]] = field(default_factory=list)
 
     @classmethod
-    def start(cls, layout: TokenLayout, wants_maps: bool) -> "Tally":
+    def start(cls, layout: TokenLayout, wants_maps: bool, device: torch.device) -> "Tally":
         """Begins a scale."""
-        depth_n = torch.zeros(layout.rows.total, dtype=torch.long) if wants_maps else None
+        depth_n = torch.zeros(layout.rows.total, dtype=torch.long, device=device) if wants_maps else None
         return cls(layout=layout, depth_n=depth_n)
 
     def count(self, active: ActiveTokens) -> None:
         """Notes which tokens ran one block."""
         self.counts.append(active.rows.counts)
         if self.depth_n is not None:
-            self.depth_n[slice(None) if active.index_n is None else active.index_n.cpu()] += 1
+            self.depth_n[slice(None) if active.index_n is None else active.index_n] += 1
 
     def trace(self, scale: Scale, head_tokens: Mapping[Row, int]) -> ScaleTrace:
         """The scale as the trace keeps it; its time is filled in by the loop."""
@@ -53,17 +53,17 @@ class Tally:
         )
 
     def _maps(self, scale: Scale) -> tuple[Tensor | None, Tensor | None]:
+        """Kept tokens and depths of the conditional rows, on the host: maps wait for the device."""
         if self.depth_n is None:
             return None, None
         num_images = sum(is_cond for _, is_cond in self.layout.live)
-        keep_Bl = torch.ones(num_images, scale.num_tokens, dtype=torch.bool)
-        if self.layout.keep_Bl is not None:
-            keep_Bl = self.layout.keep_Bl.cpu().clone()
-        depth_Bl = torch.zeros(num_images, scale.num_tokens, dtype=torch.long)
-        parts = self.depth_n.split(self.layout.rows.counts)
-        for image in range(num_images):
-            depth_Bl[image, keep_Bl[image]] = parts[image]
-        return keep_Bl, depth_Bl
+        parts = self.depth_n.split(self.layout.rows.counts)[:num_images]
+        if self.layout.kept is None or self.layout.keep_Bl is None:
+            return torch.ones(num_images, scale.num_tokens, dtype=torch.bool), torch.stack(parts).cpu()
+        depth_Bl = self.depth_n.new_zeros(num_images, scale.num_tokens)
+        for depth_l, kept_k, part_k in zip(depth_Bl, self.layout.kept, parts, strict=True):
+            depth_l[kept_k] = part_k
+        return self.layout.keep_Bl.cpu().clone(), depth_Bl.cpu()
 
 
 def skipped(scale: Scale) -> ScaleTrace:

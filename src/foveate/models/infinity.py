@@ -22,6 +22,7 @@ from foveate.core.errors import FoveateError
 from foveate.core.protocols import BlockContext, Change, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
+from foveate.core.transfer import numbers, to_device
 from foveate.kernels.heads import unit_rotated
 from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
@@ -81,7 +82,7 @@ class InfinityPrepared:
 
     def keep(self, rows: Sequence[int]) -> "InfinityPrepared":
         """The same for some rows, in the given order."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.start_RC.device)
+        index = numbers(rows, self.start_RC.device)
         return InfinityPrepared(
             start_RC=self.start_RC[index],
             modulation_PR6C=self.modulation_PR6C[:, index],
@@ -343,7 +344,7 @@ class Infinity(nn.Module):
         rows_hw = torch.outer(row, frequency)[:, None].expand(-1, grid[1], -1)
         columns_hw = torch.outer(column, frequency)[None].expand(grid[0], -1, -1)
         angles = torch.cat((rows_hw, columns_hw), dim=-1).flatten(0, 1)
-        return torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.pos_start.device)
+        return to_device(torch.cat((angles.cos(), angles.sin()), dim=-1), self.pos_start.device)
 
     def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
         """Float32 logits, two per bit."""

@@ -23,6 +23,7 @@ from foveate.core.errors import FoveateError
 from foveate.core.protocols import BlockContext, Change, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
+from foveate.core.transfer import numbers, to_device
 from foveate.kernels.heads import rotate
 from foveate.kernels.linear import Linear
 from foveate.kernels.norm import norm_modulate
@@ -81,7 +82,7 @@ class SwittiPrepared:
 
     def keep(self, rows: Sequence[int]) -> "SwittiPrepared":
         """The same for some rows, in the given order."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.start_RC.device)
+        index = numbers(rows, self.start_RC.device)
         return SwittiPrepared(
             start_RC=self.start_RC[index],
             modulation_PR6C=self.modulation_PR6C[:, index],
@@ -324,7 +325,7 @@ class Switti(nn.Module):
         row_hf = torch.outer(torch.arange(height).float(), frequency * (POSITION_SPAN / max(height - 1, 1)))
         column_wf = torch.outer(torch.arange(width).float(), frequency * (POSITION_SPAN / max(width - 1, 1)))
         angles = torch.cat((column_wf.repeat(height, 1), row_hf.repeat_interleave(width, 0)), dim=-1)
-        return torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.device)
+        return to_device(torch.cat((angles.cos(), angles.sin()), dim=-1), self.device)
 
     def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
         """Float32 logits, one per code of the codebook."""

@@ -23,6 +23,7 @@ from foveate.core.errors import FoveateError
 from foveate.core.protocols import BlockContext, Change, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import Grid, ScaleSchedule
+from foveate.core.transfer import numbers
 from foveate.kernels.heads import unit_rotated
 from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
@@ -79,7 +80,7 @@ class VARPrepared:
 
     def keep(self, rows: Sequence[int]) -> "VARPrepared":
         """The same for some rows, in the given order."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.start_RC.device)
+        index = numbers(rows, self.start_RC.device)
         return VARPrepared(
             start_RC=self.start_RC[index],
             modulation_PR6C=self.modulation_PR6C[:, index],

@@ -17,13 +17,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.core.cost import ModelShape
 from foveate.core.plan import Bound, DepthMap, Directive, Fill, Policy, ScalePlan, require
 from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Signal, Signals
+from foveate.core.transfer import to_device
 from foveate.policies.scores import bit_reversal_order
 
 Curve = Literal["power", "linear", "step", "constant"]
@@ -66,9 +67,17 @@ def depth_scores(
     )
     num_tokens = change_Bl.shape[-1]
     rotated_Bl = (rank_Bl - round(rotation * num_tokens)) % num_tokens
-    # One table for all images, made on the host: equal ranks get equal bits wherever they stand, on every device.
-    table_1l = apply_curve((torch.arange(num_tokens)[None].double() + 0.5) / num_tokens, budget, curve)
-    return table_1l[0].to(change_Bl.device)[rotated_Bl]
+    return to_device(score_table(num_tokens, budget, curve), change_Bl.device)[rotated_Bl]
+
+
+def score_table(num_tokens: int, budget: float, curve: Curve) -> Float[Tensor, " l"]:
+    """The score of every rank, lowest first; float64.
+
+    One table for all images, made on the host: equal ranks get equal bits wherever they stand, on every device.
+    """
+    if budget >= 1:
+        return torch.ones(num_tokens, dtype=torch.float64)
+    return apply_curve((torch.arange(num_tokens)[None].double() + 0.5) / num_tokens, budget, curve)[0]
 
 
 class BoundDepthVAR(Bound):
@@ -134,13 +143,23 @@ class BoundDepthVAR(Bound):
 
     def _of_scores(self, change_Bl: Tensor, scale: int, rotation: float) -> ScalePlan:
         score_Bl = depth_scores(change_Bl, self.budgets[scale], rotation, self.policy.curve)
-        depth_Bl = (score_Bl * self.num_blocks + self.policy.rounding).floor().long().clamp_max(self.num_blocks)
+        depth_Bl = self._depths(score_Bl)
         weight_Bl = score_Bl if self.policy.blend == "score" else depth_Bl / self.num_blocks
         return ScalePlan(
-            depths=(DepthMap(depth_Bl=depth_Bl, order=self.order),),
+            depths=(DepthMap(depth_Bl=depth_Bl, order=self.order, counts=self._counts(scale)),),
             fill=Fill.CACHED if self.policy.fill == "cached" else Fill.IDENTITY,
             weight_Bl=weight_Bl.float(),
         )
+
+    def _depths(self, score: Float[Tensor, "*_ l"]) -> Int[Tensor, "*_ l"]:
+        """Blocks that tokens of these scores run."""
+        return (score * self.num_blocks + self.policy.rounding).floor().long().clamp_max(self.num_blocks)
+
+    def _counts(self, scale: int) -> tuple[int, ...]:
+        """How many tokens run the first, second, ... block of the order: ranks alone decide, so the host knows."""
+        table_l = score_table(self.schedule.scales[scale].num_tokens, self.budgets[scale], self.policy.curve)
+        places = torch.arange(self.num_blocks)
+        return tuple((self._depths(table_l) > places[:, None]).sum(-1).tolist())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

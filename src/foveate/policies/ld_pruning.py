@@ -12,6 +12,7 @@ Axes: B images, Z latent channels, (h, w) grids, l tokens, k tokens that ran, V 
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -34,6 +35,7 @@ from foveate.core.plan import (
 )
 from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.core.signals import BranchLogits, Signal, Signals
+from foveate.core.transfer import to_device
 
 _LOG = logging.getLogger("foveate")
 
@@ -51,7 +53,7 @@ def haar_energy(residual_BZhw: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B h2 
     """Squared Haar detail of each 2x2 patch, summed over channels and kernels (Eqs. 7-9); half the grid, rounded up."""
     padded = _even(_even(residual_BZhw, -2), -1)
     flat = padded.double().flatten(0, 1).unsqueeze(1)
-    detail = F.conv2d(flat, _HAAR.to(flat)[:, None], stride=2)
+    detail = F.conv2d(flat, to_device(_HAAR, flat.device, flat.dtype)[:, None], stride=2)
     return detail.square().sum(1).unflatten(0, residual_BZhw.shape[:2]).sum(1)
 
 
@@ -67,18 +69,30 @@ def keep_by_energy(energy_Bl: Float[Tensor, "B l"], share: float) -> Bool[Tensor
     return keep_by_mass(energy_Bl, share)
 
 
-def branch_gap(logits: BranchLogits, norm: Literal["rms", "l2"]) -> float:
-    """Distance of the branches' logits (Eq. 12): root-mean-square, or the literal 2-norm. Reads the device once."""
+def branch_gap(logits: BranchLogits, norm: Literal["rms", "l2"]) -> Float[Tensor, ""]:
+    """Distance of the branches' logits (Eq. 12): root-mean-square, or the literal 2-norm; float64, on the device."""
     difference_kV = (logits.cond_kV - logits.uncond_kV).double()
-    return float(difference_kV.square().mean().sqrt() if norm == "rms" else difference_kV.square().sum().sqrt())
+    return difference_kV.square().mean().sqrt() if norm == "rms" else difference_kV.square().sum().sqrt()
+
+
+def branch_gaps(logits: Sequence[BranchLogits | None], norm: Literal["rms", "l2"]) -> Float[Tensor, " B"] | None:
+    """The gap of every image; NaN where one branch ran alone, None if that is so for all."""
+    gaps = [None if both is None else branch_gap(both, norm) for both in logits]
+    known = next((gap for gap in gaps if gap is not None), None)
+    if known is None:
+        return None
+    return torch.stack([torch.full_like(known, torch.nan) if gap is None else gap for gap in gaps])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _State:
-    """Per image: the gap at scale `seen`, whether the branch still runs, and the latest energy and kept tokens."""
+    """Per image: the gap at scale `seen`, whether the branch still runs, and the latest energy and kept tokens.
 
-    gaps: tuple[float | None, ...] = ()
-    is_guided: tuple[bool, ...] = ()
+    All on the device. The gap is NaN where one branch ran alone; nothing is None but what was never computed.
+    """
+
+    gap_B: Tensor | None = None
+    guided_B: Tensor | None = None
     seen: int = -1
     energy_B1hw: Tensor | None = None
     kept_B1hw: Tensor | None = None
@@ -126,14 +140,15 @@ class BoundLDPruning(Bound):
             return ScalePlan(runs=False), state
         if self.has_sats and signals is not None and signals.logits is not None and signals.scale > state.seen:
             state = self._watch_gap(signals, state)
-        unconditional = state.is_guided if not all(state.is_guided) else None
         if not self.has_lhep or scale < self.first_lhep or signals is None or signals.residual_BZhw is None:
-            return ScalePlan(unconditional=unconditional), state
+            return ScalePlan(guided_B=state.guided_B), state
         energy_B1hw = self._token_energy(signals.residual_BZhw, scale, state)
         selection = TokenSelection(score_Bl=energy_B1hw.flatten(1), share=self.policy.energy_share, rule=Rule.MASS)
-        kept_Bl = selection.narrow(torch.ones_like(selection.score_Bl, dtype=torch.bool))
         base = Base.PREVIOUS if self.policy.fill == "base" else Base.ZERO
-        plan = ScalePlan(unconditional=unconditional, selections=(selection,), base=base)
+        plan = ScalePlan(guided_B=state.guided_B, selections=(selection,), base=base)
+        if self.policy.energy_from == "previous":
+            return plan, state
+        kept_Bl = selection.narrow(torch.ones_like(selection.score_Bl, dtype=torch.bool))
         return plan, replace(state, energy_B1hw=energy_B1hw, kept_B1hw=kept_Bl.view_as(energy_B1hw))
 
     def _token_energy(self, residual_BZhw: Tensor, scale: int, state: _State) -> Float[Tensor, "B 1 y x"]:
@@ -152,16 +167,13 @@ class BoundLDPruning(Bound):
 
     def _watch_gap(self, signals: Signals, state: _State) -> _State:
         """Eq. 13: gamma = |gap - previous gap| / previous gap, below the threshold once is enough."""
-        logits = signals.logits or ()
-        before = state.gaps or (None,) * len(logits)
-        is_guided = list(state.is_guided or (True,) * len(logits))
-        gaps = [None if both is None else branch_gap(both, self.policy.gap_norm) for both in logits]
-        for image, (gap, previous) in enumerate(zip(gaps, before, strict=True)):
-            if gap is None or previous is None or signals.scale < self.first_sats:
-                continue
-            gamma = abs(gap - previous) / (previous + 1e-8)
-            is_guided[image] = is_guided[image] and gamma >= self.policy.sats_threshold
-        return replace(state, gaps=tuple(gaps), is_guided=tuple(is_guided), seen=signals.scale)
+        gap_B, guided_B = branch_gaps(signals.logits or (), self.policy.gap_norm), state.guided_B
+        if gap_B is not None and state.gap_B is not None and signals.scale >= self.first_sats:
+            gamma_B = (gap_B - state.gap_B).abs() / (state.gap_B + 1e-8)
+            # Not "at least the threshold": an unknown gap stops nothing.
+            goes_on_B = ~(gamma_B < self.policy.sats_threshold)
+            guided_B = goes_on_B if guided_B is None else guided_B & goes_on_B
+        return replace(state, gap_B=gap_B, guided_B=guided_B, seen=signals.scale)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

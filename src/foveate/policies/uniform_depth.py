@@ -35,9 +35,12 @@ class BoundUniformDepth(Bound):
         """One depth for all."""
         if not self.is_on or scale < self.first:
             return ScalePlan(), state
-        depth_Bl = torch.full((1, self.schedule.scales[scale].num_tokens), self.depth)
+        num_tokens = self.schedule.scales[scale].num_tokens
+        depth_Bl = torch.full((1, num_tokens), self.depth)
+        counts = tuple(num_tokens * (place < self.depth) for place in range(len(self.order)))
         fill = Fill.CACHED if self.policy.fill == "cached" else Fill.IDENTITY
-        return ScalePlan(depths=(DepthMap(depth_Bl=depth_Bl, order=self.order),), fill=fill), state
+        depth = DepthMap(depth_Bl=depth_Bl, order=self.order, counts=counts)
+        return ScalePlan(depths=(depth,), fill=fill), state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

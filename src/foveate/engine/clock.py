@@ -1,0 +1,110 @@
+"""How long every scale takes: the host's clock on a CPU, marks in the device's own queue on a GPU.
+
+Marks cost the device microseconds and the host no wait; what lies between them is read once, when all scales have run.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+
+class Clock(ABC):
+    """Times the scales of one request, one after the other."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begins a scale, or, called twice in a row, begins it anew."""
+
+    @abstractmethod
+    def stop(self) -> float:
+        """Ends the scale; its milliseconds, or 0.0 where they are not known yet."""
+
+    @abstractmethod
+    def read(self) -> list[float]:
+        """Milliseconds of all scales that were timed; waits for the last one."""
+
+
+class HostClock(Clock):
+    """The host's clock, for devices that are done when a call returns."""
+
+    def __init__(self) -> None:
+        """Times nothing yet."""
+        self._began, self._ms = 0.0, list[float]()
+
+    def start(self) -> None:
+        """Looks at the clock."""
+        self._began = time.perf_counter()
+
+    def stop(self) -> float:
+        """The milliseconds since `start`."""
+        self._ms.append(1e3 * (time.perf_counter() - self._began))
+        return self._ms[-1]
+
+    def read(self) -> list[float]:
+        """What every `stop` returned."""
+        return list(self._ms)
+
+
+@runtime_checkable
+class Mark(Protocol):
+    """A place in a device's queue, as `torch.cuda.Event(enable_timing=True)`."""
+
+    def record(self, stream: Any) -> None:  # noqa: ANN401 - of a kind that belongs to the mark
+        """Puts the mark at the end of a queue."""
+        ...
+
+    def synchronize(self) -> None:
+        """Waits until the device has reached the mark."""
+        ...
+
+    def elapsed_time(self, end_event: "Mark") -> float:
+        """Milliseconds from this mark to a later one; both must have been reached."""
+        ...
+
+
+class DeviceClock(Clock):
+    """Marks in the queue of a device."""
+
+    def __init__(self, make_mark: Callable[[], Mark], stream: object, waits: bool) -> None:
+        """Times nothing yet.
+
+        Args:
+            make_mark: Makes a mark that was not recorded yet.
+            stream: The queue.
+            waits: Whether every `stop` waits for the device, so that it knows.
+        """
+        self._make_mark, self._stream, self._waits = make_mark, stream, waits
+        self._began = make_mark()
+        self._scales: list[tuple[Mark, Mark]] = []
+
+    def start(self) -> None:
+        """Puts a mark into the queue."""
+        self._began = self._make_mark()
+        self._began.record(self._stream)
+
+    def stop(self) -> float:
+        """Puts a mark into the queue; waits for it if asked to."""
+        end = self._make_mark()
+        end.record(self._stream)
+        self._scales.append((self._began, end))
+        if not self._waits:
+            return 0.0
+        end.synchronize()
+        return self._began.elapsed_time(end)
+
+    def read(self) -> list[float]:
+        """Waits for the last mark."""
+        if self._scales:
+            self._scales[-1][1].synchronize()
+        return [begin.elapsed_time(end) for begin, end in self._scales]
+
+
+def clock_of(device: torch.device, waits: bool) -> Clock:
+    """The clock for a device; see `DeviceClock` about `waits`."""
+    if device.type != "cuda":
+        return HostClock()
+    return DeviceClock(partial(torch.cuda.Event, enable_timing=True), torch.cuda.current_stream(device), waits)
