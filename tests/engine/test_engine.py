@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +11,7 @@ from foveate.core.rows import Rows
 from foveate.core.schedule import Scale
 from foveate.core.trace import Trace
 from foveate.engine.branches import combine_hidden, combine_logits
-from foveate.engine.deltas import DeltaStore, resize_matrix, resize_tokens
+from foveate.engine.deltas import DeltaStore
 from foveate.engine.executor import Engine
 from foveate.engine.kv_cache import KVCache
 from foveate.engine.select import TokenLayout, choose
@@ -183,17 +182,6 @@ def test_cache_allocates_the_bound_once():
 
 
 # Deltas
-
-
-@settings(deadline=None, max_examples=25)
-@given(source=st.tuples(st.integers(1, 6), st.integers(1, 6)), grow=st.tuples(st.integers(0, 7), st.integers(0, 7)))
-def test_resizing_equals_bilinear_interpolation(source: tuple[int, int], grow: tuple[int, int]):
-    grid = (source[0] + grow[0], source[1] + grow[1])
-    tokens = noise(sum(source), 2, source[0] * source[1], 3)
-    maps = tokens.transpose(1, 2).unflatten(-1, source)
-    expected = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-    assert torch.allclose(resize_tokens(tokens, source, grid), expected, atol=1e-5)
-    assert torch.allclose(resize_matrix(grid[0], source[0], tokens.device).sum(-1), torch.ones(grid[0]))
 
 
 def test_store_holds_nothing_before_it_was_filled_and_keeps_rows():

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.core.rows import Rows
@@ -17,6 +18,7 @@ from foveate.kernels.heads import unit_rotated
 from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
 from foveate.kernels.residual import add_gated_, gated
+from foveate.kernels.resize import add_resized_, resize_matrix, resize_tokens
 
 DTYPES = (torch.float32, torch.bfloat16)
 RAGGED = Rows((3, 0, 40, 1))
@@ -191,6 +193,26 @@ def test_gelu_equals_plain_arithmetic(path: str, dtype: torch.dtype) -> None:
     got = gelu(x.clone())
     error = (got.double() - torch.tensor(wanted, dtype=torch.float64)).abs()
     assert (error <= tolerance(dtype) * x.double().abs().clamp_min(1e-2)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("source", [(1, 1), (2, 3), (5, 4), (6, 6)], ids=str)
+@pytest.mark.parametrize("grow", [(0, 0), (0, 3), (7, 1), (30, 26)], ids=str)
+def test_resizing_equals_bilinear_interpolation(
+    path: str, grow: tuple[int, int], source: tuple[int, int], dtype: torch.dtype
+) -> None:
+    grid = (source[0] + grow[0], source[1] + grow[1])
+    tokens = random(2, source[0] * source[1], 21, dtype=dtype)
+    maps = tokens.double().transpose(1, 2).unflatten(-1, source)
+    wanted = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    resized = resize_tokens(tokens, source, grid)
+    assert resized.dtype is dtype
+    assert_near(resized, wanted, dtype)
+    x = random(2 * grid[0] * grid[1], 21)
+    expected = x + resized.flatten(0, 1)
+    add_resized_(x, tokens, source, grid)
+    assert torch.equal(x, expected)
+    assert torch.allclose(resize_matrix(grid[0], source[0], tokens.device).sum(-1), torch.ones(grid[0]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,34 +5,12 @@ Axes: R rows, l tokens, C width, (h, w) the grid of the coming scale, (y, x) tha
 
 from collections.abc import Sequence
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core.schedule import Grid
 from foveate.core.transfer import numbers
-
-
-def resize_matrix(size: int, source: int, device: torch.device) -> Float[Tensor, "size source"]:
-    """Bilinear weights (`align_corners=False`) from `source` to `size` samples, as a float32 matrix."""
-    centre = ((torch.arange(size, device=device, dtype=torch.float64) + 0.5) * source / size - 0.5).clamp_min(0)
-    low = centre.floor().long().clamp_max(source - 1)
-    share = centre - low
-    matrix = torch.zeros(size, source, device=device, dtype=torch.float64)
-    matrix.scatter_add_(1, low[:, None], (1 - share)[:, None])
-    matrix.scatter_add_(1, (low + 1).clamp_max(source - 1)[:, None], share[:, None])
-    return matrix.float()
-
-
-def resize_tokens(tokens_RlC: Float[Tensor, "R l C"], source: Grid, grid: Grid) -> Float[Tensor, "R m C"]:
-    """Resizes token maps bilinearly with two small matrix products, in the maps' dtype."""
-    if source == grid:
-        return tokens_RlC
-    rows_hy = resize_matrix(grid[0], source[0], tokens_RlC.device).to(tokens_RlC.dtype)
-    columns_wx = resize_matrix(grid[1], source[1], tokens_RlC.device).to(tokens_RlC.dtype)
-    num_rows, _, width = tokens_RlC.shape
-    tall = torch.matmul(rows_hy, tokens_RlC.view(num_rows, source[0], source[1] * width))
-    return torch.matmul(columns_wx, tall.view(num_rows, grid[0], source[1], width)).view(num_rows, -1, width)
+from foveate.kernels.resize import add_resized_, resize_tokens
 
 
 class DeltaStore:
@@ -48,6 +26,12 @@ class DeltaStore:
         if stored is None or self.grid is None:
             return None
         return resize_tokens(stored, self.grid, grid)
+
+    def add_resized_(self, block: int, grid: Grid, x_nC: Float[Tensor, "n C"]) -> None:
+        """Adds a block's deltas on another grid to the hidden states of all its tokens, if anything was recorded."""
+        stored = self.blocks[block]
+        if stored is not None and self.grid is not None:
+            add_resized_(x_nC, stored, self.grid, grid)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Releases all other rows."""

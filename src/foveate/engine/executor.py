@@ -144,9 +144,9 @@ class Engine:
                 for sublayer in range(block.num_sublayers):
                     change = block.change(sublayer, part_nC, context)
                     add_gated_(part_nC, change.value_nC, change.gate_RC, active.rows)
-            fill_nC = recorder.fill(index) if plan.fill is Fill.CACHED and active.index_n is not None else None
+            fill_nC = None
             if active.index_n is not None:
-                x_nC = x_nC if fill_nC is None else x_nC + fill_nC
+                fill_nC = recorder.fill_(index, x_nC) if plan.fill is Fill.CACHED else None
                 x_nC[active.index_n] = part_nC
             if before_nC is not None:
                 recorder.record(index, part_nC - before_nC, active.index_n, fill_nC)
@@ -209,4 +209,3 @@ def _refuse_equal_branches(bound: Bound, request: Request) -> None:
             "guidance inside the blocks makes both branches' logits equal, so they cannot decide when to stop; "
             "combine guidance on logits only, or switch that rule off"
         )
-

@@ -34,7 +34,17 @@ class Recorder:
         """Whether block deltas are needed at all."""
         return bool(self.wanted & {Signal.BLOCK_CHANGE, Signal.BLOCK_DELTAS})
 
-    def fill(self, block: int) -> Float[Tensor, "n C"] | None:
+    def fill_(self, block: int, x_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n C"] | None:
+        """Adds the stored deltas of a block to all packed tokens, in place; returns them where `record` needs them."""
+        if self.layout.kept is None and not self.is_on:
+            self.store.add_resized_(block, self.grid, x_nC)
+            return None
+        fill_nC = self._fill(block)
+        if fill_nC is not None:
+            x_nC += fill_nC
+        return fill_nC
+
+    def _fill(self, block: int) -> Float[Tensor, "n C"] | None:
         """The stored deltas of a block for all packed tokens of this scale; None before anything was recorded."""
         resized_RlC = self.store.resized(block, self.grid)
         if resized_RlC is None:

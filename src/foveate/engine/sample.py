@@ -230,4 +230,6 @@ class ForcedSampler(Sampler):
     ) -> list[Int[Tensor, "_k d"]]:
         """Returns what was given."""
         device = logits[0].device
-        return [_take(to_device(symbols_ld, device), kept, image) for image, symbols_ld in enumerate(self.symbols[scale])]
+        return [
+            _take(to_device(symbols_ld, device), kept, image) for image, symbols_ld in enumerate(self.symbols[scale])
+        ]

@@ -166,6 +166,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "foveate_residual": [pointer, pointer, integer, pointer, integer, pointer, integer, integer, integer],
         "foveate_heads": [pointer, integer, pointer, pointer, integer, integer, integer, integer],
         "foveate_gelu": [pointer, integer, integer, integer],
+        "foveate_resize": [pointer, *[integer] * 3, pointer, *[integer] * 5, *[pointer] * 4, integer],
     }  # fmt: skip
     for name, arguments in signatures.items():
         function = getattr(loaded, name)

@@ -184,3 +184,63 @@ API void foveate_gelu(void *x, int64_t dtype, int64_t count, int64_t threads) {
     Gelu job = {.queue = {.count = count, .slice = 16384}, .x = x, .dtype = (int)dtype};
     run(gelu_work, &job, threads);
 }
+
+typedef struct {
+    Queue queue;
+    const void *from;
+    void *to;
+    const int64_t *row_low, *column_low;
+    const float *row_share, *column_share;
+    int64_t source_rows, source_columns, rows, columns, width;
+    int from_dtype, adds;
+} Resize;
+
+// One token as a mix of four neighbours, rounded to their dtype; written, or added to float32.
+INLINE void resize_token(const Resize *job, int64_t token) {
+    int64_t place = token % (job->rows * job->columns), map = token / (job->rows * job->columns);
+    int64_t y = place / job->columns, x = place % job->columns, width = job->width, source_columns = job->source_columns;
+    int64_t top = job->row_low[y], left = job->column_low[x];
+    int64_t bottom = top + 1 < job->source_rows ? top + 1 : top, right = left + 1 < source_columns ? left + 1 : left;
+    int64_t base = map * job->source_rows * source_columns;
+    int64_t a = (base + top * source_columns + left) * width, b = (base + top * source_columns + right) * width;
+    int64_t c = (base + bottom * source_columns + left) * width, d = (base + bottom * source_columns + right) * width;
+    __m512 down = _mm512_set1_ps(job->row_share[y]), across = _mm512_set1_ps(job->column_share[x]);
+    for (int64_t i = 0; i < width; i += LANES) {
+        __mmask16 mask = first_lanes(width - i);
+        __m512 p = load16(job->from, a + i, job->from_dtype, mask), q = load16(job->from, b + i, job->from_dtype, mask);
+        __m512 r = load16(job->from, c + i, job->from_dtype, mask), s = load16(job->from, d + i, job->from_dtype, mask);
+        __m512 above = _mm512_fmadd_ps(across, _mm512_sub_ps(q, p), p), below = _mm512_fmadd_ps(across, _mm512_sub_ps(s, r), r);
+        __m512 mixed = _mm512_fmadd_ps(down, _mm512_sub_ps(below, above), above);
+        if (!job->adds) {
+            store16(job->to, token * width + i, job->from_dtype, mask, mixed);
+            continue;
+        }
+        uint16_t rounded[LANES];
+        if (job->from_dtype == BFLOAT16) {
+            store16(rounded, 0, BFLOAT16, mask, mixed);
+            mixed = load16(rounded, 0, BFLOAT16, mask);
+        }
+        float *to = (float *)job->to + token * width + i;
+        _mm512_mask_storeu_ps(to, mask, _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to), mixed));
+    }
+}
+
+static void resize_work(void *arg) {
+    Resize *job = arg;
+    int64_t begin, end;
+    while (take_slice(&job->queue, &begin, &end))
+        for (int64_t t = begin; t < end; t++) resize_token(job, t);
+}
+
+// Bilinear maps of tokens: from (maps, source_rows, source_columns, width) to (maps, rows, columns, width). The tables hold
+// for every target row and column the source in front of it and the share of the next one.
+API void foveate_resize(const void *from, int64_t from_dtype, int64_t source_rows, int64_t source_columns, void *to,
+                        int64_t adds, int64_t maps, int64_t rows, int64_t columns, int64_t width,
+                        const int64_t *row_low, const float *row_share, const int64_t *column_low,
+                        const float *column_share, int64_t threads) {
+    Resize job = {.queue = {.count = maps * rows * columns, .slice = 64}, .from = from, .to = to, .row_low = row_low,
+                  .column_low = column_low, .row_share = row_share, .column_share = column_share,
+                  .source_rows = source_rows, .source_columns = source_columns, .rows = rows, .columns = columns,
+                  .width = width, .from_dtype = (int)from_dtype, .adds = (int)adds};
+    run(resize_work, &job, threads);
+}
