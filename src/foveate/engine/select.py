@@ -44,7 +44,7 @@ def choose(plan: ScalePlan, num_images: int, num_tokens: int, num_blocks: int) -
     unread = [] if plan.guided_B is None else [plan.guided_B.long()]
     if known is None:
         unread += [mask.sum(-1).flatten() for mask in (keep_Bl, run_PBl) if mask is not None]
-    read = torch.cat(unread).tolist() if unread else []
+    read = torch.cat(unread).cpu().tolist() if unread else []
     if plan.guided_B is not None:
         plan, read = plan.with_branches([bool(x) for x in read[: len(plan.guided_B)]]), read[len(plan.guided_B) :]
     if known is not None:

@@ -203,7 +203,7 @@ class VAR(nn.Module):
         """
         labels = [self._index(condition) for condition in conditions]
         labels += [self.config.num_classes] * len(labels) if is_guided else []
-        class_RC = self.class_emb.weight[torch.tensor(labels, device=self.device)].float()
+        class_RC = self.class_emb.weight[numbers(labels, self.device)].float()
         active_RC = F.silu(class_RC)
         return VARPrepared(
             start_RC=class_RC + self.pos_start[0].float() + self._places(0),
