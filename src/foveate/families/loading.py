@@ -211,6 +211,7 @@ def _assemble(
             paths, (kind.transformer, kind.autoencoder), (spec.transformer, spec.autoencoder), strict=True
         )
     )
+    autoencoder.settle(dtype, dtype)
     return LoadedModel(
         spec=spec,
         transformer=transformer,
@@ -243,6 +244,7 @@ def _random(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Loaded
     autoencoder = empty_module(partial(kind.autoencoder.build, spec.autoencoder), dtype, device)
     fill_randomly(transformer)
     fill_randomly(autoencoder)
+    autoencoder.settle(dtype, dtype)
     return LoadedModel(
         spec=spec,
         transformer=transformer,

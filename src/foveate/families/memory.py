@@ -14,6 +14,7 @@ from foveate.core.plan import Policy
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request, bounds_of
 from foveate.families.spec import ModelSpec
+from foveate.tokenizers.strips import CPU_VALUES
 
 TEXT_ENCODER_PARAMETERS = {
     "minilm": 22_565_376,
@@ -25,8 +26,8 @@ TEXT_ENCODER_PARAMETERS = {
 
 _STREAM_BYTES, _COMPUTE_VALUES = 13, 7
 """Per token and channel a block holds 13 bytes in float32 and 7 values in the compute dtype at its peak."""
-_DECODER_VALUES = 4
-"""Per pixel the decoder holds 4 times the channels that enter its last resolution."""
+_DECODER_STRIPS = 6
+"""Beside its maps the decoder holds so many strips of them (`tokenizers.strips`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +93,6 @@ def memory_need(spec: ModelSpec, dtype: torch.dtype, policy: Policy, num_images:
     parameters = count_parameters(spec)
     tokens = 2 * num_images * schedule.scales[-1].num_tokens
     height, width = (side * spec.stride for side in schedule.grids[-1])
-    channels = spec.autoencoder.base_channels * spec.autoencoder.channel_multipliers[min(1, _levels(spec) - 1)]
     text_size = 4 if spec.conditioner == "minilm" else size
     return MemoryNeed(
         transformer=parameters["transformer"] * size,
@@ -101,9 +101,15 @@ def memory_need(spec: ModelSpec, dtype: torch.dtype, policy: Policy, num_images:
         kv=bounds.kv_bytes(shape.num_heads * shape.head_width, size),
         blocks=tokens * shape.width * (_STREAM_BYTES + _COMPUTE_VALUES * size),
         logits=tokens * shape.head_outputs * 3 * 4,
-        decoder=_DECODER_VALUES * channels * height * width * size,
+        decoder=decoder_bytes(spec, dtype, height, width),
     )
 
 
-def _levels(spec: ModelSpec) -> int:
-    return len(spec.autoencoder.channel_multipliers)
+def decoder_bytes(spec: ModelSpec, dtype: torch.dtype, height: int, width: int) -> int:
+    """What decoding a picture of some pixels takes on a CPU: the map that enters the last resolution, and the next."""
+    config = spec.autoencoder
+    levels = len(config.channel_multipliers)
+    channels = config.base_channels * (config.channel_multipliers[min(1, levels - 1)] + config.channel_multipliers[0])
+    # Convolutions run at 1/patch of the pixels; the rest of the stride is what the levels double.
+    places = height * width * 4 ** (levels - 1) // config.stride**2
+    return (channels * places + _DECODER_STRIPS * CPU_VALUES) * dtype.itemsize
