@@ -14,6 +14,7 @@ from foveate.core.plan import Policy
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request, bounds_of
 from foveate.families.spec import ModelSpec
+from foveate.models.quantization import quantized_bytes
 from foveate.tokenizers.strips import CPU_VALUES
 
 TEXT_ENCODER_PARAMETERS = {
@@ -67,7 +68,9 @@ def count_parameters(spec: ModelSpec) -> dict[str, int]:
     return counts | {"text_encoder": TEXT_ENCODER_PARAMETERS[spec.conditioner]}
 
 
-def memory_need(spec: ModelSpec, dtype: torch.dtype, policy: Policy, num_images: int = 1) -> MemoryNeed:
+def memory_need(
+    spec: ModelSpec, dtype: torch.dtype, policy: Policy, num_images: int = 1, quantization: str | None = None
+) -> MemoryNeed:
     """What guided pictures of the default size take.
 
     Args:
@@ -75,6 +78,7 @@ def memory_need(spec: ModelSpec, dtype: torch.dtype, policy: Policy, num_images:
         dtype: What it computes in; MiniLM stays in float32.
         policy: Its bound sets the size of the cache; the working sets are those of a full last scale.
         num_images: Pictures at once.
+        quantization: How the blocks hold their weights; None stands for `dtype`.
     """
     with torch.device("meta"):
         shape = spec.kind.transformer.build(spec.transformer).shape
@@ -95,7 +99,7 @@ def memory_need(spec: ModelSpec, dtype: torch.dtype, policy: Policy, num_images:
     height, width = (side * spec.stride for side in schedule.grids[-1])
     text_size = 4 if spec.conditioner == "minilm" else size
     return MemoryNeed(
-        transformer=parameters["transformer"] * size,
+        transformer=transformer_bytes(spec, dtype, quantization),
         autoencoder=parameters["autoencoder"] * size,
         text_encoder=parameters["text_encoder"] * text_size,
         kv=bounds.kv_bytes(shape.num_heads * shape.head_width, size),
@@ -103,6 +107,18 @@ def memory_need(spec: ModelSpec, dtype: torch.dtype, policy: Policy, num_images:
         logits=tokens * shape.head_outputs * 3 * 4,
         decoder=decoder_bytes(spec, dtype, height, width),
     )
+
+
+def transformer_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: str | None = None) -> int:
+    """Weights of the transformer; those of its blocks in the quantisation, the rest in a dtype."""
+    with torch.device("meta"):
+        transformer = spec.kind.transformer.build(spec.transformer)
+    total = sum(p.numel() for p in transformer.parameters()) * dtype.itemsize
+    if quantization is None:
+        return total
+    blocks = [transformer.block(i) for i in range(transformer.shape.num_blocks)]
+    linears = quantized_bytes(blocks, quantization)
+    return total - linears["parameters"] * dtype.itemsize + linears["bytes"]
 
 
 def decoder_bytes(spec: ModelSpec, dtype: torch.dtype, height: int, width: int) -> int:
