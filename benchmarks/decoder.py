@@ -19,7 +19,7 @@ from torch import Tensor
 from foveate.bench.memory import meter_for
 from foveate.bench.rounds import alternate
 from foveate.bench.spread import Spread
-from foveate.families.published import PUBLISHED
+from foveate.families.loading import Origin, find_spec
 from foveate.models.random_weights import empty_module, fill_randomly
 from foveate.pipeline import DTYPES
 
@@ -45,13 +45,13 @@ def sides_of(build: Callable[[], Any], dtypes: list[str]) -> dict[str, Decode]:
 def main() -> None:
     """Prints one line per side."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="infinity-125m", choices=PUBLISHED)
+    parser.add_argument("--model", default="infinity-125m")
     parser.add_argument("--size", default="512x512", help="width x height in pixels")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", default="", help="sides whose name holds this")
     given = parser.parse_args()
-    spec = PUBLISHED[given.model].spec
+    spec = find_spec(Origin(name_or_path=given.model))
     width, height = (int(side) // spec.autoencoder.stride for side in given.size.split("x"))
     latent = torch.randn(1, spec.autoencoder.latent_channels, height, width, generator=torch.Generator().manual_seed(0))
     sides = sides_of(partial(spec.kind.autoencoder.build, spec.autoencoder), given.dtype)
