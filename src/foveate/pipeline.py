@@ -21,7 +21,7 @@ from foveate.core.trace import Trace
 from foveate.engine.executor import Engine
 from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler, SmoothSampler
 from foveate.engine.state import Request
-from foveate.families.loading import LoadedModel, Origin, load_model
+from foveate.families.loading import LoadedModel, Origin, Precision, load_model
 from foveate.pipeline_options import Job, Options, Prompts, resolve, settings_of, warn_untrained
 from foveate.pipeline_output import (
     Images,
@@ -64,7 +64,7 @@ class Pipeline:
         self._hides_progress: bool | None = None
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913 - one call for everything that a model is, in the names that users bring
         cls,
         name_or_path: str | Path = "emoji",
         *,
@@ -72,6 +72,8 @@ class Pipeline:
         text_encoder: str | Path | None = None,
         weights: str = "pretrained",
         dtype: str | torch.dtype = "float32",
+        decoder_dtype: str | torch.dtype | None = None,
+        quantization: str | None = None,
         device: str | torch.device = "cpu",
         revision: str | None = None,
         local_files_only: bool = False,
@@ -86,12 +88,15 @@ class Pipeline:
             weights: `pretrained`, or `random`, which fills the shape with noise, for timing; the text features are then
                 random as well.
             dtype: What the model computes in, whatever the files hold: float32, bfloat16 or float16.
+            decoder_dtype: What the decoder computes in; None takes `dtype`.
+            quantization: `int8` or `fp8` holds the weights of the transformer's blocks in eight bits: less memory, no
+                less time. Needs the extra `quantize`. None keeps them in `dtype`.
             device: Where it runs.
             revision: Branch, tag or commit of a hub model; None elsewhere.
             local_files_only: Never reaches for the network: a hub model must have been fetched before.
 
         Raises:
-            FoveateError: An unknown name, dtype or device.
+            FoveateError: An unknown name, dtype, quantisation or device, or torchao is missing.
             CheckpointError: The folder is incomplete, damaged or of another model.
         """
         origin = Origin(
@@ -101,7 +106,12 @@ class Pipeline:
             revision=revision,
             local_files_only=local_files_only,
         )
-        return cls(load_model(origin, weights=weights, dtype=_dtype(dtype), device=_device(device)))
+        precision = Precision(
+            dtype=_dtype(dtype, "dtype"),
+            decoder_dtype=None if decoder_dtype is None else _dtype(decoder_dtype, "decoder_dtype"),
+            quantization=quantization,
+        )
+        return cls(load_model(origin, weights=weights, precision=precision, device=_device(device)))
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
@@ -304,10 +314,10 @@ def stack_uint8(images: Images) -> np.ndarray:
     return images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype, name: str) -> torch.dtype:
     known = {**DTYPES, **{str(value): value for value in DTYPES.values()}}
     if str(dtype) not in known:
-        raise FoveateError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+        raise FoveateError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype}")
     return known[str(dtype)]
 
 

@@ -7,6 +7,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from foveate.core.trace import ScaleTrace, Trace
 from foveate.core.version import __version__
 from foveate.engine.forecast import full_cost
 from foveate.engine.state import Request, bounds_of
-from foveate.families.loading import LoadedModel
+from foveate.families.loading import LoadedModel, Precision
 from foveate.kernels import native
 from foveate.pipeline_options import Job
 
@@ -188,6 +189,16 @@ def processor_name(device: torch.device) -> str:
     return f"{name} + {torch.cuda.get_device_name(device)}" if device.type == "cuda" else name
 
 
+def describe_precision(precision: Precision) -> dict[str, str | None]:
+    """Number formats by name; None where a part has none of its own."""
+    decoder = precision.decoder_dtype
+    return {
+        "dtype": str(precision.dtype).removeprefix("torch."),
+        "decoder_dtype": None if decoder is None else str(decoder).removeprefix("torch."),
+        "quantization": precision.quantization,
+    }
+
+
 def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
     """Everything that decides the bits of a batch, defaults included, as plain JSON data."""
     grid, stride = job.schedule.grids[-1], model.spec.stride
@@ -215,7 +226,7 @@ def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
             "parts": [{"policy": part.name, **part.settings()} for part in job.policy.parts_of()],
         },
         "batch_invariant": job.settings.batch_invariant,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **describe_precision(model.precision),
         "device": model.device.type,
         "threads": torch.get_num_threads(),
         "versions": {
@@ -223,6 +234,7 @@ def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": ".".join(map(str, sys.version_info[:3])),
+            **({} if model.precision.quantization is None else {"torchao": version("torchao")}),
         },
         "machine": processor_name(model.device),
         "kernels": native.describe() if model.device.type == "cpu" else "torch",

@@ -160,8 +160,14 @@ def naming_damage(path: str | Path) -> Iterator[None]:
 def _own_model(path: str | Path, config: Mapping[str, Any]) -> Pipeline:
     if config["model"] not in model_names():
         raise FoveateError(f"{path} was made with a local model, {config['model']}; load it and pass it as pipe")
-    kind = config["weights"]["kind"]
-    return Pipeline.from_pretrained(config["model"], weights=kind, dtype=config["dtype"], device=config["device"])
+    return Pipeline.from_pretrained(
+        config["model"],
+        weights=config["weights"]["kind"],
+        dtype=config["dtype"],
+        decoder_dtype=config.get("decoder_dtype"),
+        quantization=config.get("quantization"),
+        device=config["device"],
+    )
 
 
 def _options(config: Mapping[str, Any]) -> Options:

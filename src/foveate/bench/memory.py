@@ -18,6 +18,7 @@ from foveate.bench.spread import Spread
 from foveate.bench.workload import Workload
 from foveate.core.plan import Policy
 from foveate.families.loading import LoadedModel
+from foveate.models.quantization import stored_bytes
 from foveate.pipeline import Pipeline
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -122,7 +123,7 @@ def _bytes_of(modules: Iterable[nn.Module]) -> int:
     tensors: dict[int, Tensor] = {
         id(tensor): tensor for module in modules for tensor in (*module.parameters(), *module.buffers())
     }
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    return sum(stored_bytes(tensor) for tensor in tensors.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """A report as a short table, and as a page that stands by itself: hardware, versions, command, figures, exclusions."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from foveate.bench.report import BenchReport, Case, Entry
 from foveate.bench.spread import PERCENTILES, Spread, runs_for
@@ -36,13 +37,21 @@ def scale_table(case: Case) -> Table:
     return columns, rows
 
 
+def _formats(model: Mapping[str, Any]) -> str:
+    """The dtype, and what differs from it."""
+    parts = [model["dtype"]]
+    parts += [f"decoder {model['decoder_dtype']}"] if model["decoder_dtype"] is not None else []
+    parts += [f"blocks {model['quantization']}"] if model["quantization"] is not None else []
+    return ", ".join(parts)
+
+
 def facts(report: BenchReport) -> list[tuple[str, str]]:
     """What was measured, on what, and how: names and values."""
     model, settings = report.model, report.settings
     rounds = sorted({case.rounds for case in report.cases})
     counted = "-".join(str(count) for count in dict.fromkeys((rounds[0], rounds[-1])))
     found = [
-        ("model", f"{model['name']}, {model['weights']} weights, {model['dtype']}, {model['device']}"),
+        ("model", f"{model['name']}, {model['weights']} weights, {_formats(model)}, {model['device']}"),
         ("weights", ", ".join(f"{part} {_mb(float(size))} MB" for part, size in report.weights_bytes.items())),
         ("machine", f"{report.machine['used']}, {settings['threads']} threads"),
         ("rounds", f"{counted} counted, {settings['warmup']} for warm-up; policies alternate, spread is p10-p90"),

@@ -21,7 +21,7 @@ from foveate.core.errors import FoveateError
 from foveate.core.plan import Policy
 from foveate.families.loading import LoadedModel
 from foveate.pipeline import Pipeline
-from foveate.pipeline_output import processor_name
+from foveate.pipeline_output import describe_precision, processor_name
 
 T = TypeVar("T")
 
@@ -156,7 +156,7 @@ def _describe_model(model: LoadedModel) -> dict[str, Any]:
         "name": model.spec.name,
         "weights": model.weights,
         "sha256": model.sha256,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **describe_precision(model.precision),
         "device": str(model.device),
     }
 

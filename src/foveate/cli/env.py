@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from foveate.cli.console import in_units, print_facts, print_json
+from foveate.cli.options import Quantization
 
 
 @Parameter(name="*")
@@ -15,10 +16,12 @@ class EnvOptions:
 
     Attributes:
         model: Also say what this model needs for one picture with guidance.
+        quantization: With weights of its blocks in eight bits.
         as_json: Print one JSON object.
     """
 
     model: Annotated[str | None, Parameter(name=["--model", "-m"])] = None
+    quantization: Quantization | None = None
     as_json: Annotated[bool, Parameter(name="--json")] = False
 
 
@@ -33,7 +36,7 @@ def env(*, options: EnvOptions = _DEFAULTS) -> int:
     """
     from foveate.cli import machine  # noqa: PLC0415 - torch is loaded when the command runs
 
-    found = machine.describe(options.model)
+    found = machine.describe(options.model, options.quantization)
     if options.as_json:
         print_json(found)
     else:

@@ -23,6 +23,8 @@ def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
         text_encoder=options.text_encoder,
         weights=options.weights,
         dtype=options.dtype,
+        decoder_dtype=options.decoder_dtype,
+        quantization=options.quantization,
         device=options.device,
         revision=options.revision,
         local_files_only=options.local_files_only,

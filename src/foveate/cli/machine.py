@@ -12,7 +12,7 @@ from foveate.pipeline import DTYPES
 from foveate.policies.full import Full
 
 
-def describe(model: str | None = None) -> dict[str, Any]:
+def describe(model: str | None = None, quantization: str | None = None) -> dict[str, Any]:
     """Versions, processor, devices and bundled models; with a model also what it needs.
 
     Raises:
@@ -23,10 +23,10 @@ def describe(model: str | None = None) -> dict[str, Any]:
         **describe_machine(),
         "bundled_models": [str(folder) for folder in folders if (folder / CONFIG_NAME).is_file()],
     }
-    return found if model is None else {**found, "model": needs(model)}
+    return found if model is None else {**found, "model": needs(model, quantization)}
 
 
-def needs(name: str) -> dict[str, Any]:
+def needs(name: str, quantization: str | None = None) -> dict[str, Any]:
     """Bytes that one guided picture of the default size takes under the full policy, by part and dtype.
 
     Raises:
@@ -42,5 +42,9 @@ def needs(name: str) -> dict[str, Any]:
         "tokens": spec.default_schedule.num_tokens,
         "parameters": count_parameters(spec),
         "file_bytes": None if folder is None else file_bytes(folder),
-        "bytes": {dtype: memory_need(spec, kind, Full()).to_json() for dtype, kind in DTYPES.items()},
+        "quantization": quantization,
+        "bytes": {
+            dtype: memory_need(spec, kind, Full(), quantization=quantization).to_json()
+            for dtype, kind in DTYPES.items()
+        },
     }

@@ -11,6 +11,9 @@ from foveate.core.errors import FoveateError
 
 Number = TypeVar("Number", int, float)
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["int8", "fp8"]
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +26,8 @@ class ModelOptions:
         text_encoder: Folder or hub repository of the text encoder, instead of the published one.
         weights: random runs the same architecture with weights drawn at random.
         dtype: What the model computes in, whatever its files hold.
+        decoder_dtype: What the decoder computes in, if not in that.
+        quantization: Hold the weights of the blocks in eight bits: less memory, no less time. Needs the extra quantize.
         device: Where it runs, such as cpu or cuda:0.
         threads: Threads of the processor; by default what torch chooses.
         revision: Revision of a model from a hub.
@@ -33,7 +38,9 @@ class ModelOptions:
     autoencoder: Path | None = None
     text_encoder: str | None = None
     weights: Literal["pretrained", "random"] = "pretrained"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
+    decoder_dtype: Dtype | None = None
+    quantization: Quantization | None = None
     device: str = "cpu"
     threads: int | None = None
     revision: str | None = None

@@ -39,10 +39,17 @@ def redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
 
 
 def _pipeline(config: dict[str, Any], model: ModelOptions, options: GenerateOptions) -> Pipeline | None:
-    """A model that was named by hand, in the dtype and on the device of the file; None takes the file's own."""
+    """A model named by hand, in the number formats and on the device of the file; None takes the file's own."""
     if model.model == _DEFAULT_MODEL:
         return None
-    stored = replace(model, weights=config["weights"]["kind"], dtype=config["dtype"], device=config["device"])
+    stored = replace(
+        model,
+        weights=config["weights"]["kind"],
+        dtype=config["dtype"],
+        decoder_dtype=config.get("decoder_dtype"),
+        quantization=config.get("quantization"),
+        device=config["device"],
+    )
     return open_pipeline(stored, is_quiet=options.quiet)
 
 

@@ -7,6 +7,7 @@ networks belong together, and every key.
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ from foveate.folder import (
 )
 from foveate.kernels import native
 from foveate.models.infinity import InfinityConfig
+from foveate.models.quantization import check_quantization, quantize_blocks
 from foveate.models.random_weights import RANDOM_SEED, empty_module, fill_randomly
 from foveate.models.switti import SwittiConfig
 from foveate.models.var import VARConfig
@@ -57,6 +59,29 @@ class Origin:
     local_files_only: bool = False
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """Number formats of a model: what it computes in, and what may differ from that.
+
+    `decoder_dtype` is the decoder's, None if it is `dtype`. `quantization` is how the blocks of the transformer hold
+    their weights (`models.quantization`), None if in `dtype`.
+    """
+
+    dtype: torch.dtype
+    decoder_dtype: torch.dtype | None = None
+    quantization: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a quantisation that does not exist or is not installed."""
+        if self.quantization is not None:
+            check_quantization(self.quantization)
+
+    @property
+    def autoencoder_dtype(self) -> torch.dtype:
+        """What the autoencoder is read in, so that no part of it is rounded twice."""
+        return self.dtype if self.decoder_dtype is None else torch.promote_types(self.dtype, self.decoder_dtype)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LoadedModel:
     """A model in memory; nothing here changes while it generates.
@@ -70,8 +95,13 @@ class LoadedModel:
     text: Conditioner
     weights: str
     sha256: str
-    dtype: torch.dtype
+    precision: Precision
     device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; the decoder may have another one."""
+        return self.precision.dtype
 
 
 def model_names() -> list[str]:
@@ -79,13 +109,13 @@ def model_names() -> list[str]:
     return [*BUNDLED, *PUBLISHED]
 
 
-def load_model(origin: Origin, *, weights: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def load_model(origin: Origin, *, weights: str, precision: Precision, device: torch.device) -> LoadedModel:
     """Loads a model.
 
     Args:
         origin: Which, and where it is.
         weights: `pretrained` or `random`.
-        dtype: What it computes in.
+        precision: What it computes in.
         device: Where it runs.
 
     Raises:
@@ -99,12 +129,12 @@ def load_model(origin: Origin, *, weights: str, dtype: torch.dtype, device: torc
         native.library()
     if weights == "random":
         _refuse_parts(origin, "random weights")
-        return _random(find_spec(origin), dtype, device)
+        return _random(find_spec(origin), precision, device)
     folder = _own_folder(origin)
     if folder is not None:
         _refuse_parts(origin, f"{origin.name_or_path}, which holds its own")
-        return _from_folder(folder, dtype, device)
-    return _from_sources(_find_sources(origin), dtype, device)
+        return _from_folder(folder, precision, device)
+    return _from_sources(_find_sources(origin), precision, device)
 
 
 def _refuse_parts(origin: Origin, whose: str) -> None:
@@ -178,7 +208,7 @@ def _find_sources(origin: Origin) -> Sources:
     return local_sources(path, origin.autoencoder, origin.text_encoder, origin.local_files_only)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def _from_folder(folder: Path, precision: Precision, device: torch.device) -> LoadedModel:
     """A model in our own format."""
     spec = ModelSpec.from_json(read_config(folder))
     config = spec.transformer
@@ -189,15 +219,15 @@ def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> Load
         raise CheckpointError(
             f"text encoder is {text.model.config.width} wide, the transformer reads {config.text_width}"
         )
-    return _assemble(spec, (folder / TRANSFORMER, folder / AUTOENCODER), text, folder_sha256(folder), dtype, device)
+    return _assemble(spec, (folder / TRANSFORMER, folder / AUTOENCODER), text, folder_sha256(folder), precision, device)
 
 
-def _from_sources(sources: Sources, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def _from_sources(sources: Sources, precision: Precision, device: torch.device) -> LoadedModel:
     """A model in published files; its text encoders come from their own folders or repositories."""
     spec = sources.spec
     paths = (sources.transformer, sources.autoencoder)
     digest = weights_sha256(file for path in paths for file in files_of(path))
-    return _assemble(spec, paths, _conditioner(sources, dtype, device), digest, dtype, device)
+    return _assemble(spec, paths, _conditioner(sources, precision.dtype, device), digest, precision, device)
 
 
 def _assemble(
@@ -205,16 +235,18 @@ def _assemble(
     paths: tuple[Path, Path],
     text: Conditioner,
     sha256: str,
-    dtype: torch.dtype,
+    precision: Precision,
     device: torch.device,
 ) -> LoadedModel:
     kind = spec.kind
     transformer, autoencoder = (
         read_network(path, partial(network.build, config), network.load, dtype, device)
-        for path, network, config in zip(
-            paths, (kind.transformer, kind.autoencoder), (spec.transformer, spec.autoencoder), strict=True
+        for path, network, config, dtype in (
+            (paths[0], kind.transformer, spec.transformer, precision.dtype),
+            (paths[1], kind.autoencoder, spec.autoencoder, precision.autoencoder_dtype),
         )
     )
+    _settle((transformer, autoencoder), precision)
     return LoadedModel(
         spec=spec,
         transformer=transformer,
@@ -222,9 +254,18 @@ def _assemble(
         text=text,
         weights="pretrained",
         sha256=sha256,
-        dtype=dtype,
+        precision=precision,
         device=device,
     )
+
+
+def _settle(networks: tuple[Any, Any], precision: Precision) -> None:
+    """Puts a loaded transformer and autoencoder into their number formats."""
+    transformer, autoencoder = networks
+    autoencoder.settle(precision.dtype, precision.decoder_dtype or precision.dtype)
+    if precision.quantization is not None:
+        blocks = [transformer.block(i) for i in range(transformer.shape.num_blocks)]
+        quantize_blocks(blocks, precision.quantization)
 
 
 def _conditioner(sources: Sources, dtype: torch.dtype, device: torch.device) -> Conditioner:
@@ -240,13 +281,14 @@ def _conditioner(sources: Sources, dtype: torch.dtype, device: torch.device) -> 
     return ClipPair.from_pretrained(*places, dtype=dtype, device=device, local_files_only=sources.local_files_only)
 
 
-def _random(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def _random(spec: ModelSpec, precision: Precision, device: torch.device) -> LoadedModel:
     """The shapes of a model, filled with noise."""
     kind = spec.kind
-    transformer = empty_module(partial(kind.transformer.build, spec.transformer), dtype, device)
-    autoencoder = empty_module(partial(kind.autoencoder.build, spec.autoencoder), dtype, device)
+    transformer = empty_module(partial(kind.transformer.build, spec.transformer), precision.dtype, device)
+    autoencoder = empty_module(partial(kind.autoencoder.build, spec.autoencoder), precision.autoencoder_dtype, device)
     fill_randomly(transformer)
     fill_randomly(autoencoder)
+    _settle((transformer, autoencoder), precision)
     return LoadedModel(
         spec=spec,
         transformer=transformer,
@@ -254,7 +296,7 @@ def _random(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Loaded
         text=_random_conditioner(spec, device),
         weights="random",
         sha256=f"random-{RANDOM_SEED}",
-        dtype=dtype,
+        precision=precision,
         device=device,
     )
 

@@ -14,6 +14,8 @@ from foveate.core.plan import Policy
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request, bounds_of
 from foveate.families.spec import ModelSpec
+from foveate.models.quantization import quantized_bytes
+from foveate.tokenizers.strips import CPU_VALUES
 
 TEXT_ENCODER_PARAMETERS = {
     "minilm": 22_565_376,
@@ -25,8 +27,8 @@ TEXT_ENCODER_PARAMETERS = {
 
 _STREAM_BYTES, _COMPUTE_VALUES = 13, 7
 """Per token and channel a block holds 13 bytes in float32 and 7 values in the compute dtype at its peak."""
-_DECODER_VALUES = 4
-"""Per pixel the decoder holds 4 times the channels that enter its last resolution."""
+_DECODER_STRIPS = 6
+"""Beside its maps the decoder holds so many strips of them (`tokenizers.strips`)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,7 +68,9 @@ def count_parameters(spec: ModelSpec) -> dict[str, int]:
     return counts | {"text_encoder": TEXT_ENCODER_PARAMETERS[spec.conditioner]}
 
 
-def memory_need(spec: ModelSpec, dtype: torch.dtype, policy: Policy, num_images: int = 1) -> MemoryNeed:
+def memory_need(
+    spec: ModelSpec, dtype: torch.dtype, policy: Policy, num_images: int = 1, quantization: str | None = None
+) -> MemoryNeed:
     """What guided pictures of the default size take.
 
     Args:
@@ -74,6 +78,7 @@ def memory_need(spec: ModelSpec, dtype: torch.dtype, policy: Policy, num_images:
         dtype: What it computes in; MiniLM stays in float32.
         policy: Its bound sets the size of the cache; the working sets are those of a full last scale.
         num_images: Pictures at once.
+        quantization: How the blocks hold their weights; None stands for `dtype`.
     """
     with torch.device("meta"):
         shape = spec.kind.transformer.build(spec.transformer).shape
@@ -92,18 +97,35 @@ def memory_need(spec: ModelSpec, dtype: torch.dtype, policy: Policy, num_images:
     parameters = count_parameters(spec)
     tokens = 2 * num_images * schedule.scales[-1].num_tokens
     height, width = (side * spec.stride for side in schedule.grids[-1])
-    channels = spec.autoencoder.base_channels * spec.autoencoder.channel_multipliers[min(1, _levels(spec) - 1)]
     text_size = 4 if spec.conditioner == "minilm" else size
     return MemoryNeed(
-        transformer=parameters["transformer"] * size,
+        transformer=transformer_bytes(spec, dtype, quantization),
         autoencoder=parameters["autoencoder"] * size,
         text_encoder=parameters["text_encoder"] * text_size,
         kv=bounds.kv_bytes(shape.num_heads * shape.head_width, size),
         blocks=tokens * shape.width * (_STREAM_BYTES + _COMPUTE_VALUES * size),
         logits=tokens * shape.head_outputs * 3 * 4,
-        decoder=_DECODER_VALUES * channels * height * width * size,
+        decoder=decoder_bytes(spec, dtype, height, width),
     )
 
 
-def _levels(spec: ModelSpec) -> int:
-    return len(spec.autoencoder.channel_multipliers)
+def transformer_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: str | None = None) -> int:
+    """Weights of the transformer; those of its blocks in the quantisation, the rest in a dtype."""
+    with torch.device("meta"):
+        transformer = spec.kind.transformer.build(spec.transformer)
+    total = sum(p.numel() for p in transformer.parameters()) * dtype.itemsize
+    if quantization is None:
+        return total
+    blocks = [transformer.block(i) for i in range(transformer.shape.num_blocks)]
+    linears = quantized_bytes(blocks, quantization)
+    return total - linears["parameters"] * dtype.itemsize + linears["bytes"]
+
+
+def decoder_bytes(spec: ModelSpec, dtype: torch.dtype, height: int, width: int) -> int:
+    """What decoding a picture of some pixels takes on a CPU: the map that enters the last resolution, and the next."""
+    config = spec.autoencoder
+    levels = len(config.channel_multipliers)
+    channels = config.base_channels * (config.channel_multipliers[min(1, levels - 1)] + config.channel_multipliers[0])
+    # Convolutions run at 1/patch of the pixels; the rest of the stride is what the levels double.
+    places = height * width * 4 ** (levels - 1) // config.stride**2
+    return (channels * places + _DECODER_STRIPS * CPU_VALUES) * dtype.itemsize

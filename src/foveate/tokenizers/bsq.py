@@ -114,5 +114,5 @@ class BSQTokenizer:
     def decode(self, f_hat_BZHW: Float[Tensor, "B Z H W"]) -> Float[Tensor, "B 3 Y X"]:
         """Pixels, clamped to [-1, 1]; one image at a time, so that an image does not depend on its batch mates."""
         dtype = self.autoencoder.decoder.conv_in.weight.dtype
-        images = [self.autoencoder.decode(latent[None].to(dtype)).float() for latent in f_hat_BZHW]
+        images = [self.autoencoder.decode_in_strips(latent[None].to(dtype)).float() for latent in f_hat_BZHW]
         return torch.cat(images).clamp_(-1, 1)

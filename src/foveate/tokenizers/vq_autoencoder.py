@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core.errors import FoveateError
 from foveate.tokenizers.autoencoder import Downsample, ResBlock, Upsample
+from foveate.tokenizers.strips import LayerChain, StripLayer, convolve, run_in_strips, settle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +45,7 @@ class VQAutoencoderConfig:
         return 2 ** (len(self.channel_multipliers) - 1)
 
 
-class Attention(nn.Module):
+class Attention(StripLayer):
     """Every position looks at all others, with one head, plus the input."""
 
     def __init__(self, channels: int) -> None:
@@ -58,8 +60,12 @@ class Attention(nn.Module):
         mixed_Bpc = F.scaled_dot_product_attention(q_Bpc, k_Bpc, v_Bpc)
         return x + self.proj_out(mixed_Bpc.transpose(1, 2).unflatten(-1, x.shape[-2:]))
 
+    def in_strips(self, x: Float[Tensor, "1 c y x"]) -> Float[Tensor, "1 c y x"]:
+        """Runs the layer at once: it is for coarse maps, and all positions need each other."""
+        return self(x)
 
-class Middle(nn.Module):
+
+class Middle(LayerChain):
     """Residual block, attention, residual block at the lowest resolution."""
 
     def __init__(self, channels: int) -> None:
@@ -72,8 +78,12 @@ class Middle(nn.Module):
         """Runs all three."""
         return self.block_2(self.attn_1(self.block_1(x)))
 
+    def layers(self) -> list[nn.Module]:
+        """All three, in order."""
+        return [self.block_1, self.attn_1, self.block_2]
 
-class Level(nn.Module):
+
+class Level(LayerChain):
     """The residual blocks of one resolution, each followed by attention at the lowest, and the change to the next."""
 
     def __init__(
@@ -92,6 +102,12 @@ class Level(nn.Module):
             x = block(x)
             x = self.attn[i](x) if len(self.attn) else x
         return self.get_submodule(self.resample_name)(x) if self.resample_name else x
+
+    def layers(self) -> list[nn.Module]:
+        """Blocks, attention and the change of resolution, in order."""
+        pairs = zip(self.block, self.attn, strict=True) if len(self.attn) else ((block,) for block in self.block)
+        last = [self.get_submodule(self.resample_name)] if self.resample_name else []
+        return [*(layer for pair in pairs for layer in pair), *last]
 
 
 class Encoder(nn.Module):
@@ -147,6 +163,11 @@ class Decoder(nn.Module):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
+    def in_strips(self, latent_1ZHW: Float[Tensor, "1 Z H W"]) -> Float[Tensor, "1 3 Y X"]:
+        """What `forward` gives for one image, up to rounding, in less memory and time; no gradients."""
+        x = self.conv_in(latent_1ZHW.contiguous(memory_format=torch.channels_last))
+        return convolve(run_in_strips((self.mid, *reversed(self.up)), x), self.norm_out, self.conv_out)
+
 
 class Quantiser(nn.Module):
     """Holds the codebook and the convolutions that refine residuals, under their published names."""
@@ -177,6 +198,12 @@ class VQAutoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(channels, channels, 3, padding=1)
 
+    def settle(self, dtype: torch.dtype, decoder_dtype: torch.dtype) -> None:
+        """Puts what decodes, and everything else, each into its dtype, channels last."""
+        decoding = ("post_quant_conv", "decoder")
+        for name, part in self.named_children():
+            settle(part, decoder_dtype if name in decoding else dtype)
+
     def encode(self, pixels: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B Z H W"]:
         """Pixels in [-1, 1] to continuous latents."""
         return self.quant_conv(self.encoder(pixels))
@@ -184,3 +211,7 @@ class VQAutoencoder(nn.Module):
     def decode(self, latent_BZHW: Float[Tensor, "B Z H W"]) -> Float[Tensor, "B 3 Y X"]:
         """Latents to pixels around [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(latent_BZHW))
+
+    def decode_in_strips(self, latent_1ZHW: Float[Tensor, "1 Z H W"]) -> Float[Tensor, "1 3 Y X"]:
+        """What `decode` gives for one image, up to rounding, in less memory and time; no gradients."""
+        return self.decoder.in_strips(self.post_quant_conv(latent_1ZHW))
