@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 
 from foveate.conditioning.clip import ClipPair
+from foveate.conditioning.on_demand import OnDemand
 from foveate.conditioning.t5 import T5Text
 from foveate.conditioning.text import ClassNames, Conditioner, RandomPooledText, RandomText
 from foveate.core.errors import CheckpointError, FoveateError, unknown
 from foveate.core.protocols import NextScaleModel, ScaleTokenizer
 from foveate.families.published import PUBLISHED
+from foveate.families.residency import Residency
 from foveate.families.sources import Sources, fetch_folder, fetch_published, local_sources
 from foveate.families.spec import ModelSpec
 from foveate.folder import (
@@ -38,6 +40,8 @@ BUNDLED = {"emoji": "emoji-tiny", "emoji-tiny": "emoji-tiny"}
 """Bundled models and aliases: name -> folder below `DATA`."""
 
 CLIP_TOKENS = 77
+
+_RESIDENT = Residency()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +82,14 @@ def model_names() -> list[str]:
     return [*BUNDLED, *PUBLISHED]
 
 
-def load_model(origin: Origin, *, weights: str, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def load_model(
+    origin: Origin,
+    *,
+    weights: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    residency: Residency = _RESIDENT,
+) -> LoadedModel:
     """Loads a model.
 
     Args:
@@ -86,6 +97,8 @@ def load_model(origin: Origin, *, weights: str, dtype: torch.dtype, device: torc
         weights: `pretrained` or `random`.
         dtype: What it computes in.
         device: Where it runs.
+        residency: Which parts stay in memory. A text encoder that will be released is read once here, before the other
+            parts are, so that whatever is wrong with it is said now.
 
     Raises:
         FoveateError: There is no such model, it cannot be fetched, or `weights` is neither pretrained nor random.
@@ -97,10 +110,11 @@ def load_model(origin: Origin, *, weights: str, dtype: torch.dtype, device: torc
         _refuse_parts(origin, "random weights")
         return _random(find_spec(origin), dtype, device)
     folder = _own_folder(origin)
+    is_released = residency.release_text_encoder
     if folder is not None:
         _refuse_parts(origin, f"{origin.name_or_path}, which holds its own")
-        return _from_folder(folder, dtype, device)
-    return _from_sources(_find_sources(origin), dtype, device)
+        return _from_folder(folder, dtype, device, is_released)
+    return _from_sources(_find_sources(origin), dtype, device, is_released)
 
 
 def _refuse_parts(origin: Origin, whose: str) -> None:
@@ -174,26 +188,33 @@ def _find_sources(origin: Origin) -> Sources:
     return local_sources(path, origin.autoencoder, origin.text_encoder, origin.local_files_only)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device, is_released: bool) -> LoadedModel:
     """A model in our own format."""
     spec = ModelSpec.from_json(read_config(folder))
     config = spec.transformer
     if spec.conditioner != "minilm" or not isinstance(config, InfinityConfig):
         raise CheckpointError(f"{folder}: a folder of ours holds the text encoder minilm, got {spec.conditioner}")
-    text = read_text_encoder(folder, config.text_tokens, device)
-    if text.model.config.width != config.text_width:
+    read = partial(read_text_encoder, folder, config.text_tokens, device)
+    encoder = read()
+    if encoder.model.config.width != config.text_width:
         raise CheckpointError(
-            f"text encoder is {text.model.config.width} wide, the transformer reads {config.text_width}"
+            f"text encoder is {encoder.model.config.width} wide, the transformer reads {config.text_width}"
         )
+    text: Conditioner = OnDemand(read) if is_released else encoder
+    del encoder
     return _assemble(spec, (folder / TRANSFORMER, folder / AUTOENCODER), text, folder_sha256(folder), dtype, device)
 
 
-def _from_sources(sources: Sources, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def _from_sources(sources: Sources, dtype: torch.dtype, device: torch.device, is_released: bool) -> LoadedModel:
     """A model in published files; its text encoders come from their own folders or repositories."""
     spec = sources.spec
     paths = (sources.transformer, sources.autoencoder)
     digest = weights_sha256(file for path in paths for file in files_of(path))
-    return _assemble(spec, paths, _conditioner(sources, dtype, device), digest, dtype, device)
+    read = partial(_conditioner, sources, dtype, device)
+    text = read()
+    if is_released and sources.text_encoders:
+        text = OnDemand(read)
+    return _assemble(spec, paths, text, digest, dtype, device)
 
 
 def _assemble(
