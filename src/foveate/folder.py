@@ -19,7 +19,8 @@ from foveate.conditioning.minilm import TextEncoder
 from foveate.core.atomic import write_text
 from foveate.core.errors import CheckpointError
 from foveate.models.random_weights import empty_module
-from foveate.models.weight_files import State, read_weights, save_sharded, weights_sha256
+from foveate.models.stored import State
+from foveate.models.weight_files import read_weights, save_sharded, weights_sha256
 
 CONFIG_NAME = "config.json"
 TRANSFORMER, AUTOENCODER = "transformer", "autoencoder"

@@ -22,6 +22,7 @@ from foveate.engine.executor import Engine
 from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler, SmoothSampler
 from foveate.engine.state import Request
 from foveate.families.loading import LoadedModel, Origin, Precision, load_model
+from foveate.families.residency import Residency
 from foveate.pipeline_options import Job, Options, Prompts, resolve, settings_of, warn_untrained
 from foveate.pipeline_output import (
     Images,
@@ -77,6 +78,7 @@ class Pipeline:
         device: str | torch.device = "cpu",
         revision: str | None = None,
         local_files_only: bool = False,
+        release_text_encoder: bool = False,
     ) -> "Pipeline":
         """Loads a bundled model, a model folder, or published weights from the hub or from this disk.
 
@@ -94,6 +96,9 @@ class Pipeline:
             device: Where it runs.
             revision: Branch, tag or commit of a hub model; None elsewhere.
             local_files_only: Never reaches for the network: a hub model must have been fetched before.
+            release_text_encoder: Reads the text encoder when prompts are encoded and drops it afterwards: every call
+                with new prompts takes the time of reading it, and no memory for it while it draws. It is read once at
+                loading, too, so that errors come then. Nothing changes where prompts need no weights.
 
         Raises:
             FoveateError: An unknown name, dtype, quantisation or device, or torchao is missing.
@@ -111,7 +116,10 @@ class Pipeline:
             decoder_dtype=None if decoder_dtype is None else _dtype(decoder_dtype, "decoder_dtype"),
             quantization=quantization,
         )
-        return cls(load_model(origin, weights=weights, precision=precision, device=_device(device)))
+        residency = Residency(release_text_encoder=release_text_encoder)
+        return cls(
+            load_model(origin, weights=weights, precision=precision, device=_device(device), residency=residency)
+        )
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
@@ -226,12 +234,7 @@ class Pipeline:
 
     def _requests(self, job: Job, times_scales: bool) -> tuple[Request, ...]:
         """One request for the batch, or one per image where bits must not depend on the batch."""
-        conditions = job.per_image(self.model.text.encode(list(job.prompts)))
-        negatives: tuple[Condition, ...] = ()
-        null = self.model.spec.kind.null_prompt
-        texts = (null,) * len(job.prompts) if job.negatives is None and null is not None else job.negatives
-        if texts is not None and job.guidance.is_needed(0):
-            negatives = job.per_image(self.model.text.encode(list(texts)))
+        conditions, negatives = self._encode(job)
 
         def request(images: Sequence[int]) -> Request:
             return Request(
@@ -248,6 +251,14 @@ class Pipeline:
 
         everything = range(job.num_images)
         return tuple(request([i]) for i in everything) if job.settings.batch_invariant else (request(everything),)
+
+    def _encode(self, job: Job) -> tuple[tuple[Condition, ...], tuple[Condition, ...]]:
+        """Conditions of all images, and negative ones if there are any; the conditioner is asked once for both."""
+        null, count = self.model.spec.kind.null_prompt, len(job.prompts)
+        texts = (null,) * count if job.negatives is None and null is not None else job.negatives
+        negatives = texts if texts is not None and job.guidance.is_needed(0) else ()
+        found = self.model.text.encode([*job.prompts, *negatives])
+        return job.per_image(found[:count]), job.per_image(found[count:])
 
     def _sampler(self, job: Job, images: Sequence[int]) -> Sampler:
         if job.settings.rng == "keyed":

@@ -158,8 +158,6 @@ def moved_toy(subject: Toy) -> Toy:
     return replace(subject, model=moved(subject.model), tokenizer=tokenizer)
 
 
-
-
 def draw(spec: str, subject: Toy) -> dict[str, object]:
     """What every scale waited for, and whether the device made what the CPU makes."""
     with Watch():

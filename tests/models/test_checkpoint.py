@@ -131,6 +131,7 @@ def test_dtype_is_changed_only_when_asked(state: dict[str, Tensor]) -> None:
         ({"head.bias": None}, ["1 missing", "head.bias"]),
         ({"head.extra": torch.zeros(1)}, ["1 unknown", "head.extra"]),
         ({"head.bias": torch.zeros(3)}, ["head.bias", "(8,)", "(3,)"]),
+        ({"head.bias": torch.zeros(8, dtype=torch.int8)}, ["head.bias", "wants floats, got torch.int8"]),
         ({"block_chunks.1.module.1.sa.q_bias": None}, ["1 missing", "block_chunks.1.module.1.sa.q_bias"]),
     ],
 )
@@ -250,6 +251,15 @@ def test_shards(state: dict[str, Tensor], tmp_path: Path) -> None:
     assert_same(read_weights(tmp_path / "out" / "transformer"), smaller)
     with pytest.raises(CheckpointError, match=r"other\.safetensors, transformer\.safetensors"):
         read_weights(tmp_path / "out")
+
+
+def test_strides_and_shared_storages_survive_a_pickle(tmp_path: Path) -> None:
+    base = torch.arange(24.0).reshape(4, 6)
+    state = {"turned": base.T, "part": base[1:3, 2:5], "half": base[0].half(), "whole": base}
+    torch.save(state, tmp_path / "views.pth")
+    assert_same(read_weights(tmp_path / "views.pth"), state)
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert_same(read_weights(tmp_path / "old.pth"), state)
 
 
 def test_broken_shards_are_named(state: dict[str, Tensor], tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def test_policies_run_and_cost_what_was_forecast(spec: str, use_ar: bool):
     assert (result.trace.cost.kv_bytes > 0) == use_ar
 
 
+@pytest.mark.usefixtures("plain_torch")
 @variants
 @pytest.mark.parametrize("spec", ["full", "random-tokens:keep_ratio=0.3", "drop-branch:count=2"])
 def test_flops_agree_with_those_that_torch_counts(spec: str, use_ar: bool):

@@ -174,6 +174,7 @@ def test_batch_gives_the_codes_of_each_image_alone(spec: str):
         assert torch.allclose(alone.f_hat[0], batch.f_hat[image], atol=1e-4)
 
 
+@pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize("shared_aln", [False, True])
 @pytest.mark.parametrize("spec", ACTIVE)
 def test_flops_agree_with_those_that_torch_counts(spec: str, shared_aln: bool):

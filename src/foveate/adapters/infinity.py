@@ -31,7 +31,7 @@ from foveate.models.checkpoint_infinity import (
     transformer_tensors,
 )
 from foveate.models.infinity import Infinity
-from foveate.models.weight_files import State
+from foveate.models.stored import State
 from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.tokenizers.bsq import BSQTokenizer
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from foveate.core.errors import CheckpointError, FoveateError, UnsupportedError
 from foveate.models.checkpoint import check_fit
-from foveate.models.weight_files import State
+from foveate.models.stored import State
 
 M = TypeVar("M", bound=nn.Module)
 N = TypeVar("N")

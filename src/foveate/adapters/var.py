@@ -25,8 +25,8 @@ from foveate.engine.state import Request
 from foveate.families.family import FAMILIES
 from foveate.models.checkpoint_var import infer_var_config, var_state
 from foveate.models.checkpoint_vq import infer_vq_config, vq_state
+from foveate.models.stored import State
 from foveate.models.var import VAR
-from foveate.models.weight_files import State
 from foveate.tokenizers.vq import VQTokenizer
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder
 

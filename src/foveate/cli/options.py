@@ -32,6 +32,7 @@ class ModelOptions:
         threads: Threads of the processor; by default what torch chooses.
         revision: Revision of a model from a hub.
         local_files_only: Never reach for the network.
+        release_text_encoder: Hold the text encoder in memory only while prompts are encoded.
     """
 
     model: Annotated[str, Parameter(name=["--model", "-m"])] = "emoji"
@@ -45,6 +46,7 @@ class ModelOptions:
     threads: int | None = None
     revision: str | None = None
     local_files_only: bool = False
+    release_text_encoder: bool = False
 
 
 @Parameter(name="*")

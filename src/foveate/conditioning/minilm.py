@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Float16, Int, Int8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -94,9 +94,20 @@ def quantise_rows(w_ij: Float[Tensor, "i j"]) -> tuple[Int8[Tensor, "i j"], Floa
     return steps_ij.to(torch.int8), scale_i
 
 
-def dequantise_rows(steps_ij: Int8[Tensor, "i j"], scale_i: Float16[Tensor, " i"]) -> Float[Tensor, "i j"]:
-    """Undoes `quantise_rows` up to rounding; the result is float32."""
-    return steps_ij.float() * scale_i.float().unsqueeze(1)
+def dequantise_rows(
+    steps_ij: Int8[Tensor, "i j"], scale_i: Float16[Tensor, " i"], w_ij: Float[Tensor, "i j"]
+) -> Float[Tensor, "i j"]:
+    """Undoes `quantise_rows` up to rounding.
+
+    Args:
+        steps_ij: The integers.
+        scale_i: The scales.
+        w_ij: Is filled, so that nothing of the same size exists beside it.
+
+    Returns:
+        `w_ij`.
+    """
+    return w_ij.copy_(steps_ij).mul_(scale_i.float().unsqueeze(1))
 
 
 class _Embeddings(nn.Module):
@@ -328,11 +339,11 @@ class TextEncoder:
 
 
 def _read_model(path: Path) -> MiniLM:
-    """The model of a weight file that carries its configuration."""
+    """The model of a weight file that carries its configuration; one tensor at a time lives twice."""
     try:
         with safe_open(path, "pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
-        stored = load_file(path)
+            names = set(file.keys())
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable weight file, fetch it again ({_one_line(error)})") from error
     if "config" not in metadata:
@@ -341,11 +352,17 @@ def _read_model(path: Path) -> MiniLM:
         config = MiniLMConfig(**json.loads(metadata["config"]))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: `config` in its metadata is damaged ({_one_line(error)})") from error
-    try:
+    with torch.device("meta"):
         model = MiniLM(config)
-        model.load_state_dict(_unpack(stored))
-    except (KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} must fit its own configuration: {_one_line(error)}") from error
+    own = model.to_empty(device="cpu").state_dict()
+    wrong = sorted(own.keys() ^ {name for name in names if not name.endswith(".scale")})
+    if wrong:
+        raise CheckpointError(f"{path} must fit its own configuration: {len(wrong)} keys do not, first {wrong[0]}")
+    for name, w in own.items():
+        try:
+            _unpack(path, name, w)
+        except (SafetensorError, RuntimeError) as error:
+            raise CheckpointError(f"{path} must fit its own configuration: {name}: {_one_line(error)}") from error
     return model
 
 
@@ -363,9 +380,14 @@ def _pack(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return packed
 
 
-def _unpack(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: dequantise_rows(w, stored[f"{name}.scale"]) if w.dtype == torch.int8 else w.float()
-        for name, w in stored.items()
-        if not name.endswith(".scale")
-    }
+@torch.no_grad()
+def _unpack(path: Path, name: str, w: Tensor) -> None:
+    """Fills `w` with a weight as `_pack` left it; the file is opened anew, so that no pages of it pile up."""
+    with safe_open(path, "pt") as file:
+        stored = file.get_tensor(name)
+        if stored.shape != w.shape:
+            raise RuntimeError(f"shape {tuple(stored.shape)} instead of {tuple(w.shape)}")
+        if stored.dtype == torch.int8:
+            dequantise_rows(stored, file.get_tensor(f"{name}.scale"), w)
+        else:
+            w.copy_(stored)

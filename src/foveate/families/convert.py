@@ -17,12 +17,13 @@ from torch import Tensor
 from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.families.family import FAMILIES, Network
-from foveate.models.checkpoint import check_fit, kind_of
+from foveate.models.checkpoint import check_fit, check_floats, kind_of
 from foveate.models.checkpoint_infinity import autoencoder_state, infer_infinity_config, transformer_tensors
 from foveate.models.checkpoint_switti import switti_state
 from foveate.models.checkpoint_var import var_state
 from foveate.models.checkpoint_vq import vq_state
-from foveate.models.weight_files import INDEX_END, State, files_of, read_weights, save_sharded, weights_sha256
+from foveate.models.stored import State
+from foveate.models.weight_files import INDEX_END, files_of, read_weights, save_sharded, weights_sha256
 
 MANIFEST_NAME = "manifest.json"
 SHARD_BYTES = 5 * 2**30
@@ -33,11 +34,11 @@ SHARD_BYTES = 5 * 2**30
 class _Kind:
     """How one kind of weights is written: plain names, and the network that they must fit."""
 
-    plain: Callable[[State], dict[str, Tensor]]
+    plain: Callable[[State], State]
     network: Network
 
 
-def _chunked(state: State) -> dict[str, Tensor]:
+def _chunked(state: State) -> State:
     return transformer_tensors(state, infer_infinity_config(state))
 
 
@@ -131,6 +132,7 @@ def _check(kind: str, plain: Mapping[str, Tensor]) -> None:
     with torch.device("meta"):
         module = network.build(config)
     check_fit(module, plain, kind)
+    check_floats(plain, kind)
 
 
 def _describe(kind: str, source: Path, written: list[Path]) -> dict[str, Any]:

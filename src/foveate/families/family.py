@@ -20,9 +20,9 @@ from foveate.models.checkpoint_switti import infer_switti_config, load_switti
 from foveate.models.checkpoint_var import infer_var_config, load_var
 from foveate.models.checkpoint_vq import infer_vq_config, load_vq
 from foveate.models.infinity import Infinity, InfinityConfig
+from foveate.models.stored import State
 from foveate.models.switti import Switti, SwittiConfig
 from foveate.models.var import VAR, VARConfig
-from foveate.models.weight_files import State
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.tokenizers.vq import VQTokenizer

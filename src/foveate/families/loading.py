@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from foveate.conditioning.clip import ClipPair
+from foveate.conditioning.on_demand import OnDemand
 from foveate.conditioning.t5 import T5Text
 from foveate.conditioning.text import ClassNames, Conditioner, RandomPooledText, RandomText
 from foveate.core.errors import CheckpointError, FoveateError, unknown
 from foveate.core.protocols import NextScaleModel, ScaleTokenizer
 from foveate.families.published import PUBLISHED
+from foveate.families.residency import Residency
 from foveate.families.sources import Sources, fetch_folder, fetch_published, local_sources
 from foveate.families.spec import ModelSpec
 from foveate.folder import (
@@ -41,6 +43,8 @@ BUNDLED = {"emoji": "emoji-tiny", "emoji-tiny": "emoji-tiny"}
 """Bundled models and aliases: name -> folder below `DATA`."""
 
 CLIP_TOKENS = 77
+
+_RESIDENT = Residency()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +113,14 @@ def model_names() -> list[str]:
     return [*BUNDLED, *PUBLISHED]
 
 
-def load_model(origin: Origin, *, weights: str, precision: Precision, device: torch.device) -> LoadedModel:
+def load_model(
+    origin: Origin,
+    *,
+    weights: str,
+    precision: Precision,
+    device: torch.device,
+    residency: Residency = _RESIDENT,
+) -> LoadedModel:
     """Loads a model.
 
     Args:
@@ -117,6 +128,8 @@ def load_model(origin: Origin, *, weights: str, precision: Precision, device: to
         weights: `pretrained` or `random`.
         precision: What it computes in.
         device: Where it runs.
+        residency: Which parts stay in memory. A text encoder that will be released is read once here, before the other
+            parts are, so that whatever is wrong with it is said now.
 
     Raises:
         FoveateError: There is no such model, it cannot be fetched, or `weights` is neither pretrained nor random.
@@ -131,10 +144,11 @@ def load_model(origin: Origin, *, weights: str, precision: Precision, device: to
         _refuse_parts(origin, "random weights")
         return _random(find_spec(origin), precision, device)
     folder = _own_folder(origin)
+    is_released = residency.release_text_encoder
     if folder is not None:
         _refuse_parts(origin, f"{origin.name_or_path}, which holds its own")
-        return _from_folder(folder, precision, device)
-    return _from_sources(_find_sources(origin), precision, device)
+        return _from_folder(folder, precision, device, is_released)
+    return _from_sources(_find_sources(origin), precision, device, is_released)
 
 
 def _refuse_parts(origin: Origin, whose: str) -> None:
@@ -208,26 +222,33 @@ def _find_sources(origin: Origin) -> Sources:
     return local_sources(path, origin.autoencoder, origin.text_encoder, origin.local_files_only)
 
 
-def _from_folder(folder: Path, precision: Precision, device: torch.device) -> LoadedModel:
+def _from_folder(folder: Path, precision: Precision, device: torch.device, is_released: bool) -> LoadedModel:
     """A model in our own format."""
     spec = ModelSpec.from_json(read_config(folder))
     config = spec.transformer
     if spec.conditioner != "minilm" or not isinstance(config, InfinityConfig):
         raise CheckpointError(f"{folder}: a folder of ours holds the text encoder minilm, got {spec.conditioner}")
-    text = read_text_encoder(folder, config.text_tokens, device)
-    if text.model.config.width != config.text_width:
+    read = partial(read_text_encoder, folder, config.text_tokens, device)
+    encoder = read()
+    if encoder.model.config.width != config.text_width:
         raise CheckpointError(
-            f"text encoder is {text.model.config.width} wide, the transformer reads {config.text_width}"
+            f"text encoder is {encoder.model.config.width} wide, the transformer reads {config.text_width}"
         )
+    text: Conditioner = OnDemand(read) if is_released else encoder
+    del encoder
     return _assemble(spec, (folder / TRANSFORMER, folder / AUTOENCODER), text, folder_sha256(folder), precision, device)
 
 
-def _from_sources(sources: Sources, precision: Precision, device: torch.device) -> LoadedModel:
+def _from_sources(sources: Sources, precision: Precision, device: torch.device, is_released: bool) -> LoadedModel:
     """A model in published files; its text encoders come from their own folders or repositories."""
     spec = sources.spec
     paths = (sources.transformer, sources.autoencoder)
     digest = weights_sha256(file for path in paths for file in files_of(path))
-    return _assemble(spec, paths, _conditioner(sources, precision.dtype, device), digest, precision, device)
+    read = partial(_conditioner, sources, precision.dtype, device)
+    text = read()
+    if is_released and sources.text_encoders:
+        text = OnDemand(read)
+    return _assemble(spec, paths, text, digest, precision, device)
 
 
 def _assemble(

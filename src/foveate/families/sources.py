@@ -16,8 +16,9 @@ from foveate.families.published import GRIDS_1024, PUBLISHED, Published, WeightS
 from foveate.families.spec import ALL_RATIOS, ModelSpec, budget_of
 from foveate.models.checkpoint import kind_of
 from foveate.models.infinity import InfinityConfig
+from foveate.models.stored import State
 from foveate.models.var import GRIDS_512, VARConfig
-from foveate.models.weight_files import State, is_weight_file, read_weights
+from foveate.models.weight_files import is_weight_file, read_weights
 
 _FAMILY_OF_KIND = {"Infinity": "infinity", "VAR": "var", "Switti": "switti"}
 

@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from foveate.core.errors import CheckpointError
-from foveate.models.weight_files import State, some
+from foveate.models.stored import State, renamed
+from foveate.models.weight_files import some
 
 MARKS = {
     "cfg_uncond": "Infinity",
@@ -54,13 +55,18 @@ def refuse_foreign(state: State, kind: str) -> None:
         raise CheckpointError(f"the weights are those of {_ROLES[found]}, expected {_ROLES[kind]}; give the other file")
 
 
-def below(state: State, nests: Sequence[str]) -> dict[str, Tensor]:
+def below(state: State, nests: Sequence[str]) -> State:
     """The weights below the first nest that exists, or all of them."""
     for nest in nests:
-        found = {key.removeprefix(nest): tensor for key, tensor in state.items() if key.startswith(nest)}
+        found = {key.removeprefix(nest): key for key in state if key.startswith(nest)}
         if found:
-            return found
-    return dict(state)
+            return renamed(state, found)
+    return state
+
+
+def without(state: State, names: Sequence[str]) -> State:
+    """The weights without those whose name ends in one of the given last parts."""
+    return renamed(state, {key: key for key in state if key.rpartition(".")[2] not in names})
 
 
 def count_of(state: State, pattern: str) -> int:
@@ -82,15 +88,15 @@ def axes_of(state: State, key: str, num_axes: int) -> tuple[int, ...]:
     return tuple(state[key].shape)
 
 
-def put(tensors: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    """Adds a weight under a name that must be new.
+def put(names: dict[str, str], name: str, key: str) -> None:
+    """Notes the new name of a weight, which must not be taken.
 
     Raises:
         CheckpointError: The name is there already.
     """
-    if name in tensors:
+    if name in names:
         raise CheckpointError(f"the weights hold {name} twice, under two names")
-    tensors[name] = tensor
+    names[name] = key
 
 
 def check_fit(module: nn.Module, tensors: State, what: str) -> None:
@@ -113,6 +119,17 @@ def check_fit(module: nn.Module, tensors: State, what: str) -> None:
         raise CheckpointError(f"the weights do not fit this {what}; {key} wants {wanted}, got {got}{more}")
 
 
+def check_floats(tensors: State, what: str) -> None:
+    """Refuses weights that are no floating-point numbers, as quantised ones are: a plain copy would lose their scales.
+
+    Raises:
+        CheckpointError: Names the first one.
+    """
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"the weights do not fit this {what}; {key} wants floats, got {tensor.dtype}")
+
+
 def fill_module(module: nn.Module, tensors: State, what: str, dtype: torch.dtype | None = None) -> None:
     """Copies weights after everything has been checked.
 
@@ -123,9 +140,10 @@ def fill_module(module: nn.Module, tensors: State, what: str, dtype: torch.dtype
         dtype: Changes the module's dtype; None keeps it.
 
     Raises:
-        CheckpointError: A weight is missing, unknown or of another shape.
+        CheckpointError: A weight is missing, unknown, of another shape or no floating-point number.
     """
     check_fit(module, tensors, what)
+    check_floats(tensors, what)
     if dtype is not None:
         module.to(dtype)
     with torch.no_grad():

@@ -7,13 +7,14 @@ Source: the published checkpoints of Infinity (arXiv 2412.04431) and their key n
 
 import math
 import re
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from foveate.models.checkpoint import axes_of, below, count_of, fill_module, put, refuse_foreign
+from foveate.models.checkpoint import axes_of, below, count_of, fill_module, put, refuse_foreign, without
 from foveate.models.infinity import Infinity, InfinityConfig
-from foveate.models.weight_files import State
+from foveate.models.stored import State, Stored, renamed
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 
 _TRANSFORMER_NESTS = ("trainer.gpt_fsdp.", "gpt_fsdp.")
@@ -82,25 +83,25 @@ def load_transformer(model: Infinity, state: State, *, dtype: torch.dtype | None
     fill_module(model, transformer_tensors(state, model.config), "transformer", dtype)
 
 
-def transformer_tensors(state: State, config: InfinityConfig) -> dict[str, Tensor]:
-    """Published weights under the names and in the layout that a transformer of this shape has; views, no copies.
+def transformer_tensors(state: State, config: InfinityConfig) -> State:
+    """Published weights under the names and in the layout that a transformer of this shape has; nothing is read.
 
     Raises:
         CheckpointError: A weight is there twice, or the weights are of another family.
     """
     size = config.depth // config.chunks
-    tensors: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
     found = transformer_state(state)
     _, per_chunk = _chunking(found)
-    for key, tensor in found.items():
+    for key in found:
         match = _BLOCK.fullmatch(key)
         name = key
         if match is not None:
             index = int(match[1] or 0) * per_chunk + int(match[2])
             name = f"block_chunks.{index // size}.module.{index % size}.{match[3]}"
-        is_gain = name.endswith("scale_mul_1H11")
-        put(tensors, name, tensor.reshape(1, -1, 1, 1) if is_gain else tensor)
-    return tensors
+        put(names, name, key)
+    gains = {name: partial(_gain, found, key) for name, key in names.items() if name.endswith("scale_mul_1H11")}
+    return Stored(renamed(found, names).readers | gains)
 
 
 def load_autoencoder(model: Autoencoder, state: State, *, dtype: torch.dtype | None = None) -> None:
@@ -118,22 +119,27 @@ def load_autoencoder(model: Autoencoder, state: State, *, dtype: torch.dtype | N
     fill_module(model, autoencoder_state(state), "autoencoder", dtype)
 
 
-def transformer_state(state: State) -> dict[str, Tensor]:
+def transformer_state(state: State) -> State:
     """A transformer's weights without nesting and constant buffers."""
     state = below(state, _TRANSFORMER_NESTS)
     refuse_foreign(state, "Infinity")
-    return {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] not in _CONSTANTS}
+    return without(state, _CONSTANTS)
 
 
-def autoencoder_state(state: State) -> dict[str, Tensor]:
+def autoencoder_state(state: State) -> State:
     """An autoencoder's weights without nesting, wrapper names and the quantiser's buffers."""
     state = below(state, _AUTOENCODER_NESTS)
     refuse_foreign(state, "autoencoder")
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in state.items():
+    names: dict[str, str] = {}
+    for key in state:
         if not key.startswith(_QUANTISERS):
-            put(tensors, _unwrap(key), tensor)
-    return tensors
+            put(names, _unwrap(key), key)
+    return renamed(state, names)
+
+
+def _gain(state: State, key: str) -> Tensor:
+    """Head temperatures along the second axis; some checkpoints have them along the third."""
+    return state[key].reshape(1, -1, 1, 1)
 
 
 def _unwrap(key: str) -> str:

@@ -5,11 +5,10 @@ Source: the published checkpoints of Switti (arXiv 2412.01819) and their key nam
 """
 
 import torch
-from torch import Tensor
 
 from foveate.models.checkpoint import axes_of, count_of, fill_module, refuse_foreign
+from foveate.models.stored import State, renamed
 from foveate.models.switti import Switti, SwittiConfig
-from foveate.models.weight_files import State
 
 _CONSTANTS = ("lvl_1L", "attn_bias_for_masking")
 _HEAD_WIDTH = 64
@@ -62,11 +61,11 @@ def load_switti(model: Switti, state: State, *, dtype: torch.dtype | None = None
     model.crop_embed.weight.data = tensors["crop_embed.weight"].to(model.device, torch.float32, copy=True)
 
 
-def switti_state(state: State) -> dict[str, Tensor]:
+def switti_state(state: State) -> State:
     """A transformer's weights without constant buffers.
 
     Raises:
         CheckpointError: The weights are of another family.
     """
     refuse_foreign(state, "Switti")
-    return {key: tensor for key, tensor in state.items() if key not in _CONSTANTS}
+    return renamed(state, {key: key for key in state if key not in _CONSTANTS})

@@ -9,13 +9,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from foveate.core.errors import CheckpointError
 from foveate.core.schedule import Grid
-from foveate.models.checkpoint import axes_of, below, count_of, fill_module, refuse_foreign
+from foveate.models.checkpoint import axes_of, below, count_of, fill_module, refuse_foreign, without
+from foveate.models.stored import State
 from foveate.models.var import GRIDS_256, GRIDS_512, VAR, VARConfig
-from foveate.models.weight_files import State
 
 _NESTS = ("trainer.var_wo_ddp.", "var_wo_ddp.")
 _CONSTANTS = ("zero_k_bias", "lvl_1L", "attn_bias_for_masking")
@@ -61,11 +60,11 @@ def load_var(model: VAR, state: State, *, dtype: torch.dtype | None = None) -> N
     fill_module(model, var_state(state), "transformer", dtype)
 
 
-def var_state(state: State) -> dict[str, Tensor]:
+def var_state(state: State) -> State:
     """A transformer's weights without nesting and constant buffers."""
     state = below(state, _NESTS)
     refuse_foreign(state, "VAR")
-    return {key: tensor for key, tensor in state.items() if key.rpartition(".")[2] not in _CONSTANTS}
+    return without(state, _CONSTANTS)
 
 
 def _find_grids(num_positions: int, num_scales: int, grids: Sequence[Grid] | None) -> tuple[Grid, ...]:

@@ -8,10 +8,10 @@ Source: the published checkpoints of VAR (arXiv 2404.02905) and their key names.
 import logging
 
 import torch
-from torch import Tensor
 
 from foveate.models.checkpoint import axes_of, below, count_of, fill_module, refuse_foreign
-from foveate.models.weight_files import State, some
+from foveate.models.stored import State, renamed
+from foveate.models.weight_files import some
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 
 _LOG = logging.getLogger("foveate")
@@ -57,11 +57,11 @@ def load_vq(model: VQAutoencoder, state: State, *, dtype: torch.dtype | None = N
     dropped = sorted(key for key in own if key.startswith(_ADVERSARY))
     if dropped:
         _LOG.warning("weights of the training's adversary are not loaded: %s", some(dropped))
-    fill_module(model, {key: own[key] for key in own if key not in dropped}, "VQ autoencoder", dtype)
+    fill_module(model, renamed(own, {key: key for key in own if key not in dropped}), "VQ autoencoder", dtype)
 
 
-def vq_state(state: State) -> dict[str, Tensor]:
+def vq_state(state: State) -> State:
     """An autoencoder's weights without nesting and usage counts."""
     state = below(state, _NESTS)
     refuse_foreign(state, "VQ")
-    return {key: tensor for key, tensor in state.items() if key != _USAGE}
+    return renamed(state, {key: key for key in state if key != _USAGE})

@@ -1,24 +1,22 @@
 """Reads and writes files of weights, whatever model they are of; nothing in a file is executed.
 
-Weights are tensors by name. Nested dicts of a training checkpoint are read as names joined with dots.
+Weights are tensors by name. Nested dicts of a training checkpoint are read as names joined with dots. Reading finds the
+names; a tensor's bytes are read when somebody copies them (`stored`).
 """
 
 import hashlib
 import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError
-
-State = Mapping[str, Tensor]
-"""Weights by name, without nesting."""
+from foveate.models.stored import State, Stored, stored_pickle, stored_safetensors
 
 INDEX_END = ".safetensors.index.json"
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -33,8 +31,10 @@ def is_weight_file(path: Path) -> bool:
     return is_called and path.is_file()
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Reads all tensors of a checkpoint to the CPU; nothing in a file is executed.
+def read_weights(path: str | Path) -> Stored:
+    """Finds all tensors of a checkpoint; each is mapped from its file when it is asked for, on the CPU.
+
+    Nothing in a file is executed.
 
     Args:
         path: A .safetensors, .pth or .pt file, an index of shards, a folder that holds one of them, or such a path
@@ -143,16 +143,15 @@ def _locate(path: Path) -> Path:
     return path
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path) -> Stored:
     if path.suffix not in (".safetensors", *_PICKLES):
         raise CheckpointError(f"{path}: weights must be .safetensors, {', '.join(_PICKLES)} or an index of shards")
     if not path.stat().st_size:
         raise CheckpointError(f"{path}: the file is empty; fetch it again")
     try:
-        if path.suffix == ".safetensors":
-            tensors: dict[str, Tensor] = load_file(path)
-            return tensors
-        loaded = _load_pickle(path)
+        state = stored_safetensors(path) if path.suffix == ".safetensors" else stored_pickle(path)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         if "Weights only" not in str(error):
             raise CheckpointError(f"{path}: not a readable weight file, fetch it again") from error
@@ -163,33 +162,22 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         # Damaged bytes make the readers raise almost anything, so nothing narrower would do.
         first = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise CheckpointError(f"{path}: not a readable weight file, fetch it again ({first})") from error
-    tensors = dict(_flatten(loaded))
-    if not tensors:
+    if not state:
         raise CheckpointError(f"{path}: the file holds no tensors")
-    return tensors
+    return state
 
 
-def _load_pickle(path: Path) -> object:
-    """Tensors of a pickle; those of the current file format stay on the disk until they are read."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _read_shards(path: Path) -> dict[str, Tensor]:
+def _read_shards(path: Path) -> Stored:
     weight_map = _weight_map(path)
-    tensors: dict[str, Tensor] = {}
+    readers: dict[str, Callable[[], Tensor]] = {}
     for name in sorted(set(weight_map.values())):
         if not (path.parent / name).is_file():
             raise CheckpointError(f"{path}: shard {name} is missing")
-        tensors.update(_read_file(path.parent / name))
-    absent = [key for key in weight_map if key not in tensors]
+        readers.update(_read_file(path.parent / name).readers)
+    absent = [key for key in weight_map if key not in readers]
     if absent:
         raise CheckpointError(f"{path}: the shards lack {some(absent)}")
-    return {key: tensors[key] for key in weight_map}
+    return Stored({key: readers[key] for key in weight_map})
 
 
 def _weight_map(path: Path) -> dict[str, str]:
@@ -203,15 +191,6 @@ def _weight_map(path: Path) -> dict[str, str]:
     if not is_plain:
         raise CheckpointError(f"{path}: shards must lie beside the index, got {some(names)}")
     return weight_map
-
-
-def _flatten(value: object, prefix: str = "") -> Iterable[tuple[str, Tensor]]:
-    """All tensors of nested dicts, under names joined with dots."""
-    if isinstance(value, Tensor):
-        yield prefix, value
-    elif isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _flatten(part, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _split(state: State, max_bytes: int) -> list[list[str]]:

@@ -1,0 +1,34 @@
+"""A text encoder that is in memory only while it works."""
+
+from collections.abc import Callable
+
+from foveate.conditioning.text import Conditioner
+from foveate.core.conditions import Condition
+
+
+class OnDemand:
+    """Reads a conditioner when there are prompts to encode and drops it afterwards.
+
+    The conditions of the last call are kept, a few megabytes, so that drawing the same prompts again reads nothing.
+    """
+
+    def __init__(self, load: Callable[[], Conditioner]) -> None:
+        """Reads nothing yet.
+
+        Args:
+            load: Reads the conditioner, the same one every time.
+        """
+        self._load = load
+        self._last: dict[str, Condition] = {}
+
+    def encode(self, prompts: list[str]) -> list[Condition]:
+        """The conditions that the conditioner gives; each prompt by itself, so they are the same bits.
+
+        Raises:
+            CheckpointError: The files are gone or have changed since the model was loaded.
+        """
+        last = self._last
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in last]
+        found = dict(zip(new, self._load().encode(new), strict=True)) if new else {}
+        self._last = {prompt: found[prompt] if prompt in found else last[prompt] for prompt in prompts}
+        return [self._last[prompt] for prompt in prompts]
