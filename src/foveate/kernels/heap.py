@@ -12,7 +12,9 @@ from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
-_NEVER, _DEFAULT = 2**31 - 1, 128 * 1024
+_NEVER = 2**31 - 1
+_MMAP_AFTER, _TRIM_AFTER = 32 * 2**20, 64 * 2**20
+"""Where glibc's own, moving thresholds end up in a process that frees large blocks."""
 
 _lock = threading.Lock()
 _running = 0
@@ -22,7 +24,7 @@ _running = 0
 def kept_heap() -> Generator[None, None, None]:
     """Keeps freed memory until the last of all contexts ends; nothing outside of glibc, or with FOVEATE_KEEP_HEAP=0.
 
-    The settings are those of the whole process and go back to glibc's defaults at the end.
+    The settings are those of the whole process; at the end they are what glibc's own come to with large blocks.
     """
     global _running  # noqa: PLW0603 - the allocator is one for all requests
     library = ctypes.CDLL(None)
@@ -40,6 +42,6 @@ def kept_heap() -> Generator[None, None, None]:
         with _lock:
             _running -= 1
             if _running == 0:
-                library.mallopt(_MMAP_THRESHOLD, _DEFAULT)
-                library.mallopt(_TRIM_THRESHOLD, _DEFAULT)
+                library.mallopt(_MMAP_THRESHOLD, _MMAP_AFTER)
+                library.mallopt(_TRIM_THRESHOLD, _TRIM_AFTER)
                 library.malloc_trim(0)
