@@ -85,7 +85,9 @@ def test_chosen_counts_and_masks_agree_with_the_plan(data: st.DataObject, num_to
     )
     ranked = torch.stack([torch.randperm(num_tokens, generator=generator) for _ in range(num_images)])
     depths = tuple(
-        depth_of(ranked if data.draw(st.booleans()) else torch.full_like(ranked, data.draw(st.integers(0, 3))), 3, known)
+        depth_of(
+            ranked if data.draw(st.booleans()) else torch.full_like(ranked, data.draw(st.integers(0, 3))), 3, known
+        )
         for known in data.draw(st.lists(st.booleans(), max_size=2))
     )
     plan = ScalePlan(selections=selections, depths=depths)

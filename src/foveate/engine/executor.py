@@ -207,4 +207,3 @@ def _refuse_equal_branches(bound: Bound, request: Request) -> None:
             "guidance inside the blocks makes both branches' logits equal, so they cannot decide when to stop; "
             "combine guidance on logits only, or switch that rule off"
         )
-
