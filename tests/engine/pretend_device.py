@@ -1,7 +1,7 @@
 """A second device that is not there: tensors that claim to lie on it, computed on the CPU; waits of the host noted.
 
 Run as a program it draws with the toys on that device and prints, as JSON, per policy and scale what made the host
-wait, and whether the latents equal those of the CPU. It runs in a process of its own: torch cannot forget a device again.
+wait, and whether the latents equal those of the CPU. It runs in a process of its own, as torch cannot forget a device.
 A tensor of the host that meets one of the device in an operation raises, as it would on a GPU.
 """
 

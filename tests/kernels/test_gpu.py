@@ -35,7 +35,7 @@ def test_kernels_equal_their_twins_in_the_interpreter():
         "no:cacheprovider",
     ]
     done = subprocess.run(
-        [*command, "tests/kernels/interpreted.py"],
+        [*command, "tests/kernels/kernel_cases.py"],
         capture_output=True,
         text=True,
         cwd=ROOT,

@@ -1,8 +1,11 @@
-"""Every Triton kernel against its twin in plain torch, on fresh random inputs, computed by Triton's interpreter.
+"""Every Triton kernel against its twin in plain torch, on fresh random inputs: on a GPU, or by Triton's interpreter.
 
 `test_gpu.py` runs this file in a process of its own: the interpreter is switched on before triton is imported, and
-shape checks would wrap the kernels. Twins run in float64 where they can, so that errors are those of the kernel.
+shape checks would wrap the kernels. Called directly on a machine with a GPU it tests the kernels there. Twins run in
+float64 where they can, so that errors are those of the kernel.
 """
+
+import os
 
 import pytest
 import torch
@@ -20,6 +23,9 @@ from foveate.policies.ld_pruning import detail_energy, smooth_energy
 from foveate.policies.registry import load_policy
 from tests.toys import label_request, make_request, run, toy, toy_var
 
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+ON_CPU = pytest.mark.skipif(DEVICE == "cuda", reason="toys lie on the CPU")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 """Relative error that rounding to a dtype may make."""
@@ -31,7 +37,7 @@ WIDTHS = [1, 12, 64, 100, 129]
 def _no_gradients(request: pytest.FixtureRequest):
     """Seeds by the name of the case, so that every case has inputs of its own."""
     torch.manual_seed(sum(map(ord, request.node.name)))
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.device(DEVICE):
         yield
 
 
@@ -194,6 +200,7 @@ def test_the_functions_of_the_library_use_the_kernels(monkeypatch: pytest.Monkey
     assert asked == []
 
 
+@ON_CPU
 @pytest.mark.parametrize("spec", ["full", "ld-pruning"])
 def test_engine_draws_the_same_codes(spec: str, monkeypatch: pytest.MonkeyPatch):
     """Whole requests on a toy: latents agree, so no code of any scale differs.
@@ -209,6 +216,7 @@ def test_engine_draws_the_same_codes(spec: str, monkeypatch: pytest.MonkeyPatch)
     assert not torch.equal(with_kernels.choices[4].logits[0], without.choices[4].logits[0])
 
 
+@ON_CPU
 def test_engine_draws_the_same_ids(monkeypatch: pytest.MonkeyPatch):
     subject = toy_var()
     request = label_request(subject.schedule, (3,), (1,))
