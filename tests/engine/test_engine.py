@@ -12,7 +12,7 @@ from foveate.core.rows import Rows
 from foveate.core.schedule import Scale
 from foveate.core.trace import Trace
 from foveate.engine.branches import combine_hidden, combine_logits
-from foveate.engine.deltas import DeltaStore, resize_matrix, resize_tokens
+from foveate.engine.deltas import DeltaStore, resize_matrices, resize_matrix, resize_tokens
 from foveate.engine.executor import Engine
 from foveate.engine.kv_cache import KVCache
 from foveate.engine.select import TokenLayout, choose
@@ -192,7 +192,10 @@ def test_resizing_equals_bilinear_interpolation(source: tuple[int, int], grow: t
     tokens = noise(sum(source), 2, source[0] * source[1], 3)
     maps = tokens.transpose(1, 2).unflatten(-1, source)
     expected = F.interpolate(maps, size=grid, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-    assert torch.allclose(resize_tokens(tokens, source, grid), expected, atol=1e-5)
+    assert torch.allclose(resize_tokens(tokens, *resize_matrices(source, grid, tokens)), expected, atol=1e-5)
+    store = DeltaStore(1)
+    store.blocks, store.grid = [tokens], source
+    assert torch.allclose(store.resized(0, grid), expected, atol=1e-5)
     assert torch.allclose(resize_matrix(grid[0], source[0], tokens.device).sum(-1), torch.ones(grid[0]))
 
 

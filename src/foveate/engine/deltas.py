@@ -24,15 +24,23 @@ def resize_matrix(size: int, source: int, device: torch.device) -> Float[Tensor,
     return matrix.float()
 
 
-def resize_tokens(tokens_RlC: Float[Tensor, "R l C"], source: Grid, grid: Grid) -> Float[Tensor, "R m C"]:
-    """Resizes token maps bilinearly with two small matrix products, in the maps' dtype."""
-    if source == grid:
-        return tokens_RlC
-    rows_hy = resize_matrix(grid[0], source[0], tokens_RlC.device).to(tokens_RlC.dtype)
-    columns_wx = resize_matrix(grid[1], source[1], tokens_RlC.device).to(tokens_RlC.dtype)
+def resize_matrices(
+    source: Grid, grid: Grid, like: Float[Tensor, "R l C"]
+) -> tuple[Float[Tensor, "h y"], Float[Tensor, "w x"]]:
+    """The two matrices of `resize_tokens`, where and in which dtype the maps are."""
+    rows_hy = resize_matrix(grid[0], source[0], like.device).to(like.dtype)
+    columns_wx = resize_matrix(grid[1], source[1], like.device).to(like.dtype)
+    return rows_hy, columns_wx
+
+
+def resize_tokens(
+    tokens_RlC: Float[Tensor, "R l C"], rows_hy: Float[Tensor, "h y"], columns_wx: Float[Tensor, "w x"]
+) -> Float[Tensor, "R m C"]:
+    """Resizes token maps (y, x) to (h, w) with two small matrix products, in the maps' dtype."""
     num_rows, _, width = tokens_RlC.shape
-    tall = torch.matmul(rows_hy, tokens_RlC.view(num_rows, source[0], source[1] * width))
-    return torch.matmul(columns_wx, tall.view(num_rows, grid[0], source[1], width)).view(num_rows, -1, width)
+    (num_h, num_y), (num_w, num_x) = rows_hy.shape, columns_wx.shape
+    tall = torch.matmul(rows_hy, tokens_RlC.view(num_rows, num_y, num_x * width))
+    return torch.matmul(columns_wx, tall.view(num_rows, num_h, num_x, width)).view(num_rows, num_h * num_w, width)
 
 
 class DeltaStore:
@@ -41,13 +49,19 @@ class DeltaStore:
     def __init__(self, num_blocks: int) -> None:
         self.grid: Grid | None = None
         self.blocks: list[Tensor | None] = [None] * num_blocks
+        self._matrices: dict[tuple[Grid, Grid], tuple[Tensor, Tensor]] = {}
 
     def resized(self, block: int, grid: Grid) -> Float[Tensor, "R m C"] | None:
         """A block's deltas on another grid, or None if nothing was recorded."""
         stored = self.blocks[block]
         if stored is None or self.grid is None:
             return None
-        return resize_tokens(stored, self.grid, grid)
+        if self.grid == grid:
+            return stored
+        # The blocks of a scale share the matrices: many small operations, once.
+        if (self.grid, grid) not in self._matrices:
+            self._matrices[(self.grid, grid)] = resize_matrices(self.grid, grid, stored)
+        return resize_tokens(stored, *self._matrices[(self.grid, grid)])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Releases all other rows."""

@@ -53,8 +53,9 @@ def sample_bits(
     bits_kd = cond_kd2.new_empty(u_kd.shape, dtype=torch.int64)
     num_bits = bits_kd.numel()
     if num_bits:
-        _sample_bits[(triton.cdiv(num_bits, _BLOCK),)](
-            cond_kd2, uncond_kd2, u_kd, bits_kd, num_bits, weight, 1 / temperature, top_p,
-            HAS_UNCOND=uncond_kd2 is not None, BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+        with torch.cuda.device_of(cond_kd2):
+            _sample_bits[(triton.cdiv(num_bits, _BLOCK),)](
+                cond_kd2, uncond_kd2, u_kd, bits_kd, num_bits, weight, 1 / temperature, top_p,
+                HAS_UNCOND=uncond_kd2 is not None, BLOCK=_BLOCK, num_warps=4,
+            )  # fmt: skip
     return bits_kd

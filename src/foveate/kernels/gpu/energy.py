@@ -57,7 +57,8 @@ def smooth_energy(residual_BZhw: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B y
     num_images, num_channels, height, width = residual_BZhw.shape
     num_y, num_x = (height + 1) // 2, (width + 1) // 2
     out_Byx = residual_BZhw.new_empty((num_images, num_y, num_x), dtype=torch.float64)
-    _smooth_energy[(triton.cdiv(num_y * num_x, _BLOCK), num_images)](
-        residual_BZhw, out_Byx, num_channels, height, width, num_y, num_x, BLOCK=_BLOCK, num_warps=4
-    )
+    with torch.cuda.device_of(residual_BZhw):
+        _smooth_energy[(triton.cdiv(num_y * num_x, _BLOCK), num_images)](
+            residual_BZhw, out_Byx, num_channels, height, width, num_y, num_x, BLOCK=_BLOCK, num_warps=4
+        )
     return out_Byx

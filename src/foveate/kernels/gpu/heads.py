@@ -4,6 +4,7 @@ One program per token and kind (query or key) holds all heads, neighbouring chan
 Axes: n packed tokens, N heads, D head width.
 """
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float
@@ -52,7 +53,8 @@ def unit_rotated_(
     if not num_tokens:
         return
     heads, pairs = power_of_two(num_heads), power_of_two(width // 2)
-    _unit_rotated[(num_tokens, 2)](
-        qkv_n3ND, gain_N, rotation_nD, qkv_n3ND.stride(0), rotation_nD.stride(0), num_heads, width // 2,
-        HAS_ROTATION=rotation_nD.shape[1] > 0, HEADS=heads, PAIRS=pairs, num_warps=num_warps(2 * heads * pairs),
-    )  # fmt: skip
+    with torch.cuda.device_of(qkv_n3ND):
+        _unit_rotated[(num_tokens, 2)](
+            qkv_n3ND, gain_N, rotation_nD, qkv_n3ND.stride(0), rotation_nD.stride(0), num_heads, width // 2,
+            HAS_ROTATION=rotation_nD.shape[1] > 0, HEADS=heads, PAIRS=pairs, num_warps=num_warps(2 * heads * pairs),
+        )  # fmt: skip

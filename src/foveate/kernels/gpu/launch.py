@@ -2,6 +2,7 @@
 
 They run for tensors on an NVIDIA GPU where triton is installed and no gradients are wanted. `FOVEATE_TRITON=0` switches
 them off. With `TRITON_INTERPRET=1` triton computes them on the CPU, slowly: that is how they are tested.
+A launcher makes the device of its tensors the current one, which is where triton launches.
 """
 
 import functools

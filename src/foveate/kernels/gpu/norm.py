@@ -65,9 +65,10 @@ def norm_modulate(
         return out_nC
     block = power_of_two(width)
     row_n, tokens_per_row = lookup(rows, x_mC.device)
-    _norm[(rows.total,)](
-        x_mC, factor_RC, shift_RC, out_nC, index_n, row_n,
-        x_mC.stride(0), factor_RC.stride(0), shift_RC.stride(0), tokens_per_row, width, eps,
-        HAS_INDEX=index_n is not None, HAS_LOOKUP=row_n is not None, BLOCK=block, num_warps=num_warps(block),
-    )  # fmt: skip
+    with torch.cuda.device_of(x_mC):
+        _norm[(rows.total,)](
+            x_mC, factor_RC, shift_RC, out_nC, index_n, row_n,
+            x_mC.stride(0), factor_RC.stride(0), shift_RC.stride(0), tokens_per_row, width, eps,
+            HAS_INDEX=index_n is not None, HAS_LOOKUP=row_n is not None, BLOCK=block, num_warps=num_warps(block),
+        )  # fmt: skip
     return out_nC

@@ -3,6 +3,7 @@
 Axes: n packed tokens of the change, m tokens of the hidden states, R rows, C width.
 """
 
+import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
@@ -57,9 +58,10 @@ def add_gated_(
         return
     block = power_of_two(width)
     row_n, tokens_per_row = (None, 1) if gate_RC is None else lookup(rows, x_mC.device)
-    _add_gated[(num_tokens,)](
-        x_mC, change_nC, gate_RC, index_n, row_n,
-        x_mC.stride(0), change_nC.stride(0), 0 if gate_RC is None else gate_RC.stride(0), tokens_per_row, width,
-        HAS_GATE=gate_RC is not None, HAS_INDEX=index_n is not None, HAS_LOOKUP=row_n is not None, BLOCK=block,
-        num_warps=num_warps(block),
-    )  # fmt: skip
+    with torch.cuda.device_of(x_mC):
+        _add_gated[(num_tokens,)](
+            x_mC, change_nC, gate_RC, index_n, row_n,
+            x_mC.stride(0), change_nC.stride(0), 0 if gate_RC is None else gate_RC.stride(0), tokens_per_row, width,
+            HAS_GATE=gate_RC is not None, HAS_INDEX=index_n is not None, HAS_LOOKUP=row_n is not None, BLOCK=block,
+            num_warps=num_warps(block),
+        )  # fmt: skip
