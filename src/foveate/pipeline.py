@@ -232,7 +232,7 @@ class Pipeline:
                     text_ms=text_ms,
                 )
 
-    def _requests(self, job: Job, times_scales: bool) -> tuple[Request, ...]:
+    def _requests(self, job: Job, times_scales: bool = False) -> tuple[Request, ...]:
         """One request for the batch, or one per image where bits must not depend on the batch."""
         conditions, negatives = self._encode(job)
 

@@ -1,7 +1,7 @@
-"""A second device that is not there: tensors that claim to lie on it, computed on the CPU, every wait of the host noted.
+"""A second device that is not there: tensors that claim to lie on it, computed on the CPU; waits of the host noted.
 
-Run as a program it draws with the toys on that device and prints, as JSON, per policy and scale what made the host wait;
-and whether the latents equal those of the CPU. It runs in a process of its own: torch cannot forget a device again.
+Run as a program it draws with the toys on that device and prints, as JSON, per policy and scale what made the host
+wait, and whether the latents equal those of the CPU. It runs in a process of its own, as torch cannot forget a device.
 A tensor of the host that meets one of the device in an operation raises, as it would on a GPU.
 """
 
@@ -121,10 +121,10 @@ def self_check() -> dict[str, list[str]]:
         cases = {
             "item": lambda: x_n.sum().item(),
             "bool": lambda: bool((x_n > 1).all()),
-            "nonzero": lambda: x_n.nonzero(),
+            "nonzero": x_n.nonzero,
             "mask": lambda: x_n[x_n > 1],
             "put by mask": lambda: x_n.clone().__setitem__(x_n > 1, x_n[:2]),
-            "to the host": lambda: x_n.cpu(),
+            "to the host": x_n.cpu,
             "copy to the host": lambda: torch.zeros(4, dtype=torch.long).copy_(x_n),
             "to the device": lambda: torch.arange(4).to(there),
             "repeat": lambda: torch.repeat_interleave(x_n, x_n),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from foveate.core.schedule import Grid
 from foveate.core.transfer import to_device
+from foveate.kernels.bits import keep_two, sample_bits
 
 SAMPLE_STREAM, SMOOTH_STREAM = 0, 1
 """Philox streams of a scale: of its codes, and of smoothing."""
@@ -45,10 +46,7 @@ def filtered(logits_kdV: Float[Tensor, "k d V"], top_k: int, top_p: float) -> Fl
         kth = logits_kdV.topk(top_k, dim=-1).values[..., -1:]
         logits_kdV = logits_kdV.masked_fill(logits_kdV < kth, -torch.inf)
     if top_p > 0 and num_values == NUM_BIT_VALUES:
-        share = logits_kdV.softmax(-1)
-        is_low = share <= 1 - top_p
-        is_best = torch.zeros_like(is_low).scatter_(-1, share.argmax(-1, keepdim=True), True)
-        logits_kdV = logits_kdV.masked_fill(is_low & ~is_best, -torch.inf)
+        logits_kdV = keep_two(logits_kdV, top_p)
     elif top_p > 0:
         ascending, order = logits_kdV.sort(dim=-1)
         drop = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
@@ -122,14 +120,14 @@ class KeyedSampler(Sampler):
             if rule.is_greedy:
                 chosen.append(logits_kdV.argmax(-1))
                 continue
-            p_kdV = probabilities(logits_kdV, rule.top_k, rule.top_p)
             num_symbols, num_values = logits_kdV.shape[1:]
             shape = (*grid, num_symbols if num_values == NUM_BIT_VALUES else num_values)
             u = keyed_uniform(self.seeds[image], scale, shape).reshape(grid[0] * grid[1], -1)
             if num_values == NUM_BIT_VALUES:
-                u_kd = _take(to_device(torch.from_numpy(u.astype(np.float32)), p_kdV.device), kept, image)
-                chosen.append((u_kd < p_kdV[..., 1]).long())
+                u_kd = _take(to_device(torch.from_numpy(u.astype(np.float32)), logits_kdV.device), kept, image)
+                chosen.append(sample_bits(logits_kdV, u_kd, rule.top_p))
             else:
+                p_kdV = probabilities(logits_kdV, rule.top_k, rule.top_p)
                 e_kV = _take(to_device(torch.from_numpy((-np.log(u)).astype(np.float32)), p_kdV.device), kept, image)
                 chosen.append((p_kdV / e_kV[:, None]).argmax(-1))
         return chosen

@@ -45,12 +45,12 @@ def choose(plan: ScalePlan, num_images: int, num_tokens: int, num_blocks: int) -
     if known is None:
         unread += [mask.sum(-1).flatten() for mask in (keep_Bl, run_PBl) if mask is not None]
     read = torch.cat(unread).cpu().tolist() if unread else []
+    columns = [tuple(read[i : i + num_images]) for i in range(0, len(read), num_images)]
     if plan.guided_B is not None:
-        plan, read = plan.with_branches([bool(x) for x in read[: len(plan.guided_B)]]), read[len(plan.guided_B) :]
+        plan = plan.with_branches([bool(is_guided) for is_guided in columns.pop(0)])
     if known is not None:
         kept, per_block = (known[0],) * num_images, tuple((count,) * num_images for count in known[1])
     else:
-        columns = [tuple(read[i : i + num_images]) for i in range(0, len(read), num_images)]
         kept = (num_tokens,) * num_images if keep_Bl is None else columns.pop(0)
         per_block = tuple(columns) if columns else (kept,) * num_blocks
     return Chosen(

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.kernels import native
+from foveate.kernels.gpu import launch
 
 
 def rotate(x_nND: Float[Tensor, "n N D"], rotation_nD: Float[Tensor, "n D"]) -> Float[Tensor, "n N D"]:
@@ -36,6 +37,9 @@ def unit_rotated(
         rotation_nD: As `rotate` takes it, float32; without columns nothing is rotated.
     """
     q_nND, k_nND, v_nND = qkv_n3ND.unbind(1)
+    if qkv_n3ND.shape[-1] % 2 == 0 and launch.serves(qkv_n3ND, gain_N, rotation_nD):
+        launch.kernel("heads").unit_rotated_(qkv_n3ND, gain_N, rotation_nD)
+        return q_nND, k_nND, v_nND
     rotates = rotation_nD.shape[-1] > 0
     if not (qkv_n3ND.is_contiguous() and rotation_nD.is_contiguous() and native.serves(qkv_n3ND, gain_N, rotation_nD)):
         q_nND, k_nND = unit_heads(q_nND) * gain_N[:, None], unit_heads(k_nND)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from foveate.core.rows import Rows
 from foveate.kernels import native
+from foveate.kernels.gpu import launch
 
 
 def norm_modulate(
@@ -30,6 +31,9 @@ def norm_modulate(
         dtype: Of what is returned; everything before is float32.
         eps: Added to the variance.
     """
+    if launch.serves(x_nC, factor_RC, shift_RC):
+        out_nC: Tensor = launch.kernel("norm").norm_modulate(x_nC, factor_RC, shift_RC, rows, dtype, eps)
+        return out_nC
     is_whole = factor_RC.stride(-1) == shift_RC.stride(-1) == 1 and x_nC.is_contiguous()
     if dtype not in (torch.float32, torch.bfloat16) or not is_whole or not native.serves(x_nC, factor_RC, shift_RC):
         normed_nC = F.layer_norm(x_nC, x_nC.shape[-1:], eps=eps)

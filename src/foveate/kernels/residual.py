@@ -8,6 +8,7 @@ from torch import Tensor
 
 from foveate.core.rows import Rows
 from foveate.kernels import native
+from foveate.kernels.gpu import launch
 
 
 def gated(change_nC: Float[Tensor, "n C"], gate_RC: Float[Tensor, "R C"] | None, rows: Rows) -> Float[Tensor, "n C"]:
@@ -26,6 +27,9 @@ def add_gated_(
         gate_RC: Float32; one entry per row.
         rows: Which tokens belong to which row.
     """
+    if launch.serves(x_nC, change_nC):
+        launch.kernel("residual").add_gated_(x_nC, change_nC, gate_RC, rows)
+        return
     is_whole = x_nC.is_contiguous() and change_nC.is_contiguous() and (gate_RC is None or gate_RC.stride(-1) == 1)
     if not is_whole or not native.serves(x_nC, change_nC):
         x_nC += gated(change_nC, gate_RC, rows)

@@ -3,6 +3,8 @@
 Axes: R rows, l tokens of the source, m tokens of the target, C width, (h, w) the target grid, (y, x) the source grid.
 """
 
+import functools
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,13 +13,18 @@ from foveate.core.schedule import Grid
 from foveate.kernels import native
 
 
+@functools.lru_cache(maxsize=256)
 def neighbours(size: int, source: int, device: torch.device) -> tuple[Int[Tensor, " size"], Float[Tensor, " size"]]:
-    """For each of `size` samples the one of `source` samples in front of it, and the share of the next, float32."""
+    """For each of `size` samples the one of `source` samples in front of it, and the share of the next, float32.
+
+    The blocks of a scale ask for the same, so it is remembered, as is the matrix.
+    """
     centre = ((torch.arange(size, device=device, dtype=torch.float64) + 0.5) * source / size - 0.5).clamp_min(0)
     low = centre.floor().long().clamp_max(source - 1)
     return low, (centre - low).float()
 
 
+@functools.lru_cache(maxsize=256)
 def resize_matrix(size: int, source: int, device: torch.device) -> Float[Tensor, "size source"]:
     """The same weights as a float32 matrix."""
     low, share = neighbours(size, source, device)

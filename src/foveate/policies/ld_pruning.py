@@ -36,6 +36,7 @@ from foveate.core.plan import (
 from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.core.signals import BranchLogits, Signal, Signals
 from foveate.core.transfer import to_device
+from foveate.kernels.gpu import launch
 
 _LOG = logging.getLogger("foveate")
 
@@ -57,10 +58,18 @@ def haar_energy(residual_BZhw: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B h2 
     return detail.square().sum(1).unflatten(0, residual_BZhw.shape[:2]).sum(1)
 
 
+def smooth_energy(residual_BZhw: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B h2 w2"]:
+    """Haar energy of each 2x2 patch, averaged over those of the 3x3 patches around it that exist; float64."""
+    raw_B1hw = haar_energy(residual_BZhw)[:, None]
+    return F.avg_pool2d(raw_B1hw, 3, stride=1, padding=1, count_include_pad=False)[:, 0]
+
+
 def detail_energy(residual_BZhw: Float[Tensor, "B Z h w"], grid: Grid) -> Float[Tensor, "B y x"]:
     """High-frequency energy of a residual, smoothed over 3x3 patches, enlarged to the coming grid (Eq. 10); float64."""
-    raw_B1hw = haar_energy(residual_BZhw)[:, None]
-    smooth_B1hw = F.avg_pool2d(raw_B1hw, 3, stride=1, padding=1, count_include_pad=False)
+    if launch.serves(residual_BZhw):
+        smooth_B1hw = launch.kernel("energy").smooth_energy(residual_BZhw)[:, None]
+    else:
+        smooth_B1hw = smooth_energy(residual_BZhw)[:, None]
     return F.interpolate(smooth_B1hw, size=grid, mode="bilinear", align_corners=False)[:, 0]
 
 
