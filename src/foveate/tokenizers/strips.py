@@ -47,12 +47,15 @@ class LayerChain(nn.Module, ABC):
 
 
 def run_in_strips(chains: Iterable[nn.Module], x: Float[Tensor, "1 c y x"]) -> Float[Tensor, "1 c2 y2 x2"]:
-    """Runs all layers of some chains; each map is freed as soon as the next layer is through."""
+    """Runs all layers of some chains, a map of one strip at once: bookkeeping would cost more than it saves there.
+
+    Each map is freed as soon as the next layer is through.
+    """
     for chain in chains:
         assert isinstance(chain, LayerChain), "decoders are made of chains"
         for layer in chain.layers():
             assert isinstance(layer, StripLayer), "chains of decoders are made of such layers"
-            x = layer.in_strips(x)
+            x = layer.in_strips(x) if len(strips_of(x)) > 1 else layer(x)
     return x
 
 
