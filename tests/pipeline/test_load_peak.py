@@ -32,7 +32,8 @@ def status(name):
 
 def load(path, dtype):
     origin = Origin(name_or_path=Path(path))
-    return load_model(origin, weights="pretrained", precision=Precision(dtype=getattr(torch, dtype)), device=torch.device("cpu"))
+    precision = Precision(dtype=getattr(torch, dtype))
+    return load_model(origin, weights="pretrained", precision=precision, device=torch.device("cpu"))
 
 def measure(path, dtype):
     gc.collect()
