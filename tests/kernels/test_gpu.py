@@ -1,6 +1,8 @@
 """The Triton kernels, computed by Triton's interpreter in a process of its own; and when they run at all."""
 
 import importlib.util
+import itertools
+import json
 import os
 import re
 import subprocess
@@ -15,7 +17,12 @@ from foveate.kernels.gpu import launch
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed (make installs it)")
+NEEDS_TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed (on Linux make installs it)"
+)
+
+
+@NEEDS_TRITON
 def test_kernels_equal_their_twins_in_the_interpreter():
     environment = {
         **os.environ,
@@ -46,6 +53,29 @@ def test_kernels_equal_their_twins_in_the_interpreter():
     counted = re.search(r"^(\d+) passed in", done.stdout, flags=re.MULTILINE)
     assert counted, done.stdout[-300:]
     assert int(counted[1]) > 200
+
+
+@NEEDS_TRITON
+def test_kernels_compile_for_ampere_and_hopper(tmp_path: Path):
+    """To machine code, at the sizes of the published models; the simple ones read 16 bytes at once."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]),
+        "TRITON_CACHE_DIR": str(tmp_path),
+        "JAXTYPING_DISABLE": "1",
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-m", "tests.kernels.compile_cases"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {(line["kernel"], line["target"]) for line in lines} == set(
+        itertools.product(("norm", "residual", "heads", "bits", "energy"), (80, 90))
+    )
+    for line in lines:
+        assert line["cubin"] > 0
+        assert not line["has_local"], line
+        assert line["widest_load"] == 16 or line["kernel"] not in ("norm", "residual", "bits"), line
 
 
 def test_the_cpu_never_imports_triton():
