@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from foveate.conditioning.clip import ClipPair
+from foveate.conditioning.clip import CLIP_TOKENS, ClipPair
 from foveate.conditioning.on_demand import OnDemand
 from foveate.conditioning.t5 import T5Text
 from foveate.conditioning.text import ClassNames, Conditioner, RandomPooledText, RandomText
@@ -39,8 +39,6 @@ DATA = Path(__file__).parents[1] / "data"
 BUNDLED = {"emoji": "emoji-tiny", "emoji-tiny": "emoji-tiny"}
 """Bundled models and aliases: name -> folder below `DATA`."""
 
-CLIP_TOKENS = 77
-
 _RESIDENT = Residency()
 
 
@@ -64,7 +62,8 @@ class Origin:
 class LoadedModel:
     """A model in memory; nothing here changes while it generates.
 
-    `weights` is `pretrained` or `random`; `sha256` identifies the weights (`folder.weights_sha256`).
+    `weights` is `pretrained` or `random`; `sha256` identifies the weights (`folder.weights_sha256`). `device` is where
+    it runs; an offloaded model (`offload`) lies in main memory between calls.
     """
 
     spec: ModelSpec
@@ -108,13 +107,12 @@ def load_model(
         raise FoveateError(f'weights must be "pretrained" or "random", got {weights!r}')
     if weights == "random":
         _refuse_parts(origin, "random weights")
-        return _random(find_spec(origin), dtype, device)
+        return _random(find_spec(origin), dtype, device, residency)
     folder = _own_folder(origin)
-    is_released = residency.release_text_encoder
     if folder is not None:
         _refuse_parts(origin, f"{origin.name_or_path}, which holds its own")
-        return _from_folder(folder, dtype, device, is_released)
-    return _from_sources(_find_sources(origin), dtype, device, is_released)
+        return _from_folder(folder, dtype, device, residency)
+    return _from_sources(_find_sources(origin), dtype, device, residency)
 
 
 def _refuse_parts(origin: Origin, whose: str) -> None:
@@ -188,13 +186,14 @@ def _find_sources(origin: Origin) -> Sources:
     return local_sources(path, origin.autoencoder, origin.text_encoder, origin.local_files_only)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device, is_released: bool) -> LoadedModel:
+def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device, residency: Residency) -> LoadedModel:
     """A model in our own format."""
     spec = ModelSpec.from_json(read_config(folder))
     config = spec.transformer
     if spec.conditioner != "minilm" or not isinstance(config, InfinityConfig):
         raise CheckpointError(f"{folder}: a folder of ours holds the text encoder minilm, got {spec.conditioner}")
-    read = partial(read_text_encoder, folder, config.text_tokens, device)
+    is_released = residency.release_text_encoder
+    read = partial(read_text_encoder, folder, config.text_tokens, _text_place(device, residency))
     encoder = read()
     if encoder.model.config.width != config.text_width:
         raise CheckpointError(
@@ -202,19 +201,21 @@ def _from_folder(folder: Path, dtype: torch.dtype, device: torch.device, is_rele
         )
     text: Conditioner = OnDemand(read) if is_released else encoder
     del encoder
-    return _assemble(spec, (folder / TRANSFORMER, folder / AUTOENCODER), text, folder_sha256(folder), dtype, device)
+    return _assemble(
+        spec, (folder / TRANSFORMER, folder / AUTOENCODER), text, folder_sha256(folder), dtype, device, residency
+    )
 
 
-def _from_sources(sources: Sources, dtype: torch.dtype, device: torch.device, is_released: bool) -> LoadedModel:
+def _from_sources(sources: Sources, dtype: torch.dtype, device: torch.device, residency: Residency) -> LoadedModel:
     """A model in published files; its text encoders come from their own folders or repositories."""
     spec = sources.spec
     paths = (sources.transformer, sources.autoencoder)
     digest = weights_sha256(file for path in paths for file in files_of(path))
-    read = partial(_conditioner, sources, dtype, device)
+    read = partial(_conditioner, sources, dtype, _text_place(device, residency))
     text = read()
-    if is_released and sources.text_encoders:
+    if residency.release_text_encoder and sources.text_encoders:
         text = OnDemand(read)
-    return _assemble(spec, paths, text, digest, dtype, device)
+    return _assemble(spec, paths, text, digest, dtype, device, residency)
 
 
 def _assemble(
@@ -224,10 +225,11 @@ def _assemble(
     sha256: str,
     dtype: torch.dtype,
     device: torch.device,
+    residency: Residency,
 ) -> LoadedModel:
-    kind = spec.kind
+    kind, place = spec.kind, _place(device, residency)
     transformer, autoencoder = (
-        read_network(path, partial(network.build, config), network.load, dtype, device)
+        read_network(path, partial(network.build, config), network.load, dtype, place)
         for path, network, config in zip(
             paths, (kind.transformer, kind.autoencoder), (spec.transformer, spec.autoencoder), strict=True
         )
@@ -257,11 +259,21 @@ def _conditioner(sources: Sources, dtype: torch.dtype, device: torch.device) -> 
     return ClipPair.from_pretrained(*places, dtype=dtype, device=device, local_files_only=sources.local_files_only)
 
 
-def _random(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def _place(device: torch.device, residency: Residency) -> torch.device:
+    """Where the weights of the networks go."""
+    return torch.device("cpu") if residency.offload else device
+
+
+def _text_place(device: torch.device, residency: Residency) -> torch.device:
+    """Where those of the text encoder go: one that is dropped behind its work need not wait in main memory."""
+    return device if residency.release_text_encoder else _place(device, residency)
+
+
+def _random(spec: ModelSpec, dtype: torch.dtype, device: torch.device, residency: Residency) -> LoadedModel:
     """The shapes of a model, filled with noise."""
-    kind = spec.kind
-    transformer = empty_module(partial(kind.transformer.build, spec.transformer), dtype, device)
-    autoencoder = empty_module(partial(kind.autoencoder.build, spec.autoencoder), dtype, device)
+    kind, place = spec.kind, _place(device, residency)
+    transformer = empty_module(partial(kind.transformer.build, spec.transformer), dtype, place)
+    autoencoder = empty_module(partial(kind.autoencoder.build, spec.autoencoder), dtype, place)
     fill_randomly(transformer)
     fill_randomly(autoencoder)
     return LoadedModel(
