@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Unpack
@@ -22,6 +22,7 @@ from foveate.engine.executor import Engine
 from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler, SmoothSampler
 from foveate.engine.state import Request
 from foveate.families.loading import LoadedModel, Origin, Precision, load_model
+from foveate.families.offload import CODEBOOK, DECODER, TEXT_ENCODER, TRANSFORMER, Offload
 from foveate.families.residency import Residency
 from foveate.pipeline_options import Job, Options, Prompts, resolve, settings_of, warn_untrained
 from foveate.pipeline_output import (
@@ -59,8 +60,15 @@ class Pipeline:
         model: Transformer, tokenizer, text encoder and what belongs to them.
     """
 
-    def __init__(self, model: LoadedModel) -> None:
+    def __init__(self, model: LoadedModel, offload: Offload | None = None) -> None:
+        """Takes a loaded model.
+
+        Args:
+            model: What draws.
+            offload: Moves its parts to the device and back; None leaves all of them where they are.
+        """
         self.model = model
+        self._offload = offload
         self._engine = Engine(model.transformer, model.tokenizer)
         self._hides_progress: bool | None = None
 
@@ -78,6 +86,7 @@ class Pipeline:
         device: str | torch.device = "cpu",
         revision: str | None = None,
         local_files_only: bool = False,
+        offload: bool = False,
         release_text_encoder: bool = False,
     ) -> "Pipeline":
         """Loads a bundled model, a model folder, or published weights from the hub or from this disk.
@@ -96,6 +105,7 @@ class Pipeline:
             device: Where it runs.
             revision: Branch, tag or commit of a hub model; None elsewhere.
             local_files_only: Never reaches for the network: a hub model must have been fetched before.
+            offload: Loads into main memory and calls `enable_model_cpu_offload`.
             release_text_encoder: Reads the text encoder when prompts are encoded and drops it afterwards: every call
                 with new prompts takes the time of reading it, and no memory for it while it draws. It is read once at
                 loading, too, so that errors come then. Nothing changes where prompts need no weights.
@@ -116,10 +126,28 @@ class Pipeline:
             decoder_dtype=None if decoder_dtype is None else _dtype(decoder_dtype, "decoder_dtype"),
             quantization=quantization,
         )
-        residency = Residency(release_text_encoder=release_text_encoder)
-        return cls(
-            load_model(origin, weights=weights, precision=precision, device=_device(device), residency=residency)
-        )
+        residency = Residency(offload=offload, release_text_encoder=release_text_encoder)
+        place = _device(device)
+        if offload:
+            _refuse_offload(place)
+        pipe = cls(load_model(origin, weights=weights, precision=precision, device=place, residency=residency))
+        if offload:
+            pipe.enable_model_cpu_offload()
+        return pipe
+
+    def enable_model_cpu_offload(self) -> None:
+        """Moves all parts to main memory; from now on only the part that works is on the device.
+
+        Text encoder, transformer and decoder take turns, each as a whole, and all are in main memory between calls.
+        With previews the decoder joins the transformer at the first one, and both stay until the last scale has run.
+        Pictures are the same bits as without; every call takes the time of the moves.
+
+        Raises:
+            FoveateError: The pipeline computes on the CPU, so there is no device to save memory of.
+        """
+        _refuse_offload(self.model.device)
+        if self._offload is None:
+            self._offload = Offload.of(self.model)
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
@@ -147,11 +175,12 @@ class Pipeline:
         began = time.perf_counter()
         job = self._job(prompts, options)
         step = None
-        with closing(self._steps(job)) as steps:
-            for step in steps:  # noqa: B007 - the last one is what counts
-                pass
-        assert step is not None, "a schedule has at least one scale"
-        return self._finish(job, step, began)
+        with self._parts():
+            with closing(self._steps(job, 0)) as steps:
+                for step in steps:  # noqa: B007 - the last one is what counts
+                    pass
+            assert step is not None, "a schedule has at least one scale"
+            return self._finish(job, step, began)
 
     def stream(
         self, prompts: Prompts, previews: int = 3, **options: Unpack[Options]
@@ -180,13 +209,16 @@ class Pipeline:
     def _events(self, job: Job, previews: int) -> Generator[ScaleEvent, None, None]:
         began = time.perf_counter()
         num_scales = len(job.schedule)
-        with closing(self._steps(job, times_scales=True)) as steps:
+        with self._parts(), closing(self._steps(job, previews, times_scales=True)) as steps:
             for step in steps:
-                is_last = step.scale == num_scales - 1
-                output = self._finish(job, step, began) if is_last else None
+                output = None
+                if step.scale == num_scales - 1:
+                    # Keys and values go before the decoder needs room.
+                    steps.close()
+                    output = self._finish(job, step, began)
                 images = output.images if output is not None and previews else None
                 if output is None and step.scale >= num_scales - previews:
-                    images = self._decode(step.f_hat_BZHW, job.settings.output_type)
+                    images = self._decode(step.f_hat_BZHW, job.settings.output_type, (TRANSFORMER, CODEBOOK))
                 work = step.trace.scales[-1]
                 yield ScaleEvent(
                     scale=step.scale,
@@ -198,15 +230,32 @@ class Pipeline:
                     output=output,
                 )
 
-    def _steps(self, job: Job, times_scales: bool = False) -> Generator[BatchStep, None, None]:
+    @contextmanager
+    def _parts(self) -> Iterator[None]:
+        """Sends all parts home behind a call, however it ends."""
+        try:
+            yield
+        finally:
+            self._bring()
+
+    def _bring(self, *parts: str) -> None:
+        """Makes exactly these parts be on the device, where parts are moved at all."""
+        if self._offload is not None:
+            self._offload.bring(*parts)
+
+    def _steps(self, job: Job, previews: int, times_scales: bool = False) -> Generator[BatchStep, None, None]:
         """Runs the requests of a call side by side, scale by scale; closing it frees all of them.
+
+        Parts are brought again before every scale: another call may have run since the last one.
 
         Args:
             job: The call.
+            previews: How many of the last scales will be decoded.
             times_scales: Whether the time of a scale must be known when it is handed out.
         """
         bound = job.policy.bind(job.schedule, self.model.transformer.shape)
         began = time.perf_counter()
+        self._bring(TEXT_ENCODER)
         requests = self._requests(job, times_scales)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
@@ -215,8 +264,9 @@ class Pipeline:
         with ExitStack() as stack:
             runs = [stack.enter_context(closing(self._engine.run(bound, request))) for request in requests]
             bar = stack.enter_context(tqdm(total=num_scales, disable=self._hides_progress, unit="scale", leave=False))
-            for steps in zip(*runs, strict=True):
-                scale = steps[0].scale
+            for scale in range(num_scales):
+                self._bring(TRANSFORMER, CODEBOOK, *((DECODER,) if scale > num_scales - previews else ()))
+                steps = [next(run) for run in runs]
                 latents = [step.f_hat_BZHW for step in steps]
                 f_hat_BZHW = latents[0] if len(latents) == 1 else torch.cat(latents)
                 bar.set_description(f"scale {scale + 1}/{num_scales}")
@@ -278,11 +328,13 @@ class Pipeline:
             is_after_draw=self.model.spec.kind.smooths_after_draw,
         )
 
-    @torch.inference_mode()
-    def _decode(self, f_hat_BZHW: Float[Tensor, "B Z H W"], output_type: str) -> Images:
+    def _decode(self, f_hat_BZHW: Float[Tensor, "B Z H W"], output_type: str, beside: tuple[str, ...] = ()) -> Images:
+        """Pictures of a latent; the parts in `beside` stay on the device."""
         if output_type == "latent":
             return f_hat_BZHW
-        return to_images(self.model.tokenizer.decode(f_hat_BZHW), output_type)
+        self._bring(*beside, DECODER)
+        with torch.inference_mode():
+            return to_images(self.model.tokenizer.decode(f_hat_BZHW), output_type)
 
     def _finish(self, job: Job, step: BatchStep, began: float) -> PipelineOutput:
         """Decodes, and says what it took."""
@@ -330,6 +382,14 @@ def _dtype(dtype: str | torch.dtype, name: str) -> torch.dtype:
     if str(dtype) not in known:
         raise FoveateError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype}")
     return known[str(dtype)]
+
+
+def _refuse_offload(device: torch.device) -> None:
+    if device.type == "cpu":
+        raise FoveateError(
+            "offload needs a pipeline on a GPU; this one computes on the CPU, with all parts in main memory: load it "
+            'with device="cuda", or leave offload out'
+        )
 
 
 def _device(device: str | torch.device) -> torch.device:

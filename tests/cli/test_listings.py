@@ -58,6 +58,28 @@ def test_env(run: Callable[..., Any], toy_folder: Path) -> None:
     run("env", "--model", "infinity-2").assert_refused("did you mean infinity-2b")
 
 
+def test_env_says_what_a_run_needs_before_anything_is_loaded(run: Callable[..., Any]) -> None:
+    plain = run("env", "--json", "-m", "infinity-2b", "--dtype", "bfloat16").data["model"]
+    assert list(plain["bytes"]) == ["bfloat16"]
+    assert (plain["size"], plain["batch"], plain["policy"], plain["offload"]) == ([1024, 1024], 1, "full", False)
+    changed = run(
+        "env", "--json", "-m", "infinity-2b", "--dtype", "bfloat16", "--pixels", "0.25M", "--batch", 2,
+        "--policy", "skip-scales:count=2", "--offload", "--release-text-encoder",
+    ).data["model"]  # fmt: skip
+    assert (changed["size"], changed["batch"], changed["offload"]) == ([512, 512], 2, True)
+    assert changed["policy"].startswith("skip-scales")
+    before, after = plain["bytes"]["bfloat16"], changed["bytes"]["bfloat16"]
+    assert after["decoder"] * 4 == before["decoder"]
+    assert after["kv"] < before["kv"]
+    assert after["phases"]["encoding"] == after["text_encoder"]
+    assert before["phases"]["encoding"] == sum(before[part] for part in ("transformer", "autoencoder", "text_encoder"))
+    assert after["peak"] == max(after["phases"].values())
+    assert "model.bytes.bfloat16.phases.transformer" in run("env", "-m", "infinity-2b", "--dtype", "bfloat16").out
+    run("env", "--offload").assert_refused("--model is missing")
+    run("env", "-m", "infinity-2b", "--batch", 0).assert_refused("--batch must be 1 or more, got 0")
+    run("env", "-m", "infinity-2b", "--size", "100x100").assert_refused("size must be one of")
+
+
 def test_bound_of_env_is_what_the_engine_allocates(run: Callable[..., Any], toy_folder: Path, toy_pipe: Any) -> None:
     needs = run("env", "--json", "--model", toy_folder).data["model"]
     assert needs["bytes"]["float32"]["kv"] == toy_pipe.generate("a cat", seed=1).report.kv_bytes_bound

@@ -6,7 +6,7 @@ Counted means added up from tensors; measured means asked of the device's alloca
 import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from foveate.bench.spread import Spread
 from foveate.bench.workload import Workload
 from foveate.core.plan import Policy
 from foveate.families.loading import LoadedModel
+from foveate.families.offload import modules_of
 from foveate.models.quantization import stored_bytes
 from foveate.pipeline import Pipeline
 
@@ -105,17 +106,7 @@ def meter_for(device: torch.device) -> Meter | None:
 def weights_bytes(model: LoadedModel) -> dict[str, int]:
     """Bytes of parameters and buffers by part, counted; a text encoder without weights has 0."""
     parts = {"transformer": model.transformer, "tokenizer": model.tokenizer, "text_encoder": model.text}
-    return {name: _bytes_of(_modules(part)) for name, part in parts.items()}
-
-
-def _modules(part: object, depth: int = 2) -> list[nn.Module]:
-    """The part itself, or the modules that it and the objects in it hold: some parts are two encoders in one."""
-    if isinstance(part, nn.Module):
-        return [part]
-    if depth == 0:
-        return []
-    names = [field.name for field in fields(part)] if is_dataclass(part) else list(getattr(part, "__dict__", ()))
-    return [module for name in names for module in _modules(getattr(part, name), depth - 1)]
+    return {name: _bytes_of(modules_of(part)) for name, part in parts.items()}
 
 
 def _bytes_of(modules: Iterable[nn.Module]) -> int:

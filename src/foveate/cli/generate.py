@@ -91,7 +91,7 @@ def _ignored(
     """What was asked for although the stored picture already fixes it."""
     fit = {"source", "output", "as_json", "quiet", "config", "model"}
     if model.model != _MODEL.model:
-        fit |= {"revision", "local_files_only", "autoencoder", "text_encoder", "release_text_encoder"}
+        fit |= {"revision", "local_files_only", "autoencoder", "text_encoder", "offload", "release_text_encoder"}
     found = ["a prompt"] if prompts else []
     records: tuple[tuple[Any, Any], ...] = (
         (model, _MODEL), (size, _SIZE), (sampling, _SAMPLING), (options, _OPTIONS),

@@ -28,6 +28,7 @@ def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
         device=options.device,
         revision=options.revision,
         local_files_only=options.local_files_only,
+        offload=options.offload,
         release_text_encoder=options.release_text_encoder,
     )
     if is_quiet:

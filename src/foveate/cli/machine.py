@@ -4,47 +4,64 @@ from pathlib import Path
 from typing import Any
 
 from foveate.bench.machine import describe_machine
+from foveate.cli.env import EnvOptions
+from foveate.cli.options import SizeOptions
 from foveate.cli.registered import file_bytes
 from foveate.families.loading import BUNDLED, DATA, Origin, find_folder, find_spec
 from foveate.families.memory import count_parameters, memory_need
+from foveate.families.residency import Residency
 from foveate.folder import CONFIG_NAME
 from foveate.pipeline import DTYPES
-from foveate.policies.full import Full
+from foveate.pipeline_options import Settings, resolve
 
 
-def describe(model: str | None = None, quantization: str | None = None) -> dict[str, Any]:
-    """Versions, processor, devices and bundled models; with a model also what it needs.
-
-    Raises:
-        FoveateError: There is no such model.
-    """
+def describe() -> dict[str, Any]:
+    """Versions, processor, devices and bundled models."""
     folders = [DATA / name for name in dict.fromkeys(BUNDLED.values())]
-    found = {
+    return {
         **describe_machine(),
         "bundled_models": [str(folder) for folder in folders if (folder / CONFIG_NAME).is_file()],
     }
-    return found if model is None else {**found, "model": needs(model, quantization)}
 
 
-def needs(name: str, quantization: str | None = None) -> dict[str, Any]:
-    """Bytes that one guided picture of the default size takes under the full policy, by part and dtype.
+def needs(name: str, options: EnvOptions, size: SizeOptions) -> dict[str, Any]:
+    """Bytes that guided pictures take, by part, phase and dtype; no weights are loaded.
 
     Raises:
-        FoveateError: There is no such model.
+        FoveateError: There is no such model, policy or size.
     """
     origin = Origin(name_or_path=name)
     spec = find_spec(origin)
     folder = find_folder(origin) if (name in BUNDLED or Path(name).is_dir()) and spec.conditioner == "minilm" else None
-    height, width = spec.default_schedule.grids[-1]
+    width, height = size.width_and_height() or (None, None)
+    settings = Settings(
+        width=width, height=height, aspect_ratio=size.aspect_ratio, pixels=size.pixels, policy=options.policy
+    )
+    job = resolve("any", settings, spec)
+    rows, columns = job.schedule.grids[-1]
+    residency = Residency(offload=options.offload, release_text_encoder=options.release_text_encoder)
+    kinds = DTYPES if options.dtype is None else {options.dtype: DTYPES[options.dtype]}
     return {
         "name": name,
-        "size": [width * spec.stride, height * spec.stride],
-        "tokens": spec.default_schedule.num_tokens,
+        "size": [columns * spec.stride, rows * spec.stride],
+        "tokens": job.schedule.num_tokens,
+        "batch": options.batch,
+        "policy": job.policy.spec,
+        "offload": options.offload,
+        "release_text_encoder": options.release_text_encoder,
         "parameters": count_parameters(spec),
         "file_bytes": None if folder is None else file_bytes(folder),
-        "quantization": quantization,
+        "quantization": options.quantization,
         "bytes": {
-            dtype: memory_need(spec, kind, Full(), quantization=quantization).to_json()
-            for dtype, kind in DTYPES.items()
+            dtype: memory_need(
+                spec,
+                kind,
+                job.policy,
+                options.batch,
+                schedule=job.schedule,
+                residency=residency,
+                quantization=options.quantization,
+            ).to_json()
+            for dtype, kind in kinds.items()
         },
     }

@@ -32,6 +32,7 @@ class ModelOptions:
         threads: Threads of the processor; by default what torch chooses.
         revision: Revision of a model from a hub.
         local_files_only: Never reach for the network.
+        offload: Hold only the part that works on the device, and the others in main memory.
         release_text_encoder: Hold the text encoder in memory only while prompts are encoded.
     """
 
@@ -46,6 +47,7 @@ class ModelOptions:
     threads: int | None = None
     revision: str | None = None
     local_files_only: bool = False
+    offload: bool = False
     release_text_encoder: bool = False
 
 

@@ -26,6 +26,9 @@ from foveate.core.errors import FoveateError
 CLIP_L = "openai/clip-vit-large-patch14"
 CLIP_BIG_G = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 
+CLIP_TOKENS = 77
+"""Longest prompt of the published encoders, both ends included."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClipText:

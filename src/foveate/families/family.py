@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from foveate.core.errors import CheckpointError
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.protocols import ScaleTokenizer
@@ -46,6 +48,14 @@ class Network:
     infer: Callable[[State, Mapping[str, Any]], Any]
 
 
+def _no_modules(_autoencoder: nn.Module) -> tuple[nn.Module, ...]:
+    return ()
+
+
+def _quantiser(autoencoder: VQAutoencoder) -> tuple[nn.Module, ...]:
+    return (autoencoder.quantize,)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
     """What the models of a family share.
@@ -63,6 +73,7 @@ class Family:
         can_smooth: Whether the published sampler offers `more_smooth`.
         smooths_after_draw: Whether smoothing follows a draw of ids and their filters (`engine.sample.SmoothSampler`).
         null_prompt: The prompt that stands for none, where the model has learned no other; None if it has.
+        codebook: The modules of the autoencoder that every scale reads, not only the decoder at the end.
     """
 
     name: str
@@ -77,6 +88,7 @@ class Family:
     can_smooth: bool = True
     smooths_after_draw: bool = False
     null_prompt: str | None = None
+    codebook: Callable[[Any], tuple[nn.Module, ...]] = _no_modules
 
 
 def _no_window(cfg: tuple[float, ...], _window: tuple[int, int | None]) -> GuidanceSchedule:
@@ -152,6 +164,7 @@ FAMILIES: dict[str, Family] = {
             conditioners=("imagenet",),
             has_negatives=False,
             smooths_after_draw=True,
+            codebook=_quantiser,
         ),
         Family(
             name="switti",
@@ -162,6 +175,7 @@ FAMILIES: dict[str, Family] = {
             guidance=_linear,
             conditioners=("clip-pair",),
             null_prompt="",
+            codebook=_quantiser,
         ),
     )
 }

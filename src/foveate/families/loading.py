@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from foveate.conditioning.clip import ClipPair
+from foveate.conditioning.clip import CLIP_TOKENS, ClipPair
 from foveate.conditioning.on_demand import OnDemand
 from foveate.conditioning.t5 import T5Text
 from foveate.conditioning.text import ClassNames, Conditioner, RandomPooledText, RandomText
@@ -41,8 +41,6 @@ from foveate.models.weight_files import files_of, is_weight_file, weights_sha256
 DATA = Path(__file__).parents[1] / "data"
 BUNDLED = {"emoji": "emoji-tiny", "emoji-tiny": "emoji-tiny"}
 """Bundled models and aliases: name -> folder below `DATA`."""
-
-CLIP_TOKENS = 77
 
 _RESIDENT = Residency()
 
@@ -90,7 +88,8 @@ class Precision:
 class LoadedModel:
     """A model in memory; nothing here changes while it generates.
 
-    `weights` is `pretrained` or `random`; `sha256` identifies the weights (`folder.weights_sha256`).
+    `weights` is `pretrained` or `random`; `sha256` identifies the weights (`folder.weights_sha256`). `device` is where
+    it runs; an offloaded model (`offload`) lies in main memory between calls.
     """
 
     spec: ModelSpec
@@ -142,13 +141,12 @@ def load_model(
         native.library()
     if weights == "random":
         _refuse_parts(origin, "random weights")
-        return _random(find_spec(origin), precision, device)
+        return _random(find_spec(origin), precision, device, residency)
     folder = _own_folder(origin)
-    is_released = residency.release_text_encoder
     if folder is not None:
         _refuse_parts(origin, f"{origin.name_or_path}, which holds its own")
-        return _from_folder(folder, precision, device, is_released)
-    return _from_sources(_find_sources(origin), precision, device, is_released)
+        return _from_folder(folder, precision, device, residency)
+    return _from_sources(_find_sources(origin), precision, device, residency)
 
 
 def _refuse_parts(origin: Origin, whose: str) -> None:
@@ -222,33 +220,35 @@ def _find_sources(origin: Origin) -> Sources:
     return local_sources(path, origin.autoencoder, origin.text_encoder, origin.local_files_only)
 
 
-def _from_folder(folder: Path, precision: Precision, device: torch.device, is_released: bool) -> LoadedModel:
+def _from_folder(folder: Path, precision: Precision, device: torch.device, residency: Residency) -> LoadedModel:
     """A model in our own format."""
     spec = ModelSpec.from_json(read_config(folder))
     config = spec.transformer
     if spec.conditioner != "minilm" or not isinstance(config, InfinityConfig):
         raise CheckpointError(f"{folder}: a folder of ours holds the text encoder minilm, got {spec.conditioner}")
-    read = partial(read_text_encoder, folder, config.text_tokens, device)
+    read = partial(read_text_encoder, folder, config.text_tokens, _text_place(device, residency))
     encoder = read()
     if encoder.model.config.width != config.text_width:
         raise CheckpointError(
             f"text encoder is {encoder.model.config.width} wide, the transformer reads {config.text_width}"
         )
-    text: Conditioner = OnDemand(read) if is_released else encoder
+    text: Conditioner = OnDemand(read) if residency.release_text_encoder else encoder
     del encoder
-    return _assemble(spec, (folder / TRANSFORMER, folder / AUTOENCODER), text, folder_sha256(folder), precision, device)
+    return _assemble(
+        spec, (folder / TRANSFORMER, folder / AUTOENCODER), text, folder_sha256(folder), precision, device, residency
+    )
 
 
-def _from_sources(sources: Sources, precision: Precision, device: torch.device, is_released: bool) -> LoadedModel:
+def _from_sources(sources: Sources, precision: Precision, device: torch.device, residency: Residency) -> LoadedModel:
     """A model in published files; its text encoders come from their own folders or repositories."""
     spec = sources.spec
     paths = (sources.transformer, sources.autoencoder)
     digest = weights_sha256(file for path in paths for file in files_of(path))
-    read = partial(_conditioner, sources, precision.dtype, device)
+    read = partial(_conditioner, sources, precision.dtype, _text_place(device, residency))
     text = read()
-    if is_released and sources.text_encoders:
+    if residency.release_text_encoder and sources.text_encoders:
         text = OnDemand(read)
-    return _assemble(spec, paths, text, digest, precision, device)
+    return _assemble(spec, paths, text, digest, precision, device, residency)
 
 
 def _assemble(
@@ -258,10 +258,11 @@ def _assemble(
     sha256: str,
     precision: Precision,
     device: torch.device,
+    residency: Residency,
 ) -> LoadedModel:
-    kind = spec.kind
+    kind, place = spec.kind, _place(device, residency)
     transformer, autoencoder = (
-        read_network(path, partial(network.build, config), network.load, dtype, device)
+        read_network(path, partial(network.build, config), network.load, dtype, place)
         for path, network, config, dtype in (
             (paths[0], kind.transformer, spec.transformer, precision.dtype),
             (paths[1], kind.autoencoder, spec.autoencoder, precision.autoencoder_dtype),
@@ -302,11 +303,21 @@ def _conditioner(sources: Sources, dtype: torch.dtype, device: torch.device) -> 
     return ClipPair.from_pretrained(*places, dtype=dtype, device=device, local_files_only=sources.local_files_only)
 
 
-def _random(spec: ModelSpec, precision: Precision, device: torch.device) -> LoadedModel:
+def _place(device: torch.device, residency: Residency) -> torch.device:
+    """Where the weights of the networks go."""
+    return torch.device("cpu") if residency.offload else device
+
+
+def _text_place(device: torch.device, residency: Residency) -> torch.device:
+    """Where those of the text encoder go: one that is dropped behind its work need not wait in main memory."""
+    return device if residency.release_text_encoder else _place(device, residency)
+
+
+def _random(spec: ModelSpec, precision: Precision, device: torch.device, residency: Residency) -> LoadedModel:
     """The shapes of a model, filled with noise."""
-    kind = spec.kind
-    transformer = empty_module(partial(kind.transformer.build, spec.transformer), precision.dtype, device)
-    autoencoder = empty_module(partial(kind.autoencoder.build, spec.autoencoder), precision.autoencoder_dtype, device)
+    kind, place = spec.kind, _place(device, residency)
+    transformer = empty_module(partial(kind.transformer.build, spec.transformer), precision.dtype, place)
+    autoencoder = empty_module(partial(kind.autoencoder.build, spec.autoencoder), precision.autoencoder_dtype, place)
     fill_randomly(transformer)
     fill_randomly(autoencoder)
     _settle((transformer, autoencoder), precision)

@@ -5,16 +5,23 @@ constants, for the largest scale; a test compares it with what a process really 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 
+from foveate.conditioning.clip import CLIP_TOKENS
 from foveate.core.conditions import ClassLabel
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.plan import Policy
+from foveate.core.schedule import ScaleSchedule
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request, bounds_of
+from foveate.families.residency import Residency
 from foveate.families.spec import ModelSpec
+from foveate.models.infinity import InfinityConfig
 from foveate.models.quantization import quantized_bytes
+from foveate.models.switti import SwittiConfig
 from foveate.tokenizers.strips import CPU_VALUES
 
 TEXT_ENCODER_PARAMETERS = {
@@ -25,6 +32,13 @@ TEXT_ENCODER_PARAMETERS = {
 }
 """Of the text encoders of every kind of conditioner, word embeddings included."""
 
+_T5_FLOAT32 = 24 * 5120 * 2048
+"""Parameters of flan-t5-xl that stay in float32 beside float16: the second matrix of every feed-forward."""
+
+_RESIDENT = Residency()
+
+_MODULATION_VALUES = 6
+"""Float32 values per row, block and channel: gates, scales and shifts."""
 _STREAM_BYTES, _COMPUTE_VALUES = 13, 7
 """Per token and channel a block holds 13 bytes in float32 and 7 values in the compute dtype at its peak."""
 _DECODER_STRIPS = 6
@@ -33,58 +47,141 @@ _DECODER_STRIPS = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryNeed:
-    """Bytes of one request. The three working sets never exist at the same time.
+    """Bytes of one request on the device that draws.
 
-    `logits` holds what a scale's outputs take while they are sampled.
+    Attributes:
+        transformer: Its weights.
+        autoencoder: Its weights, those of the encoder too.
+        text_encoder: Its weights. What it works with is not counted: tens of megabytes for the longest prompt.
+        text: What the transformer holds of the longest prompts it reads: keys, values and modulation of every block.
+        kv: Keys and values of the scales, at their bound.
+        blocks: What a block holds for a moment at the largest scale.
+        logits: What a scale's outputs take while they are sampled.
+        decoder: What the decoder holds for a moment, one picture at a time.
+        residency: Which weights are there while others work.
     """
 
     transformer: int
     autoencoder: int
     text_encoder: int
+    text: int
     kv: int
     blocks: int
     logits: int
     decoder: int
+    residency: Residency = _RESIDENT
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes at the most while prompts are encoded, while the transformer runs and while pictures are decoded."""
+        drawing = self.text + self.kv + max(self.blocks, self.logits)
+        return {
+            "encoding": self._weights("text_encoder"),
+            "transformer": self._weights("transformer") + drawing,
+            "decoding": self._weights("autoencoder") + self.decoder,
+        }
 
     @property
     def peak(self) -> int:
-        """With all weights resident."""
-        weights = self.transformer + self.autoencoder + self.text_encoder
-        return weights + max(self.kv + max(self.blocks, self.logits), self.decoder)
+        """The largest phase."""
+        return max(self.phases.values())
 
-    def to_json(self) -> dict[str, int]:
-        """All parts in bytes, the peak too."""
-        return {name: getattr(self, name) for name in (*self.__slots__, "peak")}
+    def _weights(self, working: str) -> int:
+        """Bytes of all weights that are there while one part works."""
+        parts = {name: getattr(self, name) for name in ("transformer", "autoencoder", "text_encoder")}
+        if self.residency.offload:
+            return int(parts[working])
+        if self.residency.release_text_encoder and working != "text_encoder":
+            del parts["text_encoder"]
+        return sum(parts.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """All parts and phases in bytes, the peak too."""
+        parts = {name: getattr(self, name) for name in self.__slots__ if name != "residency"}
+        return {**parts, "phases": self.phases, "peak": self.peak}
 
 
 def count_parameters(spec: ModelSpec) -> dict[str, int]:
     """Parameters of both networks and of the text encoder, counted without memory for them."""
-    with torch.device("meta"):
-        networks = {
-            "transformer": spec.kind.transformer.build(spec.transformer),
-            "autoencoder": spec.kind.autoencoder.build(spec.autoencoder),
-        }
-    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    counts = {name: count(network) for name, network in _networks(spec).items()}
     return counts | {"text_encoder": TEXT_ENCODER_PARAMETERS[spec.conditioner]}
 
 
 def memory_need(
-    spec: ModelSpec, dtype: torch.dtype, policy: Policy, num_images: int = 1, quantization: str | None = None
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    policy: Policy,
+    num_images: int = 1,
+    *,
+    schedule: ScaleSchedule | None = None,
+    residency: Residency = _RESIDENT,
+    quantization: str | None = None,
+    text_tokens: int | None = None,
 ) -> MemoryNeed:
-    """What guided pictures of the default size take.
+    """What guided pictures take.
 
     Args:
         spec: The model.
         dtype: What it computes in; MiniLM stays in float32.
         policy: Its bound sets the size of the cache; the working sets are those of a full last scale.
         num_images: Pictures at once.
+        schedule: Their size; None takes the default one.
+        residency: Which parts are in memory while others work.
         quantization: How the blocks hold their weights; None stands for `dtype`.
+        text_tokens: Tokens of every prompt; None for the longest that the transformer reads.
     """
+    networks = _networks(spec)
+    shape = networks["transformer"].shape
+    schedule, size = schedule or spec.default_schedule, dtype.itemsize
+    rows, tokens = 2 * num_images, 2 * num_images * schedule.scales[-1].num_tokens
+    bounds = bounds_of(policy.bind(schedule, shape), _request(schedule, num_images), shape)
+    read = _longest_prompt(spec) if text_tokens is None else min(text_tokens, _longest_prompt(spec))
+    return MemoryNeed(
+        transformer=transformer_bytes(spec, dtype, quantization),
+        autoencoder=count(networks["autoencoder"]) * size,
+        text_encoder=_text_encoder_bytes(spec.conditioner, dtype),
+        text=rows * shape.num_blocks * shape.width * (2 * read * size + _MODULATION_VALUES * 4),
+        kv=bounds.kv_bytes(shape.num_heads * shape.head_width, size),
+        blocks=tokens * shape.width * (_STREAM_BYTES + _COMPUTE_VALUES * size),
+        logits=tokens * shape.head_outputs * 3 * 4,
+        decoder=decoder_bytes(spec, dtype, schedule),
+        residency=residency,
+    )
+
+
+def _networks(spec: ModelSpec) -> dict[str, Any]:
+    """Both networks without memory for their weights."""
     with torch.device("meta"):
-        shape = spec.kind.transformer.build(spec.transformer).shape
-    schedule, size = spec.default_schedule, dtype.itemsize
+        return {
+            "transformer": spec.kind.transformer.build(spec.transformer),
+            "autoencoder": spec.kind.autoencoder.build(spec.autoencoder),
+        }
+
+
+def count(network: nn.Module) -> int:
+    """Parameters of a network."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def _text_encoder_bytes(conditioner: str, dtype: torch.dtype) -> int:
+    count = TEXT_ENCODER_PARAMETERS[conditioner]
+    wide = _T5_FLOAT32 if conditioner == "t5-xl" and dtype is torch.float16 else 0
+    size = 4 if conditioner == "minilm" else dtype.itemsize
+    return (count - wide) * size + wide * 4
+
+
+def _longest_prompt(spec: ModelSpec) -> int:
+    """Tokens; 0 where the transformer reads no text."""
+    config = spec.transformer
+    if isinstance(config, InfinityConfig):
+        return config.text_tokens
+    return CLIP_TOKENS if isinstance(config, SwittiConfig) else 0
+
+
+def _request(schedule: ScaleSchedule, num_images: int) -> Request:
+    """Guided pictures, of which only the number of rows counts here."""
     count = len(schedule)
-    request = Request(
+    return Request(
         schedule=schedule,
         guidance=GuidanceSchedule(weights=(2.0,) * count),
         temperatures=(1.0,) * count,
@@ -93,37 +190,22 @@ def memory_need(
         conditions=(ClassLabel(index=0),) * num_images,
         num_images=num_images,
     )
-    bounds = bounds_of(policy.bind(schedule, shape), request, shape)
-    parameters = count_parameters(spec)
-    tokens = 2 * num_images * schedule.scales[-1].num_tokens
-    height, width = (side * spec.stride for side in schedule.grids[-1])
-    text_size = 4 if spec.conditioner == "minilm" else size
-    return MemoryNeed(
-        transformer=transformer_bytes(spec, dtype, quantization),
-        autoencoder=parameters["autoencoder"] * size,
-        text_encoder=parameters["text_encoder"] * text_size,
-        kv=bounds.kv_bytes(shape.num_heads * shape.head_width, size),
-        blocks=tokens * shape.width * (_STREAM_BYTES + _COMPUTE_VALUES * size),
-        logits=tokens * shape.head_outputs * 3 * 4,
-        decoder=decoder_bytes(spec, dtype, height, width),
-    )
 
 
 def transformer_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: str | None = None) -> int:
     """Weights of the transformer; those of its blocks in the quantisation, the rest in a dtype."""
-    with torch.device("meta"):
-        transformer = spec.kind.transformer.build(spec.transformer)
-    total = sum(p.numel() for p in transformer.parameters()) * dtype.itemsize
+    transformer = _networks(spec)["transformer"]
+    total = count(transformer) * dtype.itemsize
     if quantization is None:
         return total
-    blocks = [transformer.block(i) for i in range(transformer.shape.num_blocks)]
-    linears = quantized_bytes(blocks, quantization)
+    linears = quantized_bytes([transformer.block(i) for i in range(transformer.shape.num_blocks)], quantization)
     return total - linears["parameters"] * dtype.itemsize + linears["bytes"]
 
 
-def decoder_bytes(spec: ModelSpec, dtype: torch.dtype, height: int, width: int) -> int:
+def decoder_bytes(spec: ModelSpec, dtype: torch.dtype, schedule: ScaleSchedule) -> int:
     """What decoding a picture of some pixels takes on a CPU: the map that enters the last resolution, and the next."""
     config = spec.autoencoder
+    height, width = (side * spec.stride for side in schedule.grids[-1])
     levels = len(config.channel_multipliers)
     channels = config.base_channels * (config.channel_multipliers[min(1, levels - 1)] + config.channel_multipliers[0])
     # Convolutions run at 1/patch of the pixels; the rest of the stride is what the levels double.

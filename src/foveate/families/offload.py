@@ -1,0 +1,82 @@
+"""Keeps the parts of a model in main memory and brings those that work to the device, as whole modules.
+
+The hooks of accelerate do this around `forward`; engine and tokenizers here call other methods of their modules, so the
+pipeline says which part works next.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from foveate.families.loading import LoadedModel
+
+HOME = torch.device("cpu")
+
+TEXT_ENCODER, TRANSFORMER, CODEBOOK, DECODER = "text_encoder", "transformer", "codebook", "decoder"
+"""The parts. The codebook is what every scale reads of the autoencoder, the decoder is the rest of it."""
+
+Move = Callable[[nn.Module, torch.device], Any]
+
+
+class Offload:
+    """Which parts are on the device; all others are in main memory."""
+
+    def __init__(
+        self, parts: Mapping[str, Sequence[nn.Module]], device: torch.device, move: Move = nn.Module.to
+    ) -> None:
+        """Sends all parts home.
+
+        Args:
+            parts: Modules by name; no module is in two of them.
+            device: Where parts work.
+            move: Moves a module to a device, in place.
+        """
+        self._parts, self._device, self._move = dict(parts), device, move
+        self._there = list(self._parts)
+        self.bring()
+
+    @classmethod
+    def of(cls, model: LoadedModel) -> "Offload":
+        """That of a loaded model, wherever its parts are."""
+        return cls(parts_of(model), model.device)
+
+    # A tensor that is made in inference mode could not be changed outside of it any more.
+    @torch.inference_mode(mode=False)
+    def bring(self, *names: str) -> None:
+        """Sends all other parts home first and then brings these, in this order; those that are there stay.
+
+        If a move fails, its part counts as being there, so that the next call sends home what had arrived.
+        """
+        for name in [name for name in self._there if name not in names]:
+            for module in self._parts[name]:
+                self._move(module, HOME)
+            self._there.remove(name)
+        for name in [name for name in names if name not in self._there]:
+            self._there.append(name)
+            for module in self._parts[name]:
+                self._move(module, self._device)
+
+
+def parts_of(model: LoadedModel) -> dict[str, list[nn.Module]]:
+    """The modules of every part; a part without weights has none."""
+    (autoencoder,) = modules_of(model.tokenizer)
+    codebook = model.spec.kind.codebook(autoencoder)
+    return {
+        TEXT_ENCODER: modules_of(model.text),
+        TRANSFORMER: modules_of(model.transformer),
+        CODEBOOK: list(codebook),
+        DECODER: [child for child in autoencoder.children() if child not in codebook],
+    }
+
+
+def modules_of(part: object, depth: int = 2) -> list[nn.Module]:
+    """The part itself, or the modules that it and the objects in it hold: some parts are two encoders in one."""
+    if isinstance(part, nn.Module):
+        return [part]
+    if depth == 0:
+        return []
+    names = [field.name for field in fields(part)] if is_dataclass(part) else list(getattr(part, "__dict__", ()))
+    return [module for name in names for module in modules_of(getattr(part, name), depth - 1)]
