@@ -67,11 +67,15 @@ class Prediction:
 
 
 def shape_of(config: InfinityConfig) -> tuple[ModelShape, int]:
-    """The sizes of a model and its number of weights in blocks and head, without memory for them."""
+    """The sizes of a model, and how many weights a scale reads: those of blocks and head but for text keys and values.
+
+    The model is made without memory for them.
+    """
     with torch.device("meta"):
         model = Infinity(config)
     read = [model.head, *(model.block(i) for i in range(config.depth))]
-    return model.shape, sum(p.numel() for part in read for p in part.parameters())
+    sizes = [p.numel() for part in read for name, p in part.named_parameters() if name != "ca.mat_kv.weight"]
+    return model.shape, sum(sizes)
 
 
 def predict(model: str, size: str, batch: int, text_tokens: int, path: str, gpu: Gpu) -> list[Prediction]:
