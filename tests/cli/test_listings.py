@@ -69,7 +69,7 @@ def test_env_says_what_a_run_needs_before_anything_is_loaded(run: Callable[..., 
     assert (changed["size"], changed["batch"], changed["offload"]) == ([512, 512], 2, True)
     assert changed["policy"].startswith("skip-scales")
     before, after = plain["bytes"]["bfloat16"], changed["bytes"]["bfloat16"]
-    assert after["decoder"] * 4 == before["decoder"]
+    assert after["decoder"] < before["decoder"] / 3
     assert after["kv"] < before["kv"]
     assert after["phases"]["encoding"] == after["text_encoder"]
     assert before["phases"]["encoding"] == sum(before[part] for part in ("transformer", "autoencoder", "text_encoder"))

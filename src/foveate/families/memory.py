@@ -39,8 +39,9 @@ _RESIDENT = Residency()
 
 _MODULATION_VALUES = 6
 """Float32 values per row, block and channel: gates, scales and shifts."""
-_STREAM_BYTES, _COMPUTE_VALUES = 13, 7
-"""Per token and channel a block holds 13 bytes in float32 and 7 values in the compute dtype at its peak."""
+_STREAM_BYTES, _COMPUTE_VALUES = 5, 7
+"""Per token and channel a block holds 5 bytes in float32 and 7 values in the compute dtype at its peak; in plain torch,
+without our kernels, it is 13 bytes."""
 _DECODER_STRIPS = 6
 """Beside its maps the decoder holds so many strips of them (`tokenizers.strips`)."""
 
