@@ -26,18 +26,54 @@ typedef struct {
     uint32_t *keys, *values;
 } Scratch;
 
-static void pack_keys(const Job *job, const Number *k, uint32_t *out) {
+// Sixteen rows of sixteen words become columns: words of neighbouring rows, then pairs of them, then quarters.
+INLINE void transpose16(__m512i rows[16]) {
+    __m512i t[16];
+    UNROLL for (int i = 0; i < 8; i++) {
+        t[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        rows[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        rows[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        rows[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        rows[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+// Sixteen keys, of which `count` exist: column w of `block` takes word w of each; the rest is zero.
+static void pack_sixteen(const Job *job, const Number *k, int64_t count, uint32_t *block) {
     int64_t words = job->width / GROUP;
+    for (int64_t w = 0; w < words; w += LANES) {
+        __mmask16 mask = first_lanes(words - w);
+        __m512i rows[16];
+        UNROLL for (int i = 0; i < 16; i++)
+            rows[i] = i < count ? _mm512_maskz_loadu_epi32(mask, k + i * job->kv_token + GROUP * w) : _mm512_setzero_si512();
+        transpose16(rows);
+        for (int64_t i = 0; i < LANES && w + i < words; i++) _mm512_storeu_si512(block + (w + i) * KEY_BLOCK, rows[i]);
+    }
+}
+
+static void pack_keys(const Job *job, const Number *k, uint32_t *out) {
     for (int64_t b = 0; b < job->keys; b += KEY_BLOCK) {
         int64_t count = job->keys - b < KEY_BLOCK ? job->keys - b : KEY_BLOCK;
-        uint32_t *block = out + b * words;
-        for (int64_t first = 0; first < count; first += LANES)
-            for (int64_t w = 0; w < words; w++)
-                for (int64_t key = first; key < first + LANES; key++) {
-                    uint32_t word = 0;
-                    if (key < count) memcpy(&word, k + (b + key) * job->kv_token + GROUP * w, sizeof(word));
-                    block[w * KEY_BLOCK + key] = word;
-                }
+        uint32_t *block = out + b * (job->width / GROUP);
+        for (int64_t first = 0; first < count; first += LANES) {
+            int64_t there = count - first < LANES ? count - first : LANES;
+            pack_sixteen(job, k + (b + first) * job->kv_token, there, block + first);
+        }
     }
 }
 
