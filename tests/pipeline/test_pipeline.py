@@ -3,6 +3,8 @@
 import gc
 import json
 import logging
+import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,3 +213,28 @@ def test_policies_do_not_leak_into_the_next_call(toy_pipe: Pipeline) -> None:
     pruned = draw(toy_pipe, PROMPTS[0], seed=1, policy="skip-scales")
     assert not np.array_equal(before, pruned)
     assert np.array_equal(before, draw(toy_pipe, PROMPTS[0], seed=1))
+
+
+def test_keys_and_values_are_gone_before_the_last_picture_is_decoded(
+    toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier pictures of a stream need them afterwards; the last one needs their room."""
+    pipe = Pipeline.from_pretrained(toy_folder)
+    caches: list[weakref.ref[KVCache]] = []
+    open_cache, decode = KVCache.__init__, pipe.model.tokenizer.decode
+    held: list[bool] = []
+
+    def noted(cache: KVCache, *args: object, **kwargs: object) -> None:
+        caches.append(weakref.ref(cache))
+        open_cache(cache, *args, **kwargs)  # type: ignore[arg-type]
+
+    def decoded(latent: torch.Tensor) -> torch.Tensor:
+        held.append(any(cache() is not None for cache in caches))
+        return decode(latent)
+
+    monkeypatch.setattr(KVCache, "__init__", noted)
+    monkeypatch.setattr(pipe.model.tokenizer, "decode", decoded)
+    for _ in pipe.stream("a cat", previews=3, seed=1):
+        pass
+    assert caches
+    assert held == [True, True, False]
