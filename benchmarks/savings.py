@@ -101,17 +101,17 @@ def last_scale_stored() -> Generator[None, None, None]:
 
 @contextmanager
 def general_sampling() -> Generator[None, None, None]:
-    """Bits are filtered as ids are: top-k, then a sort and cumulative sums for top-p, over two values each."""
+    """Bits are filtered as ids are: a sort and cumulative sums for top-p, over two values each."""
 
-    def sorted_filter(logits_kdV: Tensor, top_k: int, top_p: float) -> Tensor:
-        del top_k
-        ascending, order = logits_kdV.float().sort(dim=-1)
+    def by_sorting(logits_kd2: Tensor, u_kd: Tensor, top_p: float) -> Tensor:
+        ascending, order = logits_kd2.float().sort(dim=-1)
         drop = ascending.softmax(-1).cumsum(-1) <= 1 - (top_p or 1.0)
         drop[..., -1] = False
         masked = ascending.masked_fill(drop, -torch.inf)
-        return torch.zeros_like(masked).scatter(-1, order, masked)
+        filtered = torch.zeros_like(masked).scatter(-1, order, masked)
+        return (u_kd < filtered.softmax(-1)[..., 1]).long()
 
-    with patch.object(sample, "filtered", sorted_filter):
+    with patch.object(sample, "sample_bits", by_sorting):
         yield
 
 

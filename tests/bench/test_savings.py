@@ -1,5 +1,8 @@
 """A saving that is taken back changes what a picture costs, not the picture, and leaves nothing behind."""
 
+import os
+import sys
+
 import pytest
 import savings
 import torch
@@ -26,6 +29,27 @@ def test_undoing_reaches_the_engine(toy_pipe: Pipeline) -> None:
     plain = toy_pipe.generate("a red cat", seed=3).report.kv_bytes_peak
     with by_name["no cache for the last scale"].undo():
         assert toy_pipe.generate("a red cat", seed=3).report.kv_bytes_peak > plain
+
+
+@pytest.mark.parametrize("saving", savings.SAVINGS, ids=lambda saving: saving.name)
+def test_undoing_replaces_something_that_a_picture_uses(toy_pipe: Pipeline, saving: savings.Saving) -> None:
+    """What takes the place of a saving is called: a name that nothing looks up any more would pass all other tests."""
+    calls = 0
+
+    def count(frame, event, argument) -> None:
+        nonlocal calls
+        calls += event == "call" and frame.f_code.co_filename == savings.__file__
+
+    with saving.undo():
+        if saving.undo is savings.fresh_pages:
+            assert os.environ["FOVEATE_KEEP_HEAP"] == "0"
+            return
+        sys.setprofile(count)
+        try:
+            latent(toy_pipe)
+        finally:
+            sys.setprofile(None)
+    assert calls > 0
 
 
 def test_a_row_names_the_saving_and_its_ratio(toy_pipe: Pipeline) -> None:

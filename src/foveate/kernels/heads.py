@@ -46,8 +46,7 @@ def unit_rotated(
         if rotates:
             q_nND, k_nND = rotate(q_nND, rotation_nD), rotate(k_nND, rotation_nD)
         return q_nND.to(v_nND.dtype), k_nND.to(v_nND.dtype), v_nND
-    library = native.library()
-    assert library is not None, "asked above"
+    library = native.loaded()
     num_tokens, _, num_heads, width = qkv_n3ND.shape
     library.foveate_heads(
         qkv_n3ND.data_ptr(),

@@ -6,6 +6,7 @@ third of the time of its matrix products. Memory goes back to the system when th
 
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -27,8 +28,8 @@ def kept_heap() -> Generator[None, None, None]:
     The settings are those of the whole process; at the end they are what glibc's own come to with large blocks.
     """
     global _running  # noqa: PLW0603 - the allocator is one for all requests
-    library = ctypes.CDLL(None)
-    if os.environ.get("FOVEATE_KEEP_HEAP", "1") == "0" or not hasattr(library, "mallopt"):
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if os.environ.get("FOVEATE_KEEP_HEAP", "1") == "0" or library is None or not hasattr(library, "mallopt"):
         yield
         return
     with _lock:

@@ -76,6 +76,13 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def loaded() -> ctypes.CDLL:
+    """The library, for a caller that asked `serves` first."""
+    found = library()
+    assert found is not None, "serves() is asked before the library is used"
+    return found
+
+
 def _why_not() -> str | None:
     """Why this machine is not served, or None if it is."""
     if os.environ.get("FOVEATE_NATIVE", "1") == "0":

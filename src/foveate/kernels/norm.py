@@ -38,8 +38,7 @@ def norm_modulate(
     if dtype not in (torch.float32, torch.bfloat16) or not is_whole or not native.serves(x_nC, factor_RC, shift_RC):
         normed_nC = F.layer_norm(x_nC, x_nC.shape[-1:], eps=eps)
         return torch.addcmul(rows.spread(shift_RC), normed_nC, rows.spread(factor_RC)).to(dtype)
-    library = native.library()
-    assert library is not None, "asked above"
+    library = native.loaded()
     out_nC = x_nC.new_empty(x_nC.shape, dtype=dtype)
     library.foveate_norm(
         x_nC.data_ptr(),

@@ -34,8 +34,7 @@ def add_gated_(
     if not is_whole or not native.serves(x_nC, change_nC):
         x_nC += gated(change_nC, gate_RC, rows)
         return
-    library = native.library()
-    assert library is not None, "asked above"
+    library = native.loaded()
     library.foveate_residual(
         x_nC.data_ptr(),
         change_nC.data_ptr(),

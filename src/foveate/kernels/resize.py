@@ -58,8 +58,7 @@ def add_resized_(x_nC: Float[Tensor, "n C"], tokens_RlC: Float[Tensor, "R l C"],
 
 
 def _native(tokens_RlC: Float[Tensor, "R l C"], source: Grid, grid: Grid, target: Tensor, *, adds: bool) -> None:
-    library = native.library()
-    assert library is not None, "the caller asked whether it serves"
+    library = native.loaded()
     row_low, row_share = neighbours(grid[0], source[0], tokens_RlC.device)
     column_low, column_share = neighbours(grid[1], source[1], tokens_RlC.device)
     library.foveate_resize(
