@@ -8,7 +8,6 @@ library itself has one way only. Transformer alone, without the decoder. Picture
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -116,18 +115,11 @@ def general_sampling() -> Generator[None, None, None]:
 
 
 @contextmanager
-def fresh_pages() -> Generator[None, None, None]:
-    """Freed memory goes back to the system at once, as it does by default."""
-    with patch.dict(os.environ, {"FOVEATE_KEEP_HEAP": "0"}):
-        yield
-
-
-@contextmanager
 def everything() -> Generator[None, None, None]:
     """All of it taken back."""
     with ExitStack() as stack:
         stack.enter_context(in_torch(attention, linear, norm, residual, heads, activation))
-        for undo in (fresh_pages, text_every_scale, cache_by_concatenation, general_sampling):
+        for undo in (text_every_scale, cache_by_concatenation, general_sampling):
             stack.enter_context(undo())
         yield
 
@@ -151,7 +143,6 @@ SAVINGS = (
     Saving(name="cache allocated once, keys in the compute dtype", undo=cache_by_concatenation),
     Saving(name="no cache for the last scale", undo=last_scale_stored),
     Saving(name="bits filtered in closed form", undo=general_sampling),
-    Saving(name="freed memory kept while running", undo=fresh_pages),
     Saving(name="all of them", undo=everything),
 )
 
