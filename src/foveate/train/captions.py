@@ -64,7 +64,7 @@ _SINGULAR_IN_S = frozenset(
 )
 _CONSONANT_SOUND = re.compile(r"(?:uni(?!n)|ewe|eu|one\b|once\b|ufo|ukulele|u[- ]|use|ut[ei])", re.IGNORECASE)
 _VOWEL_SOUND = re.compile(r"(?:[aeiou]|hour|honest|heir|x-ray|8\b|mp3)", re.IGNORECASE)
-_HEAD_END = re.compile(r"\s(?:of|with|on|in|and|without|over|behind|at|for|from|facing|showing|to)\s|,")
+HEAD_END = re.compile(r"\s(?:of|with|on|in|and|without|over|behind|at|for|from|facing|showing|to)\s|,")
 _NEEDS_THE = re.compile(
     r"^(?:United |Bahamas|Gambia|Netherlands|Philippines)|(?:Islands|Republic|Territor\w+|Emirates)$"
 )
@@ -120,7 +120,7 @@ def rewrite_label(label: str) -> str:
 
 def with_article(phrase: str) -> str:
     """Puts "a" or "an" before a countable singular; plurals, masses and proper names stay as they are."""
-    head = _HEAD_END.split(phrase, maxsplit=1)[0].split()
+    head = HEAD_END.split(phrase, maxsplit=1)[0].split()
     first, last = head[0], head[-1].lower()
     is_plural = last.endswith("s") and not last.endswith("ss") and last not in _SINGULAR_IN_S
     if is_plural or last in _MASS_NOUNS or first.lower() in {"a", "an", "the"} or _is_name(phrase, first):
@@ -134,7 +134,9 @@ def with_style(phrase: str, style: str) -> str:
     return f"{phrase}, {STYLE_PHRASES[style]}"
 
 
-def caption(drawing: Drawing, rng: np.random.Generator, *, style_share: float = MULTI_STYLE_SHARE) -> str:
+def caption(
+    drawing: Drawing, rng: np.random.Generator, *, style_share: float = MULTI_STYLE_SHARE, place: str = ""
+) -> str:
     """Draws one caption; never empty.
 
     Sixty percent are the label, 25 percent a synonym, the rest the label and one to three keywords. A drawing without
@@ -144,6 +146,7 @@ def caption(drawing: Drawing, rng: np.random.Generator, *, style_share: float = 
         drawing: What to name.
         rng: The only source of randomness.
         style_share: Share of captions with the style phrase, in [0, 1]; `Corpus.style_share` is the usual value.
+        place: Where the thing is, such as "on a blue background"; follows the name.
     """
     kind = rng.random()
     phrase = drawing.label
@@ -151,6 +154,8 @@ def caption(drawing: Drawing, rng: np.random.Generator, *, style_share: float = 
         phrase = drawing.synonyms[int(rng.integers(len(drawing.synonyms)))]
     if rng.random() < _ARTICLE_SHARE:
         phrase = with_article(phrase)
+    if place:
+        phrase = f"{phrase} {place}"
     if kind >= _LABEL_SHARE + _SYNONYM_SHARE and drawing.keywords:
         most = min(_MAX_KEYWORDS_IN_CAPTION, len(drawing.keywords))
         picked = rng.permutation(len(drawing.keywords))[: int(rng.integers(1, most + 1))]
