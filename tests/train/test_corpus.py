@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from foveate.core.errors import FoveateError
 from foveate.train import corpus as corpus_module
 from foveate.train import packages
 from foveate.train.captions import (
@@ -22,8 +24,10 @@ from foveate.train.captions import (
     rewrite_label,
     with_article,
 )
+from foveate.train.concepts import code_point_key
 from foveate.train.corpus import CorpusConfig, build_corpus, choose_test_pairs, load_corpus
 from foveate.train.packages import FLUENT_3D, CorpusError, Package, fetch_package, verify_package
+from foveate.train.recipe import load_corpus_config, train
 from foveate.train.sources import svg_of_icon
 
 APPLE = Drawing(
@@ -52,6 +56,15 @@ APPLE = Drawing(
         ("family: man, woman, boy", "family of a man, a woman and a boy"),
         ("person walking: facing right", "person walking facing right"),
         ("person: light skin tone, blond hair", "person with light skin tone and blond hair"),
+        ("man: dark skin tone, bald", "bald man with dark skin tone"),
+        ("man: dark skin tone, beard", "man with dark skin tone and a beard"),
+        ("kiss: woman, man, light skin tone", "kiss of a woman and a man with light skin tone"),
+        ("kiss: dark skin tone", "kiss with dark skin tone"),
+        (
+            "couple with heart: woman, man, light skin tone, dark skin tone",
+            "couple with heart, a woman and a man with light skin tone and dark skin tone",
+        ),
+        ("man walking: light skin tone, facing right", "man walking facing right with light skin tone"),
         ("woman\u2019s hat", "woman's hat"),
     ],
 )
@@ -163,6 +176,10 @@ def _tarball(path: Path, members: dict[str, bytes]) -> None:
             info = tarfile.TarInfo(f"package/{name}")
             info.size = len(content)
             archive.addfile(info, io.BytesIO(content))
+
+
+def test_code_points_agree_across_sets() -> None:
+    assert code_point_key("0033-FE0F-20E3") == code_point_key("33-20e3") == "33-20e3"
 
 
 def test_wrong_hash_is_one_line(tmp_path: Path) -> None:
@@ -287,3 +304,28 @@ def test_framed_captions_name_the_thing_and_repeat_themselves() -> None:
     assert all("bus" in caption or "coach" in caption for caption in found)
     assert len(set(found)) > 100
     assert "an orange bus" in framed_captions(drawing, 4000)
+
+
+def test_a_corpus_needs_no_training_file(toy_cache: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.yaml"
+    corpus.write_text("image_size: 16\ngroups: [food-drink]\n", encoding="utf-8")
+    training = tmp_path / "training.yaml"
+    training.write_text("name: toy\ncorpus: corpus.yaml\n", encoding="utf-8")
+    assert (
+        load_corpus_config(training)
+        == load_corpus_config(corpus)
+        == CorpusConfig(image_size=16, groups=("food-drink",))
+    )
+    out = tmp_path / "run"
+    shutil.copytree(toy_cache, out / "packages", ignore=shutil.ignore_patterns("run"))
+    made = train(corpus, out, "corpus", lambda _: None)
+    assert made == out / "corpus"
+    assert len(load_corpus(made).drawings) == 2
+    corpus.write_text("- not a mapping\n", encoding="utf-8")
+    with pytest.raises(FoveateError, match="cannot read the corpus file"):
+        load_corpus_config(corpus)
+
+
+@pytest.mark.parametrize("name", ["emoji_corpus", "emoji_core5_corpus", "emoji_f3d_corpus"])
+def test_corpus_files_are_read(name: str) -> None:
+    assert load_corpus_config(Path(__file__).parents[2] / "configs" / f"{name}.yaml").image_size == 256

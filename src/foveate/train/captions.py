@@ -76,7 +76,8 @@ class Drawing:
 
     Attributes:
         index: Row of `images.npy`.
-        code_point: Hexadecimal code points joined by "-", lower case, without the variation selector fe0f.
+        code_point: Hexadecimal code points joined by "-", lower case, without leading zeros and without
+            the variation selector fe0f.
         label: The plain English name.
         style: One of `STYLE_PHRASES`.
         group: Unicode group, such as "food-drink".
@@ -106,7 +107,16 @@ def rewrite_label(label: str) -> str:
     base, colon, rest = plain.partition(": ")
     if not colon:
         return plain
-    people = _join([with_article(part) for part in rest.split(", ")])
+    parts = rest.split(", ")
+    tones = [part for part in parts if part.endswith("skin tone")]
+    others = [part for part in parts if part not in tones]
+    if not others:
+        return f"{base} with {_join(tones)}"
+    if tones:
+        bare = rewrite_label(f"{base}: {', '.join(others)}")
+        more = bare.removeprefix(f"{base} with ")
+        return f"{bare} with {_join(tones)}" if more == bare else f"{base} with {_join([*tones, more])}"
+    people = _join([with_article(part) for part in others])
     by_base = {
         "flag": f"flag of the {rest}" if _NEEDS_THE.search(rest) else f"flag of {rest}",
         "keycap": f"keycap {rest}",
@@ -115,7 +125,7 @@ def rewrite_label(label: str) -> str:
         "couple with heart": f"couple with heart, {people}",
     }
     by_rest = {"bald": f"bald {base}", "beard": f"{base} with a beard", "facing right": f"{base} facing right"}
-    return by_base.get(base) or by_rest.get(rest) or f"{base} with {_join(rest.split(', '))}"
+    return by_base.get(base) or by_rest.get(rest) or f"{base} with {_join(others)}"
 
 
 def with_article(phrase: str) -> str:

@@ -66,8 +66,8 @@ def load_recipe(path: Path, minutes_scale: float = 1.0) -> Recipe:
         FoveateError: The file cannot be read, or a field is missing or unknown.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        corpus = CorpusConfig.from_dict(yaml.safe_load((path.parent / data["corpus"]).read_text(encoding="utf-8")))
+        data = _read_yaml(path)
+        corpus = CorpusConfig.from_dict(_read_yaml(path.parent / data["corpus"]))
         schedule = ScaleSchedule.from_template(1.0, data["budget"])
         run = {"device": data["device"], "dtype": data["dtype"]}
         shape = data["autoencoder"] | {"channel_multipliers": tuple(data["autoencoder"]["channel_multipliers"])}
@@ -103,6 +103,23 @@ def load_recipe(path: Path, minutes_scale: float = 1.0) -> Recipe:
         raise FoveateError(f"cannot read the training file {path}: {error!r}") from None
 
 
+def load_corpus_config(path: Path) -> CorpusConfig:
+    """Reads what goes into a corpus, from a corpus file or from the training file that names one.
+
+    Raises:
+        FoveateError: A file cannot be read, or a field is unknown or wrong.
+    """
+    try:
+        data = _read_yaml(path)
+        return CorpusConfig.from_dict(_read_yaml(path.parent / data["corpus"]) if "corpus" in data else data)
+    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+        raise FoveateError(f"cannot read the corpus file {path}: {error!r}") from None
+
+
+def _read_yaml(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds; its readers check it
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
 def _optimisation(fields: dict[str, Any], minutes_scale: float) -> Optimisation:
     return Optimisation(**(fields | {"minutes": fields["minutes"] * minutes_scale}))
 
@@ -118,7 +135,7 @@ def train(
     """Runs one stage or all of them.
 
     Args:
-        config: The training file.
+        config: The training file; for the corpus alone, a corpus file does as well.
         out: Folder of the run; give it again to resume.
         stage: What to run; "all" runs what is missing.
         log: Receives progress lines.
@@ -129,8 +146,10 @@ def train(
     Returns:
         The folder of the exported model, or of the stage's result.
     """
-    recipe = load_recipe(config, minutes_scale)
     out.mkdir(parents=True, exist_ok=True)
+    if stage == "corpus":
+        return make_corpus(load_corpus_config(config), out, log)
+    recipe = load_recipe(config, minutes_scale)
     run = TrainingFolder(recipe, out, log, start_from)
     stages = ["corpus", "tokenizer", "transformer", "export"] if stage == "all" else [stage]
     result = out
@@ -145,6 +164,14 @@ def train(
     return result
 
 
+def make_corpus(config: CorpusConfig, out: Path, log: Log) -> Path:
+    """Builds the corpus of a run in its folder, unless it is there; packages are kept beside it."""
+    folder = out / "corpus"
+    if not folder.exists():
+        build_corpus(config, folder, out / "packages", log)
+    return folder
+
+
 class TrainingFolder:
     """The stages of one recipe in one folder."""
 
@@ -153,10 +180,7 @@ class TrainingFolder:
 
     def corpus(self) -> Path:
         """Builds the corpus, unless it is there."""
-        folder = self.out / "corpus"
-        if not folder.exists():
-            build_corpus(self.recipe.corpus, folder, self.out / "packages", self.log)
-        return folder
+        return make_corpus(self.recipe.corpus, self.out, self.log)
 
     def tokenizer(self) -> Path:
         """Trains the autoencoder, unless its weights are there; logs PSNR on seen and on held-out drawings."""
