@@ -76,8 +76,7 @@ class Drawing:
 
     Attributes:
         index: Row of `images.npy`.
-        code_point: Hexadecimal code points joined by "-", lower case, without leading zeros and without
-            the variation selector fe0f.
+        code_point: Hexadecimal code points joined by "-", lower case, without the variation selector fe0f.
         label: The plain English name.
         style: One of `STYLE_PHRASES`.
         group: Unicode group, such as "food-drink".

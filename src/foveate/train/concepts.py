@@ -126,9 +126,12 @@ class Concept:
 
 
 def code_point_key(hexadecimal: str) -> str:
-    """Normalises a code point sequence: lower case, joined by "-", no leading zeros, no variation selector fe0f."""
-    # The sets disagree about zeros: keycap 3 is 0033-20e3 or 33-20e3.
-    return "-".join(part.lstrip("0") for part in hexadecimal.lower().split("-") if part != "fe0f")
+    """Normalises a code point sequence: lower case, joined by "-", without the variation selector fe0f.
+
+    Leading zeros stay: the 3-D package holds keycap 3 as 0033-20e3, the name that the maker's flat set has, and
+    another drawing of it as 33-20e3.
+    """
+    return "-".join(part for part in hexadecimal.lower().split("-") if part != "fe0f")
 
 
 def load_concepts(emojibase: Path, emojilib: Path, unicode_emoji: Path) -> dict[str, Concept]:
