@@ -9,6 +9,7 @@ import pytest
 from foveate.families.loading import model_names
 from foveate.policies.registry import PRESETS, REGISTRY, load_policy
 from foveate.train import recipe
+from foveate.train.loop import PauseError
 
 
 def test_policies(run: Callable[..., Any]) -> None:
@@ -89,17 +90,24 @@ def test_train_passes_everything_on(run: Callable[..., Any], tmp_path: Path, mon
     seen: list[object] = []
 
     def train(
-        config: Path, out: Path, stage: str, log: Callable[[str], None], minutes_scale: float, start: Path | None
+        config: Path, out: Path, stage: str, log: Callable[[str], None], route: object, start: object, stop: object
     ) -> Path:
-        seen.extend([config, out, stage, minutes_scale])
+        seen.extend([config, out, stage, route, start, stop])
         log("half done")
+        if stop is not None:
+            raise PauseError("paused at 9.0 of 15 minutes")
         return out / "model"
 
     monkeypatch.setattr(recipe, "train", train)
     (tmp_path / "r.yaml").write_text("name: toy\n")
-    ran = run("train", "--config", "r.yaml", "--out", "run", "--stage", "export", "--minutes-scale", 0.5)
+    command = ("train", "--config", "r.yaml", "--out", "run", "--stage", "export", "--device", "cpu")
+    ran = run(*command, "--minutes-scale", 0.5, "--dry-run", "--start-from", "old")
     assert (ran.code, ran.out, ran.err) == (0, "run/model\n", "half done\n")
-    assert seen == [Path("r.yaml"), Path("run"), "export", 0.5]
+    route = recipe.Route(device="cpu", minutes_scale=0.5, is_dry=True)
+    assert seen == [Path("r.yaml"), Path("run"), "export", route, Path("old"), None]
+    paused = run(*command, "--stop-after", 9)
+    assert (paused.code, paused.out, paused.err) == (75, "", "half done\npaused at 9.0 of 15 minutes\n")
+    assert seen[-1] == 9.0
 
 
 def test_train_refusals(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -107,6 +115,7 @@ def test_train_refusals(run: Callable[..., Any], tmp_path: Path) -> None:
     run("train", "--config", "none.yaml", "--out", "x").assert_refused("no recipe at none.yaml")
     (tmp_path / "r.yaml").write_text("name: toy\n")
     run("train", "--config", "r.yaml", "--out", "x", "--minutes-scale", 0).assert_refused("--minutes-scale")
+    run("train", "--config", "r.yaml", "--out", "x", "--stop-after", 0).assert_refused("--stop-after")
     run("train", "--config", "r.yaml", "--out", "x", "--stage", "exprt").assert_refused("--stage")
     run("train", "--config", "r.yaml", "--out", "x").assert_refused("cannot read the training file")
     assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]

@@ -135,6 +135,12 @@ def test_alone_equals_batch(encoder: TextEncoder) -> None:
         assert torch.equal(encoder.pooled([prompt])[0], pooled_BE[index])
 
 
+def test_together_agrees_with_alone(encoder: TextEncoder) -> None:
+    prompts = ["red apple", "", "a very big red cat on a blue mat with an apple"]
+    for alone, together in zip(encoder.encode(prompts), encoder.encode_together(prompts), strict=True):
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+
+
 def test_pooled_agrees_with_model(encoder: TextEncoder) -> None:
     ids_BT = torch.tensor([[2, 4, 5, 8, 3]])
     expected_BE = encoder.model.pooled(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))

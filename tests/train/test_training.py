@@ -1,5 +1,6 @@
 """The trainers on toy sizes: teacher forcing agrees with the engine, runs resume bit for bit, losses fall."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,25 +14,21 @@ from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, ForcedSampler
 from foveate.engine.state import Request
+from foveate.eval.colours import BACKGROUNDS
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.policies.full import Full
 from foveate.tokenizers.accumulate import resize
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.bsq import BSQTokenizer, bits_to_codes, quantise
 from foveate.train import loop
+from foveate.train.captions import Drawing
 from foveate.train.loop import MAX_STEP_S, Optimisation, Run, steps
-from foveate.train.recipe import load_recipe
+from foveate.train.recipe import Route, load_recipe
+from foveate.train.scenes import SceneConfig
+from foveate.train.teacher import Teacher, pad_texts
 from foveate.train.tokenizer import TokenizerRecipe, composite, pixel_loss, train_tokenizer
-from foveate.train.transformer import (
-    Examples,
-    TeacherSlot,
-    TransformerRecipe,
-    alter_text,
-    bit_loss,
-    small_start,
-    teacher_logits,
-    train_transformer,
-)
+from foveate.train.transformer import TransformerRecipe, alter_text, bit_loss, small_start, train_transformer
+from foveate.train.window import BLOCK, SceneSequence, Window
 
 GRIDS = ((1, 1), (2, 2), (3, 3), (4, 4))
 SHAPE = InfinityConfig(depth=3, width=32, heads=2, bits=8, text_width=12, pool_heads=2, text_tokens=8, ff_width=64)
@@ -80,29 +77,52 @@ def _logits_of_engine(model: Infinity, texts: list[Tensor], bits: list[Tensor], 
     return torch.cat(seen, dim=1)
 
 
+def _teacher(model: Infinity, masked_tokens: int = 6, dtype: torch.dtype = torch.float32) -> Teacher:
+    return Teacher(model=model, schedule=ScaleSchedule.from_grids(GRIDS), masked_tokens=masked_tokens, dtype=dtype)
+
+
 @pytest.mark.parametrize("masked_tokens", [0, 6, 100])
 def test_teacher_forcing_agrees_with_the_engine(masked_tokens: int) -> None:
     model, schedule = _model(), ScaleSchedule.from_grids(GRIDS)
     texts = [torch.randn(5, 12), torch.randn(3, 12)]
     quantised = quantise(torch.randn(2, 8, 4, 4), GRIDS)
     with torch.no_grad():
-        taught = teacher_logits(model, texts, quantised, schedule, masked_tokens)
+        taught = _teacher(model, masked_tokens).logits(pad_texts(texts, 7), quantised.inputs)
     generated = _logits_of_engine(model, texts, list(quantised.bits), schedule)
     assert generated.std() > 0.1
     torch.testing.assert_close(taught, generated, rtol=1e-4, atol=1e-4)
 
 
-def test_teacher_slot_matches_one_masked_call() -> None:
-    q, k, v = (torch.randn(2 * 30, 2, 8) for _ in range(3))
-    ends = [1, 5, 14, 30]
-    mask = torch.zeros(30, 30, dtype=torch.bool)
-    for begin, end in zip([0, *ends], ends, strict=False):
-        mask[begin:end, :end] = True
-    want = torch.nn.functional.scaled_dot_product_attention(
-        *(t.view(2, 30, 2, 8).transpose(1, 2) for t in (q, k, v)), attn_mask=mask, scale=0.7
-    )
-    got = TeacherSlot(GRIDS, 2, 6, "cpu").attend(q, k, v, 0.7)
-    torch.testing.assert_close(got, want.transpose(1, 2).reshape(60, 2, 8), rtol=1e-5, atol=1e-5)
+def test_fewer_scales_give_the_same_first_logits() -> None:
+    quantised = quantise(torch.randn(2, 8, 4, 4), GRIDS)
+    texts, teacher = pad_texts([torch.randn(5, 12), torch.randn(3, 12)], 8), _teacher(_model())
+    with torch.no_grad():
+        torch.testing.assert_close(
+            teacher.logits(texts, quantised.inputs[:2]), teacher.logits(texts, quantised.inputs)[:, :14]
+        )
+
+
+def test_texts_are_padded_and_cut() -> None:
+    texts = pad_texts([torch.ones(2, 3), torch.full((9, 3), 2.0)], 4)
+    assert texts.features_BTE.sum((1, 2)).tolist() == [6.0, 24.0]
+    assert texts.is_real_BT.sum(1).tolist() == [2, 4]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of torch needs g++ on a CPU")
+def test_compiled_blocks_have_the_same_gradients() -> None:
+    texts = pad_texts([torch.randn(5, 12), torch.randn(3, 12)], 8)
+    quantised = quantise(torch.randn(2, 8, 4, 4), GRIDS)
+    found = []
+    for compiles in (False, True):
+        model = _model()
+        teacher = _teacher(model).compiled() if compiles else _teacher(model)
+        loss, _ = bit_loss(teacher.logits(texts, quantised.inputs), quantised, 0.5)
+        loss.backward()  # type: ignore[no-untyped-call]
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, compiled = found
+    assert plain.keys() == compiled.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_quantise_adds_up_and_learns_to_correct_flips() -> None:
@@ -145,8 +165,46 @@ def _tokenizer_recipe(minutes: float) -> TokenizerRecipe:
     return TokenizerRecipe(shape=AUTOENCODER, grids=grids, optimisation=optimisation, dtype="float32")
 
 
-def _drawings() -> np.ndarray:
+def _pixels() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 255, (4, 32, 32, 4), dtype=np.uint8)
+
+
+def _sequence(config: SceneConfig | None = None) -> SceneSequence:
+    drawings = tuple(
+        Drawing(
+            index=index,
+            code_point=f"1f60{index}",
+            label=label,
+            style="fluent-3d",
+            group="food-drink",
+            subgroup="food-fruit",
+            synonyms=(),
+            keywords=(),
+            split="train",
+        )
+        for index, label in enumerate(("apple", "pear", "plum", "fig"))
+    )
+    return SceneSequence(
+        drawings=drawings,
+        images_NYXc=torch.from_numpy(_pixels()),
+        config=SceneConfig() if config is None else config,
+        weights=np.ones(4),
+        contrast_NK=np.full((4, len(BACKGROUNDS)), 99.0),
+        image_size=32,
+    )
+
+
+def _encode_pixels(pixels: Tensor) -> Tensor:
+    latents = torch.nn.functional.adaptive_avg_pool2d(pixels, 4).repeat(1, 3, 1, 1)[:, :8]
+    return latents / latents.std()
+
+
+def _encode_texts(texts: list[str]) -> list[Tensor]:
+    return [torch.randn(3, 12, generator=torch.Generator().manual_seed(len(text))) for text in texts]
+
+
+def _window(size: int = 64, uses: float = 4.0) -> Window:
+    return Window(_sequence(), _encode_pixels, _encode_texts, size=size, uses=uses)
 
 
 def _stop_after(count: int) -> Callable[[str], None]:
@@ -164,10 +222,10 @@ def _stop_after(count: int) -> Callable[[str], None]:
 @pytest.mark.usefixtures("fake_clock")
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     recipe = _tokenizer_recipe(minutes=0.1)
-    whole = train_tokenizer(recipe, _drawings(), tmp_path / "a.ckpt", lambda _: None)
+    whole = train_tokenizer(recipe, _sequence(), tmp_path / "a.ckpt", lambda _: None)
     with pytest.raises(KeyboardInterrupt):
-        train_tokenizer(recipe, _drawings(), tmp_path / "b.ckpt", _stop_after(1))
-    resumed = train_tokenizer(recipe, _drawings(), tmp_path / "b.ckpt", lambda _: None)
+        train_tokenizer(recipe, _sequence(), tmp_path / "b.ckpt", _stop_after(1))
+    resumed = train_tokenizer(recipe, _sequence(), tmp_path / "b.ckpt", lambda _: None)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
@@ -183,7 +241,7 @@ def test_a_pause_does_not_eat_the_schedule(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_training_lowers_both_losses(tmp_path: Path) -> None:
-    pixels = composite(_drawings())
+    pixels = composite(_pixels())
     assert pixel_loss(pixels, pixels) == 0
     lines: list[str] = []
     recipe = TransformerRecipe(
@@ -192,17 +250,62 @@ def test_training_lowers_both_losses(tmp_path: Path) -> None:
         optimisation=Optimisation(minutes=4 / 60, batch=4, rate=3e-3, warmup_steps=5),
         flip_rate=0.0,
         short_scales=3,
+        text_length=8,
+        altered_share=0.0,
+        unconditional_share=0.0,
         dtype="float32",
+        compiles=False,
     )
-    texts = tuple((torch.randn(3, 12),) for _ in range(2))
-    examples = Examples(latents=torch.randn(2, 8, 4, 4), captions=texts)
-    weights = train_transformer(recipe, examples, tmp_path / "t.ckpt", lines.append)
+    window = _window(size=32, uses=1e9)
+    weights = train_transformer(recipe, window, tmp_path / "t.ckpt", lines.append)
     trained = Infinity(SHAPE)
     trained.load_state_dict(weights)
-    quantised = quantise(examples.latents, GRIDS)
+    latents, texts = window.batch(0, 32, np.random.default_rng(0))
+    quantised = quantise(latents, GRIDS)
     with torch.no_grad():
-        logits = teacher_logits(trained, [t[0] for t in texts], quantised, recipe.schedule)
+        logits = _teacher(trained).logits(pad_texts(texts, 8), quantised.inputs)
     assert float(bit_loss(logits, quantised, 0.0)[0]) < 0.6, "0.69 is a coin"
+
+
+def test_a_window_holds_consecutive_scenes_and_moves_on() -> None:
+    window, sequence = _window(size=64, uses=2.0), _sequence()
+    for step in (0, 40):
+        first = step * 8 // 2 // BLOCK * BLOCK
+        scenes = sequence.scenes(first, 64)
+        latents = torch.cat([_encode_pixels(sequence.pixels(scenes[i : i + BLOCK])) for i in (0, BLOCK)])
+        texts = _encode_texts([scene.caption for scene in scenes])
+        order = [(number - first) for number in sorted(range(first, first + 64), key=lambda number: number % 64)]
+        got, said = window.batch(step, 8, np.random.default_rng(step))
+        chosen = np.random.default_rng(step).integers(0, 64, 8)
+        assert torch.equal(got, latents[[order[i] for i in chosen]])
+        assert all(torch.equal(a, texts[order[i]]) for a, i in zip(said, chosen, strict=True))
+
+
+def test_a_new_window_gives_what_the_old_one_would_have() -> None:
+    old, new = _window(uses=1.0), _window(uses=1.0)
+    for step in range(0, 60, 7):
+        old.batch(step, 4, np.random.default_rng(step))
+    for step in (60, 200):
+        (a, texts_a), (b, texts_b) = (w.batch(step, 4, np.random.default_rng(step)) for w in (old, new))
+        assert torch.equal(a, b)
+        assert all(torch.equal(x, y) for x, y in zip(texts_a, texts_b, strict=True))
+
+
+@pytest.mark.usefixtures("fake_clock")
+def test_a_stopped_transformer_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    recipe = TransformerRecipe(
+        shape=SHAPE,
+        schedule=ScaleSchedule.from_grids(GRIDS),
+        optimisation=Optimisation(minutes=0.1, batch=4, rate=1e-3, warmup_steps=2, checkpoint_s=2.0),
+        short_scales=3,
+        dtype="float32",
+        compiles=False,
+    )
+    whole = train_transformer(recipe, _window(), tmp_path / "a.ckpt", lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        train_transformer(recipe, _window(), tmp_path / "b.ckpt", _stop_after(1))
+    resumed = train_transformer(recipe, _window(), tmp_path / "b.ckpt", lambda _: None)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_training_can_start_from_given_weights(tmp_path: Path) -> None:
@@ -211,15 +314,15 @@ def test_training_can_start_from_given_weights(tmp_path: Path) -> None:
         schedule=ScaleSchedule.from_grids(GRIDS),
         optimisation=Optimisation(minutes=0.0, batch=4, rate=3e-3),
         dtype="float32",
+        compiles=False,
     )
     given = _model().state_dict()
-    examples = Examples(latents=torch.randn(2, 8, 4, 4), captions=((torch.randn(3, 12),),) * 2)
-    weights = train_transformer(recipe, examples, tmp_path / "w.ckpt", lambda _: None, initial=given)
+    weights = train_transformer(recipe, _window(), tmp_path / "w.ckpt", lambda _: None, initial=given)
     assert all(torch.equal(weights[name], given[name]) for name in given)
 
 
 def test_the_shipped_recipe_is_read() -> None:
-    recipe = load_recipe(Path(__file__).parents[2] / "configs" / "emoji_tiny.yaml", minutes_scale=0.5)
+    recipe = load_recipe(Path(__file__).parents[2] / "configs" / "emoji_tiny.yaml", Route(minutes_scale=0.5))
     assert recipe.transformer.optimisation.minutes * 2 == pytest.approx(
         load_recipe(Path(__file__).parents[2] / "configs" / "emoji_tiny.yaml").transformer.optimisation.minutes
     )
@@ -227,11 +330,11 @@ def test_the_shipped_recipe_is_read() -> None:
     assert "Microsoft" in recipe.notice
 
 
-def test_head_stays_float32_under_autocast() -> None:
-    model, schedule = _model(), ScaleSchedule.from_grids(GRIDS)
+def test_head_stays_float32_in_bfloat16() -> None:
     quantised = quantise(torch.randn(1, 8, 4, 4), GRIDS)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        logits = teacher_logits(model, [torch.randn(3, 12)], quantised, schedule)
+    teacher = _teacher(_model(), dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits = teacher.logits(pad_texts([torch.randn(3, 12)], 4), quantised.inputs)
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float()), "a head in bfloat16 leaves nothing behind its 8 bits"
 

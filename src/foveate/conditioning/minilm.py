@@ -318,14 +318,25 @@ class TextEncoder:
         tokens = (self._token_features(prompt) for prompt in prompts)
         return [torch.cat((x_TE.mean(0, keepdim=True), x_TE[1:])) for x_TE in tokens]
 
+    @torch.no_grad()
+    def encode_together(self, prompts: list[str]) -> list[Tensor]:
+        """`encode` in one padded call, several times as fast: equal up to rounding, which depends on the company."""
+        ids = [torch.tensor(self._ids(prompt)) for prompt in prompts]
+        device = self.model.embeddings.word_embeddings.weight.device
+        ids_BT = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+        counts_B1 = torch.tensor([[len(own)] for own in ids], device=device)
+        mask_BT = torch.arange(ids_BT.shape[1], device=device) < counts_B1
+        x_BTE: Tensor = self.model(ids_BT, mask_BT).float()
+        tokens = (x_TE[: len(own)] for x_TE, own in zip(x_BTE, ids, strict=True))
+        return [torch.cat((x_TE.mean(0, keepdim=True), x_TE[1:])) for x_TE in tokens]
+
     def pooled(self, prompts: list[str]) -> Float[Tensor, "B E"]:
         """Computes sentence embeddings: row 0 of `encode` scaled to length 1, float32."""
         if not prompts:
             raise FoveateError("prompts must hold at least one text, got none")
         return F.normalize(torch.stack([x_TE[0] for x_TE in self.encode(prompts)]), dim=-1)
 
-    @torch.no_grad()
-    def _token_features(self, prompt: str) -> Float[Tensor, "T E"]:
+    def _ids(self, prompt: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(prompt).ids
         num_cut = len(ids) - self.max_tokens
         if num_cut > 0:
@@ -333,7 +344,11 @@ class TextEncoder:
                 "prompt of %d tokens is longer than %d: the last %d tokens were cut", len(ids), self.max_tokens, num_cut
             )
             ids = [*ids[: self.max_tokens - 1], ids[-1]]
-        ids_BT = torch.tensor([ids], device=self.model.embeddings.word_embeddings.weight.device)
+        return ids
+
+    @torch.no_grad()
+    def _token_features(self, prompt: str) -> Float[Tensor, "T E"]:
+        ids_BT = torch.tensor([self._ids(prompt)], device=self.model.embeddings.word_embeddings.weight.device)
         x_BTE: Tensor = self.model(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
         return x_BTE[0].float()
 

@@ -108,7 +108,7 @@ class Corpus:
     """A corpus on disk.
 
     Attributes:
-        images_NYXc: All images, mapped read-only; straight alpha, the colour is zero where alpha is.
+        images_NYXc: All images, mapped copy-on-write; straight alpha, the colour is zero where alpha is.
         drawings: One per image, in the same order.
         manifest: Package hashes, config and counts.
     """
@@ -177,7 +177,7 @@ def load_corpus(folder: Path) -> Corpus:
     for name in (IMAGES_FILE, DRAWINGS_FILE, MANIFEST_FILE):
         if not (folder / name).is_file():
             raise CorpusError(f"{folder} must hold {name}, it does not")
-    images_NYXc = np.load(folder / IMAGES_FILE, mmap_mode="r")
+    images_NYXc = np.load(folder / IMAGES_FILE, mmap_mode="c")
     lines = (folder / DRAWINGS_FILE).read_text(encoding="utf-8").splitlines()
     drawings = tuple(_parse_drawing(json.loads(line)) for line in lines)
     if len(images_NYXc) != len(drawings):

@@ -14,6 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from foveate.core.errors import FoveateError
+
+
+class PauseError(FoveateError):
+    """Says that a trainer stopped behind a checkpoint, as it was asked to, and has more to do."""
+
 
 MAX_STEP_S = 4.0
 """Longest time that one step adds to the clock, in seconds."""
@@ -59,6 +67,7 @@ class Run:
     clock_s: float = 0.0
     step: int = 0
     samples: int = 0
+    flops: float = 0.0
     recent: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -86,6 +95,7 @@ class Run:
             "clock_s": self.clock_s,
             "step": self.step,
             "samples": self.samples,
+            "flops": self.flops,
             "recent": self.recent,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +112,7 @@ class Run:
         self.average = {name: value.to(device) for name, value in state["average"].items()}
         self.generator.set_state(state["generator"])
         self.clock_s, self.step, self.samples = state["clock_s"], state["step"], state["samples"]
-        self.recent = state["recent"]
+        self.flops, self.recent = state["flops"], state["recent"]
 
     def update(self, loss: Tensor, optimisation: Optimisation) -> None:
         """Takes one optimiser step and moves the average towards the weights."""
@@ -124,11 +134,32 @@ class Run:
             self.recent[name] = 0.98 * self.recent.get(name, value) + 0.02 * value
 
 
+def flops_of(forward: Callable[[], object]) -> int:
+    """FLOPs of the matrix products and convolutions that a call runs, counted on it once."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    return counter.get_total_flops()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """When one call of a trainer ends, though its minutes are not used up, and what its log compares itself with.
+
+    Attributes:
+        deadline: Time by `time.perf_counter` after which a call stops behind a checkpoint; the next one goes on.
+        peak: FLOPs per second of the device's best matrix product; the log says which share of it the model used.
+    """
+
+    deadline: float = math.inf
+    peak: float | None = None
+
+
 def steps(
     run: Run,
     optimisation: Optimisation,
     checkpoint: Path,
     log: Callable[[str], None],
+    limits: Limits,
 ) -> Iterator[int]:
     """Yields step numbers until the minutes are used up; checkpoints and logs between them.
 
@@ -137,21 +168,33 @@ def steps(
         optimisation: Says how many minutes there are.
         checkpoint: Written every `checkpoint_s` seconds of training and at the end.
         log: Receives one line per checkpoint.
+        limits: See there.
+
+    Raises:
+        PauseError: The call's own time is up before the recipe's minutes are; the checkpoint is written.
     """
     if checkpoint.exists():
         run.load(checkpoint)
         log(f"continued at step {run.step}, {run.clock_s / 60:.1f} of {optimisation.minutes} minutes")
-    saved_s = run.clock_s
+    saved_s, saved_flops = run.clock_s, run.flops
     while run.clock_s < 60 * optimisation.minutes:
         began = time.perf_counter()
+        if began > limits.deadline:
+            run.save(checkpoint)
+            raise PauseError(
+                f"paused at {run.clock_s / 60:.1f} of {optimisation.minutes} minutes; run it again to go on"
+            )
         yield run.step
         run.step += 1
         run.samples += optimisation.batch
         run.clock_s += min(time.perf_counter() - began, MAX_STEP_S)
         if run.clock_s - saved_s >= optimisation.checkpoint_s:
             run.save(checkpoint)
+            figures = [f"{name} {value:.4f}" for name, value in run.recent.items()]
+            speed = (run.flops - saved_flops) / (run.clock_s - saved_s)
+            if limits.peak is not None and speed:
+                figures.append(f"utilisation {speed / limits.peak:.0%} of {limits.peak / 1e12:.2f} TFLOP/s")
             rate = run.samples / run.clock_s
-            figures = " ".join(f"{name} {value:.4f}" for name, value in run.recent.items())
-            log(f"{run.clock_s / 60:6.1f} min  step {run.step}  {rate:.1f} samples/s  {figures}")
-            saved_s = run.clock_s
+            log(f"{run.clock_s / 60:6.1f} min  step {run.step}  {rate:.1f} samples/s  {' '.join(figures)}")
+            saved_s, saved_flops = run.clock_s, run.flops
     run.save(checkpoint)

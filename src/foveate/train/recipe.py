@@ -5,6 +5,7 @@ its last checkpoint. The same file serves a CPU and a GPU: `device` and the minu
 """
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from foveate.bench.peak import matmul_peak
 from foveate.conditioning.minilm import TextEncoder
 from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
@@ -33,12 +35,15 @@ from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.policies.full import Full
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.bsq import BSQTokenizer
-from foveate.train.captions import all_captions, framed_captions
+from foveate.train.contrast import rim_contrast
 from foveate.train.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
-from foveate.train.loop import Optimisation
+from foveate.train.loop import Limits, Optimisation
 from foveate.train.minilm_import import import_minilm
-from foveate.train.tokenizer import TokenizerRecipe, composite, latents_of, psnr_of, reconstruct, train_tokenizer
-from foveate.train.transformer import Examples, TransformerRecipe, train_transformer
+from foveate.train.scenes import SceneConfig
+from foveate.train.tokenizer import TokenizerRecipe, composite, psnr_of, reconstruct, train_tokenizer
+from foveate.train.transformer import TransformerRecipe, train_transformer
+from foveate.train.weights import DrawWeights, drawing_weights
+from foveate.train.window import SceneSequence, Window
 
 Stage = Literal["corpus", "tokenizer", "transformer", "export", "all"]
 Log = Callable[[str], None]
@@ -51,6 +56,8 @@ class Recipe:
     name: str
     budget: str
     corpus: CorpusConfig
+    weights: DrawWeights
+    scenes: SceneConfig
     tokenizer: TokenizerRecipe
     transformer: TransformerRecipe
     defaults: Defaults
@@ -59,29 +66,64 @@ class Recipe:
     card: str
 
 
-def load_recipe(path: Path, minutes_scale: float = 1.0) -> Recipe:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Route:
+    """How this call runs a recipe.
+
+    Attributes:
+        device: "cpu" or "cuda"; None takes a GPU if there is one. The section of its name goes over the file.
+        minutes_scale: Multiplies the minutes of both networks.
+        is_dry: One small step of everything, to see that all of it runs here.
+    """
+
+    device: str | None = None
+    minutes_scale: float = 1.0
+    is_dry: bool = False
+
+    def chosen_device(self) -> str:
+        """The device's name.
+
+        Raises:
+            FoveateError: It is not known, or this machine has none.
+        """
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device not in {"cpu", "cuda"}:
+            raise FoveateError(f"--device must be cpu or cuda, got {device!r}")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise FoveateError("--device cuda needs a GPU and torch built for it, this machine has none; try cpu")
+        return device
+
+
+def load_recipe(path: Path, route: Route | None = None) -> Recipe:
     """Reads a training file; `corpus` in it names another file beside it.
 
     Raises:
         FoveateError: The file cannot be read, or a field is missing or unknown.
     """
+    route = route or Route()
+    device = route.chosen_device()
     try:
         data = _read_yaml(path)
+        sections = {name: data.pop(name, {}) for name in ("cpu", "cuda")}
+        _lay_over(data, sections[device])
+        if route.is_dry:
+            _lay_over(data, {"tokenizer": _DRY, "transformer": _DRY | {"window": 1, "compiles": False}})
+            data["sheet"] = data["sheet"][:2]
         corpus = CorpusConfig.from_dict(_read_yaml(path.parent / data["corpus"]))
         schedule = ScaleSchedule.from_template(1.0, data["budget"])
-        run = {"device": data["device"], "dtype": data["dtype"]}
+        run = {"device": device, "dtype": data["dtype"]}
         shape = data["autoencoder"] | {"channel_multipliers": tuple(data["autoencoder"]["channel_multipliers"])}
         tokenizer = TokenizerRecipe(
             shape=AutoencoderConfig(**shape),
             grids=schedule.grids,
-            optimisation=_optimisation(data["tokenizer"].pop("optimisation"), minutes_scale),
+            optimisation=_optimisation(data["tokenizer"].pop("optimisation"), route.minutes_scale),
             **data["tokenizer"],
             **run,
         )
         transformer = TransformerRecipe(
             shape=InfinityConfig(**data["transformer"].pop("shape")),
             schedule=schedule,
-            optimisation=_optimisation(data["transformer"].pop("optimisation"), minutes_scale),
+            optimisation=_optimisation(data["transformer"].pop("optimisation"), route.minutes_scale),
             **data["transformer"],
             **run,
         )
@@ -92,6 +134,8 @@ def load_recipe(path: Path, minutes_scale: float = 1.0) -> Recipe:
             name=data["name"],
             budget=data["budget"],
             corpus=corpus,
+            weights=DrawWeights.from_dict(data["weights"]),
+            scenes=SceneConfig(**data["scenes"]),
             tokenizer=tokenizer,
             transformer=transformer,
             defaults=Defaults(**tuples),
@@ -101,6 +145,19 @@ def load_recipe(path: Path, minutes_scale: float = 1.0) -> Recipe:
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise FoveateError(f"cannot read the training file {path}: {error!r}") from None
+
+
+_DRY = {"optimisation": {"minutes": 1e-6, "batch": 2}}
+"""Any time at all is one step."""
+
+
+def _lay_over(data: dict[str, Any], section: Mapping[str, Any]) -> None:
+    """Replaces values by those of a section, mapping by mapping, in place."""
+    for name, value in section.items():
+        if isinstance(value, Mapping) and isinstance(data.get(name), dict):
+            _lay_over(data[name], value)
+        else:
+            data[name] = value
 
 
 def load_corpus_config(path: Path) -> CorpusConfig:
@@ -129,8 +186,9 @@ def train(
     out: Path,
     stage: Stage = "all",
     log: Log = print,
-    minutes_scale: float = 1.0,
+    route: Route | None = None,
     start_from: Path | None = None,
+    stop_after: float | None = None,
 ) -> Path:
     """Runs one stage or all of them.
 
@@ -139,18 +197,23 @@ def train(
         out: Folder of the run; give it again to resume.
         stage: What to run; "all" runs what is missing.
         log: Receives progress lines.
-        minutes_scale: Multiplies the minutes of both networks, for a dry run.
-        start_from: Folder of a model of the same shape, for example the bundled one: its tokenizer is kept, its
-            transformer is trained further. A checkpoint in `out` goes before it.
+        route: Device, minutes, dry run.
+        start_from: Folder of a model of the same shape, for example the bundled one: both networks are trained
+            further, for zero minutes if the file says so. A checkpoint in `out` goes before it.
+        stop_after: Minutes after which to pause behind a checkpoint; the same call then goes on from there.
 
     Returns:
         The folder of the exported model, or of the stage's result.
+
+    Raises:
+        PauseError: The time of this call is up before all is done.
     """
+    deadline = math.inf if stop_after is None else time.perf_counter() + 60 * stop_after
     out.mkdir(parents=True, exist_ok=True)
     if stage == "corpus":
         return make_corpus(load_corpus_config(config), out, log)
-    recipe = load_recipe(config, minutes_scale)
-    run = TrainingFolder(recipe, out, log, start_from)
+    recipe = load_recipe(config, route)
+    run = TrainingFolder(recipe, out, log, start_from, deadline)
     stages = ["corpus", "tokenizer", "transformer", "export"] if stage == "all" else [stage]
     result = out
     for name in stages:
@@ -175,40 +238,54 @@ def make_corpus(config: CorpusConfig, out: Path, log: Log) -> Path:
 class TrainingFolder:
     """The stages of one recipe in one folder."""
 
-    def __init__(self, recipe: Recipe, out: Path, log: Log, start_from: Path | None = None) -> None:
-        self.recipe, self.out, self.log, self.start_from = recipe, out, log, start_from
+    def __init__(
+        self, recipe: Recipe, out: Path, log: Log, start_from: Path | None = None, deadline: float = math.inf
+    ) -> None:
+        self.recipe, self.out, self.log = recipe, out, log
+        self.start_from, self.deadline = start_from, deadline
+
+    def limits(self, dtype: str, device: str) -> Limits:
+        """The deadline, and the device's peak, measured now."""
+        peak = matmul_peak(getattr(torch, dtype), torch.device(device))
+        return Limits(deadline=self.deadline, peak=peak.flops_per_s)
 
     def corpus(self) -> Path:
         """Builds the corpus, unless it is there."""
         return make_corpus(self.recipe.corpus, self.out, self.log)
 
     def tokenizer(self) -> Path:
-        """Trains the autoencoder, unless its weights are there; logs PSNR on seen and on held-out drawings."""
+        """Trains the autoencoder, unless its weights are there; logs PSNR on drawings of both splits."""
         path = self.out / "autoencoder.safetensors"
         if path.exists():
             return path
-        if self.start_from is not None:
-            cpu = torch.device("cpu")
-            shape = self.recipe.tokenizer.shape
-            stored = self.start_from / AUTOENCODER
-            kept = read_network(stored, lambda: Autoencoder(shape), load_autoencoder, torch.float32, cpu)
-            _save(kept.state_dict(), path)
-            return path
+        recipe = self.recipe.tokenizer
         corpus = load_corpus(self.corpus())
-        seen, held_out = _drawings(corpus, "train"), _drawings(corpus, "test")
-        preview = seen[:: max(1, len(seen) // 8)][:8]
+        sequence = self.sequence(corpus, recipe.device)
+        preview = sequence.pixels(sequence.scenes(0, 8)).cpu()
 
         def draw(model: Autoencoder) -> None:
-            pixels = composite(preview)
-            both = torch.cat([pixels, reconstruct(model, pixels, self.recipe.tokenizer.grids)])
-            save_sheet(both, 8, self.out / "tokenizer.png")
+            save_sheet(torch.cat([preview, reconstruct(model, preview, recipe.grids)]), 8, self.out / "tokenizer.png")
 
-        checkpoint = self.out / "tokenizer.ckpt"
-        weights = train_tokenizer(self.recipe.tokenizer, seen, checkpoint, self.log, draw)
+        initial = None
+        if self.start_from is not None:
+            stored, cpu = self.start_from / AUTOENCODER, torch.device("cpu")
+            kept = read_network(stored, lambda: Autoencoder(recipe.shape), load_autoencoder, torch.float32, cpu)
+            initial = kept.state_dict()
+        weights = train_tokenizer(
+            recipe,
+            sequence,
+            self.out / "tokenizer.ckpt",
+            self.log,
+            draw,
+            initial=initial,
+            limits=self.limits(recipe.dtype, recipe.device),
+        )
         _save(weights, path)
-        for name, drawings in (("seen", seen), ("held out", held_out)):
+        draw(self.autoencoder())
+        for name in ("train", "test"):
+            drawings = _drawings(corpus, name)
             if len(drawings):
-                self.log(f"tokenizer PSNR on {name} drawings: {self._psnr(drawings):.2f} dB")
+                self.log(f"tokenizer PSNR on drawings of the {name} split: {self._psnr(drawings):.2f} dB")
         return path
 
     def transformer(self) -> Path:
@@ -216,18 +293,16 @@ class TrainingFolder:
         path = self.out / "transformer.safetensors"
         if path.exists():
             return path
-        encoder = self._text_encoder()
-        corpus = load_corpus(self.corpus())
-        drawings = corpus.split("train")
-        with torch.inference_mode():
-            latents = latents_of(self.autoencoder(), composite(_drawings(corpus, "train"))).clone()
-        texts = [all_captions(drawing) for drawing in drawings]
-        count = self.recipe.transformer.framed_captions
-        framed = [framed_captions(drawing, count) for drawing in drawings]
-        captions = tuple(tuple(encoder.encode([*a, *b])) for a, b in zip(texts, framed, strict=True))
-        device = self.recipe.transformer.device
-        examples = Examples(
-            latents=latents.to(device), captions=tuple(tuple(c.to(device) for c in each) for each in captions)
+        recipe = self.recipe.transformer
+        encoder, device = self._text_encoder(), torch.device(recipe.device)
+        encoder.model.to(device)
+        autoencoder = self.autoencoder().to(device)
+        window = Window(
+            self.sequence(load_corpus(self.corpus()), recipe.device),
+            autoencoder.encode,
+            encoder.encode_together,
+            size=recipe.window,
+            uses=recipe.uses,
         )
 
         def draw(weights: dict[str, Tensor]) -> None:
@@ -236,14 +311,33 @@ class TrainingFolder:
         checkpoint = self.out / "transformer.ckpt"
         initial = None
         if self.start_from is not None:
-            shape, place = self.recipe.transformer.shape, torch.device(device)
             stored = self.start_from / TRANSFORMER
-            kept = read_network(stored, lambda: Infinity(shape), load_transformer, torch.float32, place)
+            kept = read_network(stored, lambda: Infinity(recipe.shape), load_transformer, torch.float32, device)
             initial = kept.state_dict()
-        weights = train_transformer(self.recipe.transformer, examples, checkpoint, self.log, draw, initial=initial)
+        weights = train_transformer(
+            recipe,
+            window,
+            checkpoint,
+            self.log,
+            draw,
+            initial=initial,
+            limits=self.limits(recipe.dtype, recipe.device),
+        )
         _save(weights, path)
         draw(weights)
         return path
+
+    def sequence(self, corpus: Corpus, device: str) -> SceneSequence:
+        """The scenes of the training split, rendered on a device."""
+        drawings = corpus.split("train")
+        return SceneSequence(
+            drawings=drawings,
+            images_NYXc=torch.from_numpy(corpus.images_NYXc).to(device),
+            config=self.recipe.scenes,
+            weights=drawing_weights(drawings, self.recipe.weights),
+            contrast_NK=rim_contrast(corpus.images_NYXc),
+            image_size=corpus.images_NYXc.shape[1],
+        )
 
     def export(self) -> Path:
         """Writes the model folder that `Pipeline.from_pretrained` reads."""
@@ -309,7 +403,7 @@ class TrainingFolder:
             temperatures=temperatures,
             filters=(Filter(top_k=self.recipe.defaults.top_k, top_p=self.recipe.defaults.top_p),) * len(schedule),
             sampler=KeyedSampler(seeds=tuple(range(len(prompts)))),
-            conditions=tuple(encoder.encode(list(prompts))),
+            conditions=tuple(text.cpu() for text in encoder.encode(list(prompts))),
             num_images=len(prompts),
         )
         *_, last = Engine(model, tokenizer).run(Full().bind(schedule, model.shape), request)

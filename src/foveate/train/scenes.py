@@ -22,6 +22,7 @@ from foveate.train.captions import (
     SINGLE_STYLE_SHARE,
     Drawing,
     caption,
+    framed_captions,
     with_article,
     with_style,
 )
@@ -31,6 +32,7 @@ Kind = Literal["single", "beside", "stacked", "count", "sized"]
 Square = tuple[float, float, float]
 """Centre y, centre x and side, as shares of the picture's side."""
 
+_WHOLE: Square = (0.5, 0.5, 1.0)
 _MARGIN = 0.02
 _GAP = 0.03
 _SYNONYM_SHARE = 0.3
@@ -57,6 +59,7 @@ class SceneConfig:
         count_share: Share of two to four of one thing.
         sized_share: Share of things that the caption calls big or small.
         centred_share: Share of single drawings that fill the picture as the art does; others are smaller, anywhere.
+        framed_share: Share of longer captions among those of centred drawings on white, see `framed_captions`.
         style_share: Share of captions with the style phrase; None is the rule of `Corpus.style_share`.
         least_contrast: Least CIELAB distance of a drawing's rim to its background, if contrasts are given.
     """
@@ -67,6 +70,7 @@ class SceneConfig:
     count_share: float = 0.10
     sized_share: float = 0.10
     centred_share: float = 0.6
+    framed_share: float = 0.2
     style_share: float | None = None
     least_contrast: float = 15.0
 
@@ -78,7 +82,7 @@ class SceneConfig:
         """
         kinds = (self.beside_share, self.stacked_share, self.count_share, self.sized_share)
         style = 0.0 if self.style_share is None else self.style_share
-        for share in (*kinds, self.white_share, self.centred_share, style):
+        for share in (*kinds, self.white_share, self.centred_share, self.framed_share, style):
             if not 0 <= share <= 1:
                 raise FoveateError(f"shares of a scene must be in [0, 1], got {share}")
         if sum(kinds) > 1 + 1e-9:
@@ -154,7 +158,11 @@ def draw_scene(
     is_silent = background == "white" and rng.random() >= _NAMED_WHITE_SHARE
     place = "" if is_silent else f"on {with_article(f'{background} background')}"
     style_share = _style_share(drawings) if config.style_share is None else config.style_share
-    if chosen == "single":
+    is_plain = chosen == "single" and squares[0] == _WHOLE and background == "white"
+    if is_plain and rng.random() < config.framed_share:
+        framed = framed_captions(things[0])
+        text = framed[int(rng.integers(len(framed)))]
+    elif chosen == "single":
         text = caption(things[0], rng, style_share=style_share, place=place)
     else:
         text = f"{words} {place}" if place else words
@@ -243,7 +251,7 @@ _Composed = tuple[Sequence[Drawing], Sequence[Square], str]
 def _single(cast: _Cast, config: SceneConfig) -> _Composed:
     thing = cast.pick(lambda _: True)
     if cast.rng.random() < config.centred_share:
-        return [thing], [(0.5, 0.5, 1.0)], ""
+        return [thing], [_WHOLE], ""
     return [thing], [_anywhere(cast.rng.uniform(0.5, 0.95), cast.rng)], ""
 
 

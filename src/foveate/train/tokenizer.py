@@ -5,7 +5,7 @@ differences; without the last one a short run spends its bits on luminance. Grad
 through; on some steps the last one to three scales are left out, so that coarse sums decode well too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from torch import Tensor
 from foveate.core.schedule import Grid
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig, ResBlock
 from foveate.tokenizers.bsq import quantise
-from foveate.train.loop import Optimisation, Run, steps
+from foveate.train.loop import Limits, Optimisation, Run, flops_of, steps
+from foveate.train.window import SceneSequence
 
 PREVIEW_STEPS = 2000
 """Steps between two sample sheets."""
@@ -97,34 +98,42 @@ def _loss(
 
 def train_tokenizer(
     recipe: TokenizerRecipe,
-    rgba: UInt8[np.ndarray, "n Y X 4"],
+    sequence: SceneSequence,
     checkpoint: Path,
     log: Callable[[str], None],
     preview: Callable[[Autoencoder], None] | None = None,
+    initial: Mapping[str, Tensor] | None = None,
+    limits: Limits | None = None,
 ) -> dict[str, Tensor]:
     """Trains until the recipe's minutes are used up, resuming from `checkpoint` if it exists.
 
     Args:
         recipe: Shape, schedule, optimisation.
-        rgba: The drawings, straight alpha.
+        sequence: What to learn; every scene is seen once.
         checkpoint: Where the state of the run lives.
         log: Receives one line every two minutes of training.
         preview: Called with the averaged model now and then, to draw a sample sheet.
+        initial: Weights to start from; a checkpoint goes before them.
+        limits: When to pause; never if None.
 
     Returns:
         The averaged weights, float32.
     """
     torch.manual_seed(recipe.optimisation.seed)
     model = new_autoencoder(recipe.shape).to(recipe.device)
+    if initial is not None:
+        model.load_state_dict(initial)
     run = Run.start(model, recipe.optimisation)
     dtype = getattr(torch, recipe.dtype)
-    pixels = composite(rgba).to(recipe.device)
-    for step in steps(run, recipe.optimisation, checkpoint, log):
+    batch = recipe.optimisation.batch
+    step_flops = 3 * batch * flops_of(lambda: model.decode(model.encode(sequence.pixels(sequence.scenes(0, 1)))))
+    for step in steps(run, recipe.optimisation, checkpoint, log, limits or Limits()):
         rng = np.random.default_rng([recipe.optimisation.seed, step])
-        target = pixels[torch.from_numpy(rng.integers(0, len(pixels), recipe.optimisation.batch))]
+        target = sequence.pixels(sequence.scenes(step * batch, batch))
         with torch.autocast(recipe.device, dtype, enabled=dtype != torch.float32):
             loss, figures = _loss(model, target, recipe, rng)
         run.update(loss, recipe.optimisation)
+        run.flops += step_flops
         run.note(**figures)
         if preview is not None and (step + 1) % PREVIEW_STEPS == 0:
             preview(averaged(run, recipe.shape))
@@ -136,9 +145,3 @@ def averaged(run: Run, shape: AutoencoderConfig) -> Autoencoder:
     model = Autoencoder(shape)
     model.load_state_dict(run.average)
     return model.eval()
-
-
-def latents_of(model: Autoencoder, pixels: Float[Tensor, "n 3 Y X"], batch: int = 16) -> Float[Tensor, "n Z H W"]:
-    """Encodes all drawings, float32, without gradients."""
-    with torch.no_grad():
-        return torch.cat([model.encode(part) for part in pixels.split(batch)])

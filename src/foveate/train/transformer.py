@@ -1,13 +1,14 @@
-"""Trains the Infinity transformer on the latents of a fixed set of drawings.
+"""Trains the Infinity transformer on scenes.
 
-Every drawing is encoded once; a step quantises the latents anew with flipped bits, so that later scales learn to
-correct earlier mistakes (bitwise self-correction). Half of the steps see the first scales only, which cost a fraction.
-The blocks are those that generate: training gives them another `KVSlot`, in which all scales stand side by side.
-Axes: B drawings, L tokens of all scales, l of one scale, n = B L packed tokens, Z bits, C width.
+A step quantises the latents anew with flipped bits, so that later scales learn to correct earlier mistakes (bitwise
+self-correction). Half of the steps see the first scales only, which cost a fraction.
+Axes: B scenes, L tokens of all scales, T text tokens, E text width, Z bits.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.core.protocols import BlockContext
-from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
-from foveate.kernels.residual import gated
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.bsq import Quantised, quantise
-from foveate.train.captions import NUM_FRAMED
-from foveate.train.loop import Optimisation, Run, steps
+from foveate.train.loop import Limits, Optimisation, Run, flops_of, steps
+from foveate.train.teacher import PaddedTexts, Teacher, pad_texts
+from foveate.train.window import Window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,9 +30,10 @@ class TransformerRecipe:
     """The transformer's shape, its schedule and how it is trained.
 
     `flip_rate` is the largest share of flipped bits; `short_share` of the steps train the first `short_scales` scales
-    only; a token of a scale with n tokens weighs n ** -`scale_power`. Each drawing has `framed_captions` long captions
-    beside its short ones. Of all texts `altered_share` are made harder: they lose some of their tokens, never the
-    sentence embedding, and get noise of at most `text_noise` times the root mean square of each token.
+    only; a token of a scale with n tokens weighs n ** -`scale_power`. Of all texts `altered_share` are made harder:
+    they lose some of their tokens, never the sentence embedding, and get noise of at most `text_noise` times the root
+    mean square of each token. Texts are padded or cut to `text_length` tokens. The examples are a `window` of scenes,
+    each used `uses` times on average. Compiling the blocks takes about a minute and pays after three.
     """
 
     shape: InfinityConfig
@@ -44,81 +44,15 @@ class TransformerRecipe:
     short_scales: int = 6
     scale_power: float = 0.5
     unconditional_share: float = 0.1
-    framed_captions: int = NUM_FRAMED
     altered_share: float = 0.5
     text_noise: float = 0.7
     masked_tokens: int = 128
+    text_length: int = 32
+    window: int = 4096
+    uses: float = 4.0
+    compiles: bool = True
     dtype: str = "bfloat16"
     device: str = "cpu"
-
-
-class TeacherSlot:
-    """All scales at once: a scale sees itself and the earlier ones (`core.protocols.KVSlot`).
-
-    Scales that end within the first `masked_tokens` tokens share one masked call, each later one has an unmasked one.
-    """
-
-    def __init__(self, grids: Sequence[tuple[int, int]], num_rows: int, masked_tokens: int, device: str) -> None:
-        self.num_rows = num_rows
-        ends = np.cumsum([h * w for h, w in grids]).tolist()
-        self.first = max((end for end in ends if end <= masked_tokens), default=0)
-        self.ends = [end for end in ends if end > self.first]
-        scale_L = torch.repeat_interleave(torch.arange(len(ends)), torch.tensor(np.diff([0, *ends])))[: self.first]
-        self.mask_ll = (scale_L[:, None] >= scale_L[None]).to(device)
-
-    def attend(
-        self,
-        q_nND: Float[Tensor, "n N D"],
-        k_nND: Float[Tensor, "n N D"],
-        v_nND: Float[Tensor, "n N D"],
-        scale: float,
-    ) -> Float[Tensor, "n N D"]:
-        """Block-causal attention over the packed rows."""
-        q, k, v = (t.unflatten(0, (self.num_rows, -1)).transpose(1, 2) for t in (q_nND, k_nND, v_nND))
-        first = self.first
-        parts = []
-        if first:
-            parts.append(
-                F.scaled_dot_product_attention(
-                    q[:, :, :first], k[:, :, :first], v[:, :, :first], attn_mask=self.mask_ll, scale=scale
-                )
-            )
-        begin = first
-        for end in self.ends:
-            parts.append(F.scaled_dot_product_attention(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], scale=scale))
-            begin = end
-        return torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1)
-
-
-def teacher_logits(
-    model: Infinity,
-    texts: Sequence[Float[Tensor, "_ E"]],
-    quantised: Quantised,
-    schedule: ScaleSchedule,
-    masked_tokens: int = 128,
-) -> Float[Tensor, "B L V"]:
-    """Logits of every scale, each from the true (or flipped) earlier ones."""
-    num_scales = len(quantised.bits)
-    prepared = model.prepare(texts)
-    entries = [model.start(prepared)[:, None]]
-    entries += [model.embed(quantised.inputs[s - 1], s) for s in range(1, num_scales)]
-    x_BLC = torch.cat(entries, dim=1)
-    num_rows, length, _ = x_BLC.shape
-    rotation_LD = torch.cat([model.positions(schedule, s) for s in range(num_scales)])
-    rows = Rows((length,) * num_rows)
-    context = BlockContext(
-        rows=rows,
-        prepared=prepared,
-        rotation_nD=rotation_LD.repeat(num_rows, 1),
-        slot=TeacherSlot(schedule.grids[:num_scales], num_rows, masked_tokens, str(x_BLC.device)),
-    )
-    x_nC = x_BLC.flatten(0, 1)
-    for index in range(model.config.depth):
-        block = model.block(index)
-        for sublayer in range(block.num_sublayers):
-            change = block.change(sublayer, x_nC, context)
-            x_nC = x_nC + gated(change.value_nC, change.gate_RC, rows)
-    return model.logits(x_nC, rows, prepared).unflatten(0, (num_rows, length))
 
 
 def bit_loss(logits_BLV: Float[Tensor, "B L V"], quantised: Quantised, scale_power: float) -> tuple[Tensor, Tensor]:
@@ -132,34 +66,21 @@ def bit_loss(logits_BLV: Float[Tensor, "B L V"], quantised: Quantised, scale_pow
     return (loss_L * weight_L).sum() / weight_L.sum(), per_scale.detach()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Examples:
-    """The drawings as latents (N, Z, H, W), and the text features of each one's captions."""
-
-    latents: Tensor
-    captions: tuple[tuple[Tensor, ...], ...]
-
-
-def _batch(recipe: TransformerRecipe, examples: Examples, model: Infinity, step: int) -> tuple[list[Tensor], Quantised]:
-    """Drawings, captions, flips and the number of scales of one step; everything follows from the step's number."""
+def _batch(recipe: TransformerRecipe, window: Window, model: Infinity, step: int) -> tuple[PaddedTexts, Quantised]:
+    """Texts, bits and their flips, and the number of scales of one step; everything follows from the step's number."""
     rng = np.random.default_rng([recipe.optimisation.seed, step])
-    chosen = rng.integers(0, len(examples.latents), recipe.optimisation.batch)
-    texts: list[Tensor] = []
-    for index in chosen:
-        captions = examples.captions[index]
-        text = captions[int(rng.integers(len(captions)))]
+    latents_BZHW, texts = window.batch(step, recipe.optimisation.batch, rng)
+    for row, text_TE in enumerate(texts):
         if rng.random() < recipe.altered_share:
-            text = alter_text(text, recipe.text_noise, rng)
+            text_TE = alter_text(text_TE, recipe.text_noise, rng)  # noqa: PLW2901 - the text that is taught
         is_unconditional = rng.random() < recipe.unconditional_share
-        texts.append(model.unconditional(text.shape[0]) if is_unconditional else text)
-    is_short = rng.random() < recipe.short_share
-    grids = recipe.schedule.grids
-    flips = torch.from_numpy(rng.uniform(0, recipe.flip_rate, len(chosen))).float().to(recipe.device)
+        texts[row] = model.unconditional(text_TE.shape[0]) if is_unconditional else text_TE
+    count = recipe.short_scales if rng.random() < recipe.short_share else len(recipe.schedule)
+    flips_B = torch.from_numpy(rng.uniform(0, recipe.flip_rate, len(texts))).float().to(latents_BZHW.device)
     generator = torch.Generator(recipe.device).manual_seed(int(rng.integers(2**62)))
     with torch.no_grad():
-        quantised = quantise(examples.latents[torch.from_numpy(chosen)], grids, flips, generator)
-    count = recipe.short_scales if is_short else len(grids)
-    return texts, Quantised(
+        quantised = quantise(latents_BZHW, recipe.schedule.grids, flips_B, generator)
+    return pad_texts(texts, recipe.text_length), Quantised(
         bits=quantised.bits[:count], inputs=quantised.inputs[: count - 1], f_hat_BZHW=quantised.f_hat_BZHW
     )
 
@@ -175,23 +96,25 @@ def alter_text(text_TE: Float[Tensor, "T E"], noise: float, rng: np.random.Gener
 
 def train_transformer(
     recipe: TransformerRecipe,
-    examples: Examples,
+    window: Window,
     checkpoint: Path,
     log: Callable[[str], None],
     preview: Callable[[dict[str, Tensor]], None] | None = None,
     preview_every_s: float = 900.0,
     initial: Mapping[str, Tensor] | None = None,
+    limits: Limits | None = None,
 ) -> dict[str, Tensor]:
     """Trains until the recipe's minutes are used up, resuming from `checkpoint` if it exists.
 
     Args:
         recipe: Shape, schedule, optimisation.
-        examples: What to learn.
+        window: What to learn.
         checkpoint: Where the state of the run lives.
         log: Receives one line every two minutes of training.
         preview: Called with the averaged weights now and then, to draw a sample sheet.
         preview_every_s: Seconds of training between previews.
         initial: Weights to start from; a checkpoint goes before them.
+        limits: When to pause; never if None.
 
     Returns:
         The averaged weights, float32.
@@ -202,14 +125,26 @@ def train_transformer(
     if initial is not None:
         model.load_state_dict(initial)
     run = Run.start(model, recipe.optimisation)
-    dtype = getattr(torch, recipe.dtype)
-    previewed_s = 0.0
-    for step in steps(run, recipe.optimisation, checkpoint, log):
-        texts, quantised = _batch(recipe, examples, model, step)
-        with torch.autocast(recipe.device, dtype, enabled=dtype != torch.float32):
-            logits = teacher_logits(model, texts, quantised, recipe.schedule, recipe.masked_tokens)
-        loss, per_scale = bit_loss(logits.float(), quantised, recipe.scale_power)
+    teacher = Teacher(
+        model=model,
+        schedule=recipe.schedule,
+        masked_tokens=recipe.masked_tokens,
+        dtype=getattr(torch, recipe.dtype),
+    )
+    step_flops: dict[int, int] = {}
+    running = teacher.compiled() if recipe.compiles else teacher
+    previewed_s = run.clock_s
+    for step in steps(run, recipe.optimisation, checkpoint, log, limits or Limits()):
+        began = time.perf_counter()
+        texts, quantised = _batch(recipe, window, model, step)
+        run.note(input_ms=1e3 * (time.perf_counter() - began))
+        num_scales = len(quantised.bits)
+        if num_scales not in step_flops:
+            step_flops[num_scales] = 3 * flops_of(partial(teacher.logits, texts, quantised.inputs))
+        logits = running.logits(texts, quantised.inputs)
+        loss, per_scale = bit_loss(logits, quantised, recipe.scale_power)
         run.update(loss, recipe.optimisation)
+        run.flops += step_flops[num_scales]
         run.note(loss=float(loss.detach()), coarse=float(per_scale[: recipe.short_scales].mean()))
         if len(per_scale) > recipe.short_scales:
             run.note(last=float(per_scale[-1]))

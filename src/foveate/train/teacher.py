@@ -1,0 +1,262 @@
+"""The forward pass of training: logits of all scales at once, each scale from the true (or flipped) earlier ones.
+
+The arithmetic is that of the blocks that generate, on a rectangle of images and tokens instead of a packed list, with
+texts padded to one length, so that every shape is known to the compiler. `tests/train` holds it to the engine.
+Parameters stay float32; matrix products run in `dtype`, the residual stream and the head in float32.
+Axes: B images, L tokens of all scales, T text tokens after padding, C width, E text width, N heads, D head width,
+Z bits, V logits.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from foveate.core.schedule import ScaleSchedule
+from foveate.models.infinity import CrossAttention, Infinity, InfinityBlock
+from foveate.models.layers import rms_norm
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PaddedTexts:
+    """Text features of a batch, padded at the end; the padding is never attended to."""
+
+    features_BTE: Float[Tensor, "B T E"]
+    is_real_BT: Bool[Tensor, "B T"]
+
+
+def pad_texts(texts: Sequence[Float[Tensor, "_ E"]], length: int) -> PaddedTexts:
+    """Pads texts to `length` tokens; of a longer one the end is cut off."""
+    width = texts[0].shape[1]
+    features_BTE = texts[0].new_zeros((len(texts), length, width))
+    counts = [min(text.shape[0], length) for text in texts]
+    for row, (text_TE, count) in enumerate(zip(texts, counts, strict=True)):
+        features_BTE[row, :count] = text_TE[:count]
+    positions_1T = torch.arange(length, device=features_BTE.device)[None]
+    counts_B1 = torch.tensor(counts, device=features_BTE.device)[:, None]
+    return PaddedTexts(features_BTE=features_BTE, is_real_BT=positions_1T < counts_B1)
+
+
+class BlockWeights(NamedTuple):
+    """The parameters of one block, as the compiled function takes them."""
+
+    ada_6C: Tensor
+    qkv: Tensor
+    q_bias: Tensor
+    v_bias: Tensor
+    log_gain_N: Tensor
+    proj: Tensor
+    proj_bias: Tensor
+    norm: Tensor
+    norm_bias: Tensor
+    cross_q: Tensor
+    cross_q_bias: Tensor
+    cross_kv: Tensor
+    cross_v_bias: Tensor
+    cross_proj: Tensor
+    cross_proj_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+    down: Tensor
+    down_bias: Tensor
+
+    @classmethod
+    def of(cls, block: InfinityBlock) -> "BlockWeights":
+        """Reads them from a block."""
+        sa, ca, ffn = block.sa, block.ca, block.ffn
+        return cls(
+            ada_6C=block.ada_gss[0, 0],
+            qkv=sa.mat_qkv.weight,
+            q_bias=sa.q_bias,
+            v_bias=sa.v_bias,
+            log_gain_N=sa.scale_mul_1H11.view(-1),
+            proj=sa.proj.weight,
+            proj_bias=sa.proj.bias,
+            norm=block.ca_norm.weight,
+            norm_bias=block.ca_norm.bias,
+            cross_q=ca.mat_q.weight,
+            cross_q_bias=ca.mat_q.bias,
+            cross_kv=ca.mat_kv.weight,
+            cross_v_bias=ca.v_bias,
+            cross_proj=ca.proj.weight,
+            cross_proj_bias=ca.proj.bias,
+            up=ffn.fc1.weight,
+            up_bias=ffn.fc1.bias,
+            down=ffn.fc2.weight,
+            down_bias=ffn.fc2.bias,
+        )
+
+
+class Layout(NamedTuple):
+    """Where the scales of a sequence lie.
+
+    Tokens up to `ends[0]` share one attention call under the mask `first_ll`, each later scale has one without a mask.
+    `rotation_LD` holds the rotary positions.
+    """
+
+    rotation_LD: Tensor
+    first_ll: Tensor
+    ends: tuple[int, ...]
+
+
+def attend(
+    q_BNlD: Float[Tensor, "B N l D"],
+    k_BNTD: Float[Tensor, "B N T D"],
+    v_BNTD: Float[Tensor, "B N T D"],
+    scale: float,
+    mask: Bool[Tensor, "..."] | None = None,
+) -> Float[Tensor, "B N l D"]:
+    """Attention; on a CPU spelled out, as torch's fused one is three times slower there with its gradients."""
+    if q_BNlD.device.type != "cpu":
+        return F.scaled_dot_product_attention(q_BNlD, k_BNTD, v_BNTD, attn_mask=mask, scale=scale)
+    score_BNlT = torch.matmul(q_BNlD, k_BNTD.transpose(-1, -2)) * scale
+    if mask is not None:
+        score_BNlT = score_BNlT.masked_fill(~mask, -1e4)
+    return torch.matmul(score_BNlT.softmax(-1), v_BNTD)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def _modulate(x: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * factor[:, None] + shift[:, None]
+
+
+def _rotate(x_BLND: Tensor, rotation_LD: Tensor) -> Tensor:
+    cos, sin = rotation_LD[None, :, None].chunk(2, dim=-1)
+    even, odd = x_BLND.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2)
+
+
+def _text_heads(text: Tensor, weight: Tensor, v_bias: Tensor, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    bias = torch.cat((torch.zeros_like(v_bias), v_bias))
+    k, v = _linear(text, weight, bias, dtype).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return k, v
+
+
+def run_block(
+    x_BLC: Float[Tensor, "B L C"],
+    weights: BlockWeights,
+    shared_B6C: Float[Tensor, "B 6 C"],
+    text_BTC: Float[Tensor, "B T C"],
+    is_real_BT: Bool[Tensor, "B T"],
+    layout: Layout,
+    dtype: torch.dtype,
+) -> Float[Tensor, "B L C"]:
+    """One block on all scales: self-attention, cross-attention, feed-forward; float32 in and out."""
+    rotation_LD, first_ll, ends = layout
+    heads = weights.log_gain_N.shape[0]
+    gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = (shared_B6C + weights.ada_6C).unbind(1)
+
+    x = _modulate(x_BLC, 1 + scale_1, shift_1)
+    bias = torch.cat((weights.q_bias, torch.zeros_like(weights.q_bias), weights.v_bias))
+    q, k, v = _linear(x, weights.qkv, bias, dtype).unflatten(-1, (3, heads, -1)).unbind(2)
+    gain_N1 = weights.log_gain_N.clamp_max(math.log(100.0)).exp()[:, None]
+    q = _rotate(F.normalize(q.float(), dim=-1, eps=1e-12) * gain_N1, rotation_LD).to(dtype).transpose(1, 2)
+    k = _rotate(F.normalize(k.float(), dim=-1, eps=1e-12), rotation_LD).to(dtype).transpose(1, 2)
+    v = v.transpose(1, 2)
+    parts, begin = [], 0
+    for end in ends:
+        mask = first_ll if begin == 0 else None
+        parts.append(attend(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], 1.0, mask))
+        begin = end
+    attended = torch.cat(parts, dim=2).transpose(1, 2).flatten(2)
+    x_BLC = x_BLC + _linear(attended, weights.proj, weights.proj_bias, dtype).float() * gate_1[:, None]
+
+    x = F.layer_norm(x_BLC, x_BLC.shape[-1:], weights.norm, weights.norm_bias, eps=1e-6)
+    q = _linear(x, weights.cross_q, weights.cross_q_bias, dtype).unflatten(-1, (heads, -1)).transpose(1, 2)
+    k, v = _text_heads(text_BTC, weights.cross_kv, weights.cross_v_bias, heads, dtype)
+    attended = attend(q, k, v, q.shape[-1] ** -0.5, is_real_BT[:, None, None]).transpose(1, 2).flatten(2)
+    x_BLC = x_BLC + _linear(attended, weights.cross_proj, weights.cross_proj_bias, dtype).float()
+
+    x = _linear(_modulate(x_BLC, 1 + scale_2, shift_2), weights.up, weights.up_bias, dtype)
+    x = _linear(F.gelu(x, approximate="tanh"), weights.down, weights.down_bias, dtype)
+    return x_BLC + x.float() * gate_2[:, None]
+
+
+RunBlock = Callable[..., Tensor]
+
+
+@dataclass(kw_only=True)
+class Teacher:
+    """Runs a model on whole sequences; `run_block` may be its compiled form."""
+
+    model: Infinity
+    schedule: ScaleSchedule
+    masked_tokens: int
+    dtype: torch.dtype
+    run_block: RunBlock = run_block
+    _layouts: dict[int, Layout] = field(default_factory=dict)
+
+    def compiled(self) -> "Teacher":
+        """The same with its blocks compiled: one graph for all blocks, per number of scales."""
+        return Teacher(
+            model=self.model,
+            schedule=self.schedule,
+            masked_tokens=self.masked_tokens,
+            dtype=self.dtype,
+            run_block=torch.compile(run_block, dynamic=False),
+        )
+
+    def logits(self, texts: PaddedTexts, inputs: Sequence[Float[Tensor, "B Z _h _w"]]) -> Float[Tensor, "B L V"]:
+        """Float32 logits of `len(inputs) + 1` scales, two per bit.
+
+        Args:
+            texts: What is asked for.
+            inputs: What each scale behind the first reads, see `Quantised.inputs`.
+        """
+        model, dtype = self.model, self.dtype
+        text_BTE = rms_norm(texts.features_BTE, model.text_norm.weight).to(dtype)
+        pooled_BC = self._pooled(text_BTE, texts.is_real_BT)
+        active_BC = F.silu(pooled_BC)
+        _, shared_lin = model.shared_ada_lin
+        _, head_lin = model.head_nm.ada_lin
+        shared_B6C = F.linear(active_BC, shared_lin.weight, shared_lin.bias).unflatten(-1, (6, -1))  # type: ignore[arg-type]
+        scale_BC, shift_BC = F.linear(active_BC, head_lin.weight, head_lin.bias).unflatten(-1, (2, -1)).unbind(1)  # type: ignore[arg-type]
+        first, _, second = model.text_proj_for_ca
+        text_BTC = _linear(text_BTE, first.weight, first.bias, dtype)  # type: ignore[arg-type]
+        text_BTC = _linear(F.gelu(text_BTC, approximate="tanh"), second.weight, second.bias, dtype)  # type: ignore[arg-type]
+        x_BLC = self._entries(pooled_BC, inputs)
+        layout = self._layout(len(inputs) + 1)
+        for index in range(model.config.depth):
+            weights = BlockWeights.of(model.block(index))
+            x_BLC = self.run_block(x_BLC, weights, shared_B6C, text_BTC, texts.is_real_BT, layout, dtype)
+        return F.linear(_modulate(x_BLC, 1 + scale_BC, shift_BC), model.head.weight, model.head.bias)
+
+    def _pooled(self, text_BTE: Tensor, is_real_BT: Tensor) -> Float[Tensor, "B C"]:
+        pool: CrossAttention = self.model.text_proj_for_sos.ca
+        k, v = _text_heads(text_BTE, pool.mat_kv.weight, pool.v_bias, pool.heads, self.dtype)
+        q_BN1D = pool.mat_q[0].to(self.dtype)[None, :, None].expand(len(text_BTE), -1, -1, -1)
+        pooled_BC = attend(q_BN1D, k, v, pool.scale, is_real_BT[:, None, None]).flatten(1)
+        return _linear(pooled_BC, pool.proj.weight, pool.proj.bias, self.dtype).float()
+
+    def _entries(self, pooled_BC: Tensor, inputs: Sequence[Tensor]) -> Float[Tensor, "B L C"]:
+        model = self.model
+        level_KC = model.lvl_embed.weight
+        entries = [(pooled_BC + model.pos_start[0] + level_KC[0])[:, None]]
+        for scale, input_BZhw in enumerate(inputs, start=1):
+            tokens_BlZ = input_BZhw.flatten(2).transpose(1, 2)
+            word_BlC = _linear(tokens_BlZ, model.word_embed.weight, model.word_embed.bias, self.dtype)
+            entries.append(word_BlC.float() + level_KC[scale])
+        return torch.cat(entries, dim=1)
+
+    def _layout(self, num_scales: int) -> Layout:
+        """Built once."""
+        if num_scales not in self._layouts:
+            model, counts = self.model, [h * w for h, w in self.schedule.grids[:num_scales]]
+            all_ends = np.cumsum(counts).tolist()
+            first = max((end for end in all_ends if end <= self.masked_tokens), default=all_ends[0])
+            scale_l = torch.repeat_interleave(torch.arange(num_scales), torch.tensor(counts))[:first]
+            self._layouts[num_scales] = Layout(
+                rotation_LD=torch.cat([model.positions(self.schedule, s) for s in range(num_scales)]),
+                first_ll=(scale_l[:, None] >= scale_l[None]).to(model.device),
+                ends=tuple(end for end in all_ends if end >= first),
+            )
+        return self._layouts[num_scales]

@@ -1,0 +1,111 @@
+"""Recipes: every shipped one runs from corpus to a model that draws, on either route, and a call may pause."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from foveate.conditioning.minilm import TextEncoder
+from foveate.core.errors import FoveateError
+from foveate.families.loading import Origin, find_folder
+from foveate.pipeline import Pipeline
+from foveate.train import recipe as recipes
+from foveate.train.captions import STYLE_PHRASES, Drawing
+from foveate.train.loop import PauseError
+from foveate.train.recipe import Route, load_recipe, train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GROUPS = ("food-drink", "animals-nature", "smileys-emotion", "people-body", "symbols", "flags")
+
+
+@pytest.fixture
+def bundled_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text encoder that is here already, in place of the package it was made from."""
+    folder = find_folder(Origin(name_or_path="emoji"))
+    monkeypatch.setattr(recipes, "import_minilm", lambda: TextEncoder.from_folder(folder))
+
+
+def write_corpus(folder: Path, image_size: int) -> None:
+    """Six things in two styles: noise with an opaque middle."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    images = np.zeros((12, image_size, image_size, 4), dtype=np.uint8)
+    edge = image_size // 4
+    images[:, edge:-edge, edge:-edge, :3] = rng.integers(0, 255, (12, 1, 1, 3), dtype=np.uint8)
+    images[:, edge:-edge, edge:-edge, 3] = 255
+    np.save(folder / "images.npy", images)
+    drawings = [
+        Drawing(
+            index=index,
+            code_point=f"1f60{index % 6}",
+            label=("apple", "pear", "plum", "fig", "melon", "lemon")[index % 6],
+            style=list(STYLE_PHRASES)[index // 6],
+            group=GROUPS[index % 6],
+            subgroup="toy",
+            synonyms=(),
+            keywords=("round",),
+            split="test" if index == 0 else "train",
+        )
+        for index in range(12)
+    ]
+    lines = [json.dumps(asdict(drawing)) for drawing in drawings]
+    (folder / "drawings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "manifest.json").write_text("{}", encoding="utf-8")
+
+
+@pytest.mark.usefixtures("bundled_encoder")
+@pytest.mark.parametrize(("name", "side"), [("emoji_tiny", 256), ("emoji", 256), ("emoji_512", 512)])
+def test_a_dry_run_of_every_shipped_recipe_ends_in_a_model_that_draws(name: str, side: int, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "run" / "corpus", side)
+    lines: list[str] = []
+    folder = train(CONFIGS / f"{name}.yaml", tmp_path / "run", log=lines.append, route=Route(device="cpu", is_dry=True))
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"tokenizer.png", "samples.png"}
+    assert [line for line in lines if line.startswith("stage")] == [
+        f"stage {stage}" for stage in ("corpus", "tokenizer", "transformer", "export")
+    ]
+    drawn = Pipeline.from_pretrained(folder).generate("a red apple", seed=1)
+    assert drawn.images[0].size == (side, side)
+    assert (folder / "NOTICE").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("bundled_encoder")
+def test_a_call_pauses_and_the_same_call_goes_on(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "run" / "corpus", 256)
+    file = tmp_path / "toy.yaml"
+    data = yaml.safe_load((CONFIGS / "emoji_tiny.yaml").read_text(encoding="utf-8"))
+    for name in ("corpus", "notice", "card"):
+        data[name] = str(CONFIGS / data[name])
+    data["autoencoder"] |= {"channel_multipliers": [1, 1, 1]}
+    data["tokenizer"]["optimisation"] |= {"minutes": 1e-6, "batch": 2}
+    data["transformer"]["shape"] |= {"depth": 2, "width": 64}
+    data["transformer"] |= {"window": 32, "compiles": False}
+    data["transformer"]["optimisation"] |= {"minutes": 0.05, "batch": 2}
+    data["sheet"] = ["apple"]
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+    lines: list[str] = []
+    with pytest.raises(PauseError, match=r"paused at 0.0 of 0.05 minutes"):
+        train(file, tmp_path / "run", log=lines.append, route=Route(device="cpu"), stop_after=0.0)
+    assert (tmp_path / "run" / "tokenizer.ckpt").exists() or (tmp_path / "run" / "transformer.ckpt").exists()
+    folder = train(file, tmp_path / "run", log=lines.append, route=Route(device="cpu"))
+    assert (folder / "config.json").exists()
+
+
+def test_sections_of_a_device_go_over_the_rest() -> None:
+    plain = yaml.safe_load((CONFIGS / "emoji.yaml").read_text(encoding="utf-8"))
+    recipe = load_recipe(CONFIGS / "emoji.yaml", Route(device="cpu"))
+    assert recipe.transformer.optimisation.batch == plain["cpu"]["transformer"]["optimisation"]["batch"] == 8
+    assert recipe.transformer.optimisation.warmup_steps == plain["transformer"]["optimisation"]["warmup_steps"]
+    assert plain["transformer"]["optimisation"]["batch"] > 8
+    assert 27e6 < sum(p.numel() for p in recipes.Infinity(recipe.transformer.shape).parameters()) < 45e6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_missing_gpu_is_named() -> None:
+    with pytest.raises(FoveateError, match="needs a GPU"):
+        load_recipe(CONFIGS / "emoji.yaml", Route(device="cuda"))
+    with pytest.raises(FoveateError, match="must be cpu or cuda"):
+        load_recipe(CONFIGS / "emoji.yaml", Route(device="tpu"))
