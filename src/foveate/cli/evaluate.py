@@ -1,0 +1,55 @@
+"""`foveate eval`: how good a bundled model is, figure by figure, with the art it was trained on as its ceiling."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from foveate.cli.options import ModelOptions
+from foveate.core.errors import FoveateError
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalOptions:
+    """What is measured with, and what is reported.
+
+    Attributes:
+        corpus: Folder of the drawings: RUN/corpus of foveate train.
+        prompts: Pictures per figure; the figures of a model card take 200.
+        seed: Of prompts and pictures.
+        output: Folder for model.json, model.md, and contact sheets of unselected pictures.
+        as_json: Print one JSON object.
+        quiet: Show no progress.
+    """
+
+    corpus: Path
+    prompts: int = 200
+    seed: int = 0
+    output: Annotated[Path | None, Parameter(name=["--out", "--output", "-o"])] = None
+    as_json: Annotated[bool, Parameter(name="--json")] = False
+    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"])] = False
+
+
+_MODEL = ModelOptions()
+
+
+def evaluate(what: Literal["default-model"], *, options: EvalOptions, model: ModelOptions = _MODEL) -> int:
+    """Measure how good a bundled model is, against the art it was trained on.
+
+    Args:
+        what: default-model: text match, style, composition, distance to real art, memorisation, tokenizer.
+        options: What is measured with, and what is reported.
+        model: Which model, and on what.
+    """
+    if options.prompts < 1 or options.seed < 0:
+        raise FoveateError(f"--prompts and --seed must not be negative, got {options.prompts} and {options.seed}")
+    if not options.corpus.is_dir():
+        raise FoveateError(
+            f"no corpus at {options.corpus}; "
+            "foveate train --stage corpus --config configs/emoji_tiny.yaml --out RUN builds RUN/corpus"
+        )
+    from foveate.cli import evaluating  # noqa: PLC0415 - torch is loaded when the command runs
+
+    return evaluating.run(what, model, options)

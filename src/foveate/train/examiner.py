@@ -1,0 +1,375 @@
+"""How good a trained model is: every figure of a model card, measured on the model, its corpus and fixed seeds.
+
+Each figure is measured on what the model drew and, where it can be, on real art under the same check: that is its
+ceiling. Axes: n pictures, F features, E text width, Y = X pixels.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from foveate.conditioning.minilm import TextEncoder
+from foveate.core.errors import FoveateError
+from foveate.core.schedule import Grid
+from foveate.eval.composition import Axis, Thing, background_of, crop, is_in_order, things_of
+from foveate.eval.features import features, load_network
+from foveate.eval.fidelity import foreground_psnr, psnr, ssim
+from foveate.eval.figures import Figure
+from foveate.eval.quality import TextMatch, kid, nearest
+from foveate.eval.style import fit_style_probe
+from foveate.pipeline import Pipeline, stack_uint8
+from foveate.pipeline_output import to_uint8
+from foveate.tokenizers.autoencoder import Autoencoder
+from foveate.tokenizers.bsq import BSQTokenizer, quantise
+from foveate.train.captions import Drawing, with_style
+from foveate.train.contrast import rim_contrast
+from foveate.train.corpus import Corpus
+from foveate.train.scenes import Kind, Scene, SceneConfig, draw_scene, render
+from foveate.train.tokenizer import composite, reconstruct
+
+Images = UInt8[np.ndarray, "n Y X 3"]
+BATCH = 8
+MIN_PROMPTS = 8
+NUM_WAYS = 500
+_THUMBNAIL = 64
+_IN_USE = 0.02
+
+
+@dataclass(kw_only=True)
+class Examiner:
+    """Draws with a model and measures; everything follows from the seed.
+
+    Attributes:
+        pipe: The model, of the Infinity family.
+        corpus: What it was trained on.
+        texts: The text encoder of the scorer.
+        num_prompts: Pictures per figure.
+        seed: Of prompts and pictures.
+        log: Receives a line before each figure.
+    """
+
+    pipe: Pipeline
+    corpus: Corpus
+    texts: TextEncoder
+    num_prompts: int = 200
+    seed: int = 0
+    log: Callable[[str], None] = lambda _: None
+    heads: TextMatch = field(default_factory=TextMatch.bundled)
+    _network: nn.Module = field(init=False, repr=False)
+    _autoencoder: Autoencoder = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Checks what was given.
+
+        Raises:
+            FoveateError: If there are too few prompts, or the model is of another family.
+        """
+        if self.num_prompts < MIN_PROMPTS:
+            raise FoveateError(f"--prompts must be at least {MIN_PROMPTS}, got {self.num_prompts}")
+        if not isinstance(self.pipe.model.tokenizer, BSQTokenizer):
+            raise FoveateError("this report is about models that foveate train made; this one is of another family")
+        self._autoencoder = self.pipe.model.tokenizer.autoencoder
+        self._network = load_network()
+
+    def figures(self) -> Iterator[Figure]:
+        """Measures one figure after the other."""
+        parts: dict[str, Callable[[], Iterator[Figure]]] = {
+            "tokenizer": self._tokenizer,
+            "bits": self._bits,
+            "text match": self._text,
+            "style": self._styles,
+            "distance": self._distance,
+            "composition": self._composition,
+            "memorisation": self._memorisation,
+        }
+        for name, part in parts.items():
+            self.log(name)
+            yield from part()
+
+    def draw(self, prompts: Sequence[str]) -> Images:
+        """Pictures of prompts; the i-th has the seed `seed + i`."""
+        parts = [
+            self.pipe.generate(list(prompts[i : i + BATCH]), seed=self.seed + i, output_type="np")
+            for i in range(0, len(prompts), BATCH)
+        ]
+        return np.concatenate([stack_uint8(part.images) for part in parts])
+
+    def scenes(self, kind: Kind, count: int, **shares: float) -> list[Scene]:
+        """Scenes of one kind, from the training split; they were not necessarily trained on."""
+        # The first numbers of the sequence are those of training.
+        rng = np.random.default_rng([self.seed, 2**31])
+        config = SceneConfig(**({"style_share": self.corpus.style_share, "framed_share": 0.0} | shares))
+        return [draw_scene(self.train, rng, config, kind=kind, contrast_NK=self._contrast) for _ in range(count)]
+
+    def real(self, scenes: Sequence[Scene]) -> Images:
+        """What a perfect drawer makes of scenes."""
+        images_NYXc = torch.from_numpy(self.corpus.images_NYXc)
+        side = self.corpus.images_NYXc.shape[1]
+        return np.concatenate(
+            [to_uint8(render(scenes[i : i + BATCH], images_NYXc, side)) for i in range(0, len(scenes), BATCH)]
+        )
+
+    def spread(self, count: int) -> list[Drawing]:
+        """Drawings of the training split, evenly spread, at most so many."""
+        return _spread(self.train, count)
+
+    def prompt_of(self, drawing: Drawing) -> str:
+        """Label, and style where there are several."""
+        return with_style(drawing.label, drawing.style) if self._is_multi_style else drawing.label
+
+    @property
+    def train(self) -> tuple[Drawing, ...]:
+        """The drawings that were trained on."""
+        return self.corpus.split("train")
+
+    @cached_property
+    def _contrast(self) -> Float[np.ndarray, "N K"]:
+        return rim_contrast(self.corpus.images_NYXc)
+
+    @cached_property
+    def _real_features(self) -> Float[np.ndarray, "n F"]:
+        """Features of all drawings on white, in the order of the corpus."""
+        return np.concatenate([self._features(self._on_white(part)) for part in _chunks(self.corpus.drawings, 64)])
+
+    @cached_property
+    def _single(self) -> tuple[list[Drawing], Images, Float[np.ndarray, "n F"]]:
+        """Evenly spread drawings of the training split, what the model makes of their labels, and its features."""
+        chosen = self.spread(self.num_prompts)
+        drawn = self.draw([self.prompt_of(one) for one in chosen])
+        return chosen, drawn, self._features(drawn)
+
+    @property
+    def _is_multi_style(self) -> bool:
+        return len({one.style for one in self.corpus.drawings}) > 1
+
+    def _features(self, images: Images) -> Float[np.ndarray, "n F"]:
+        return features(images, network=self._network)
+
+    def _on_white(self, drawings: Sequence[Drawing]) -> Images:
+        rgba = np.ascontiguousarray(self.corpus.images_NYXc[[one.index for one in drawings]])
+        return to_uint8(composite(rgba))
+
+    @property
+    def _grids(self) -> tuple[Grid, ...]:
+        return self.pipe.model.spec.default_schedule.grids
+
+    def _rebuilt(self, images: Images) -> Images:
+        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return np.concatenate(
+            [to_uint8(reconstruct(self._autoencoder, part, self._grids)) for part in pixels.split(BATCH)]
+        )
+
+    def _tokenizer(self) -> Iterator[Figure]:
+        for split, name in (("train", "drawings trained on"), ("test", "drawings held out")):
+            drawings = _spread(self.corpus.split(split), self.num_prompts)
+            if not drawings:
+                yield Figure(name=f"tokenizer, {name}", value=None, note="the corpus holds none out")
+                continue
+            images = self._on_white(drawings)
+            again = self._rebuilt(images)
+            is_goal = split == "test"
+            yield Figure(
+                name=f"tokenizer PSNR dB, {name}",
+                value=float(psnr(again, images).mean()),
+                target=28.0 if is_goal else None,
+                is_share=False,
+            )
+            yield Figure(
+                name=f"tokenizer SSIM, {name}",
+                value=float(ssim(again, images).mean()),
+                target=0.95 if is_goal else None,
+                is_share=False,
+            )
+            yield Figure(
+                name=f"tokenizer PSNR dB without white, {name}",
+                value=float(foreground_psnr(again, images).mean()),
+                is_share=False,
+            )
+        scenes = self.scenes("beside", min(self.num_prompts, 64))
+        real = self.real(scenes)
+        yield Figure(
+            name="tokenizer PSNR dB, two things", value=float(psnr(self._rebuilt(real), real).mean()), is_share=False
+        )
+
+    def _bits(self) -> Iterator[Figure]:
+        scenes = self.scenes("single", min(self.num_prompts, 128))
+        counts: list[Tensor] = []
+        for part in _chunks(scenes, BATCH):
+            pixels = torch.from_numpy(self.real(part)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            with torch.no_grad():
+                bits = quantise(self._autoencoder.encode(pixels), self._grids).bits
+            counts.append(torch.stack([scale.float().mean((1, 2)) for scale in bits]).sum(1))
+        mean_sZ = torch.stack(counts).sum(0) / len(scenes)
+        is_used = (mean_sZ > _IN_USE) & (mean_sZ < 1 - _IN_USE)
+        yield Figure(
+            name="bits in use",
+            value=float(is_used.float().mean()),
+            target=0.95,
+            note=f"per scale and channel, those that are 1 in {_IN_USE:.0%} to {1 - _IN_USE:.0%} of all tokens",
+        )
+
+    def _text(self) -> Iterator[Figure]:
+        chosen, _, drawn_nF = self._single
+        labels = list(dict.fromkeys([one.label for one in chosen] + [one.label for one in self.corpus.drawings]))
+        labels = labels[: max(NUM_WAYS, len({one.label for one in chosen}))]
+        texts_tE = self.texts.pooled(labels).numpy()
+        targets = np.array([labels.index(one.label) for one in chosen])
+        real_nF = self._real_features[[one.index for one in chosen]]
+        own, best = (self.heads.r_at_1(rows, texts_tE, targets) for rows in (drawn_nF, real_nF))
+        yield Figure(name=f"text match R@1 of {len(labels)} labels", value=own, ceiling=best)
+        yield Figure(name="text match, share of real art's", value=own / best if best else None, target=0.8)
+        all_labels = [one.label for one in self.corpus.drawings]
+        hits = [
+            all_labels[i] == one.label for i, one in zip(nearest(drawn_nF, self._real_features), chosen, strict=True)
+        ]
+        again = nearest(self._features(self._rebuilt(self._on_white(chosen))), self._real_features)
+        ceiling = float(np.mean([all_labels[i] == one.label for i, one in zip(again, chosen, strict=True)]))
+        yield Figure(
+            name="nearest drawing is the right one",
+            value=float(np.mean(hits)),
+            ceiling=ceiling,
+            note="the ceiling is the tokenizer's own reconstructions",
+        )
+        for group in dict.fromkeys(one.group for one in chosen):
+            own_hits = [hit for hit, one in zip(hits, chosen, strict=True) if one.group == group]
+            yield Figure(name=f"the same, {group}", value=float(np.mean(own_hits)), note=f"{len(own_hits)} prompts")
+        pairs = [one for one in self.corpus.split("test") if any(own.label == one.label for own in self.train)]
+        if not self._is_multi_style or not pairs:
+            yield Figure(name="held-out pairs of concept and style", value=None, note="one style: there are none")
+            return
+        asked = _spread(pairs, self.num_prompts)
+        texts_tE = self.texts.pooled(sorted(set(all_labels))).numpy()
+        rows = np.array([sorted(set(all_labels)).index(one.label) for one in asked])
+        drawn_nF = self._features(self.draw([self.prompt_of(one) for one in asked]))
+        yield Figure(
+            name="held-out pairs of concept and style",
+            value=self.heads.r_at_1(drawn_nF, texts_tE, rows),
+            ceiling=self.heads.r_at_1(self._real_features[[one.index for one in asked]], texts_tE, rows),
+            target=0.5,
+        )
+
+    def _styles(self) -> Iterator[Figure]:
+        if not self._is_multi_style:
+            yield Figure(name="style", value=None, note="one style: nothing to tell apart")
+            return
+        chosen, _, drawn_nF = self._single
+        is_train = np.array([one.split == "train" for one in self.corpus.drawings])
+        styles = np.array([one.style for one in self.corpus.drawings])
+        probe = fit_style_probe(self._real_features[is_train], styles[is_train].tolist())
+        ceiling = None
+        if not is_train.all():
+            ceiling = probe.accuracy(self._real_features[~is_train], styles[~is_train].tolist())
+        value = probe.accuracy(drawn_nF, [one.style for one in chosen])
+        yield Figure(name="style", value=value, ceiling=ceiling, target=0.9)
+
+    def _distance(self) -> Iterator[Figure]:
+        for style in dict.fromkeys(one.style for one in self.train):
+            scenes = [scene for scene in self.scenes("single", 4 * self.num_prompts) if scene.style == style]
+            count = min(self.num_prompts, len(scenes) // 2)
+            drawn = self.draw([scene.caption for scene in scenes[:count]])
+            other_nF = self._features(self.real(scenes[count:]))
+            yield Figure(
+                name=f"KID x 1000, {style}",
+                value=1000 * kid(self._features(drawn), other_nF),
+                ceiling=1000 * kid(self._features(self.real(scenes[:count])), other_nF),
+                target=20.0,
+                is_share=False,
+                lower_is_better=True,
+                note="to composites of other drawings",
+            )
+
+    def _composition(self) -> Iterator[Figure]:
+        scenes = self.scenes("single", self.num_prompts, white_share=0.08)
+        asked = [scene.background for scene in scenes]
+        yield self._checked("background colour", scenes, asked, [background_of] * len(scenes), 0.95)
+        scenes = self.scenes("count", self.num_prompts)
+        numbers = [len(scene.things) for scene in scenes]
+        counts = [lambda image: len(things_of(image))] * len(scenes)
+        yield self._checked("number of things", scenes, numbers, counts, 0.8)
+        kinds: tuple[Kind, Kind] = ("beside", "stacked")
+        for kind in kinds:
+            scenes = [scene for scene in self.scenes(kind, 2 * self.num_prompts) if "next to" not in scene.caption]
+            scenes = scenes[: self.num_prompts]
+            name = {"beside": "left and right", "stacked": "above and below"}[kind]
+            checks = [self._order_of(scene) for scene in scenes]
+            yield self._checked(f"relation of two things, {name}", scenes, [True] * len(scenes), checks, 0.7)
+
+    def _checked(
+        self,
+        name: str,
+        scenes: Sequence[Scene],
+        asked: Sequence[Any],
+        checks: Sequence[Callable[[UInt8[np.ndarray, "Y X 3"]], Any]],
+        target: float,
+    ) -> Figure:
+        def share(images: Images) -> float:
+            found = [check(image) for check, image in zip(checks, images, strict=True)]
+            return float(np.mean([a == b for a, b in zip(found, asked, strict=True)]))
+
+        drawn = self.draw([scene.caption for scene in scenes])
+        return Figure(name=name, value=share(drawn), ceiling=share(self.real(scenes)), target=target)
+
+    def _order_of(self, scene: Scene) -> Callable[[UInt8[np.ndarray, "Y X 3"]], bool]:
+        """A check of whether the scene's first thing lies before its second."""
+        by_index = {one.index: one.label for one in self.train}
+        names = [by_index[thing.drawing] for thing in scene.things]
+        axis: Axis = "x" if scene.kind == "beside" else "y"
+
+        def check(image: UInt8[np.ndarray, "Y X 3"]) -> bool:
+            found = things_of(image)[:2]
+            if len(found) < 2:
+                return False
+            pair: tuple[Thing, Thing] = (found[0], found[1])
+            crops_nF = np.concatenate([self._features(crop(image, one)[None]) for one in pair])
+            similarity_22 = self.heads.similarity(crops_nF, self.texts.pooled(names).numpy())
+            return is_in_order(pair, similarity_22, axis)
+
+        return check
+
+    def _memorisation(self) -> Iterator[Figure]:
+        _, drawn, drawn_nF = self._single
+        is_train = [one.index for one in self.corpus.drawings if one.split == "train"]
+        real_nF = self._real_features[is_train]
+        at = nearest(drawn_nF, real_nF)
+        cosine_n = _cosine(drawn_nF, real_nF[at])
+        own = np.concatenate([self._on_white([self.train[i] for i in part]) for part in _chunks(at.tolist(), 64)])
+        psnr_n = psnr(_thumbnails(drawn), _thumbnails(own))
+        yield Figure(
+            name="nearest training drawing, cosine of features",
+            value=float(np.median(cosine_n)),
+            is_share=False,
+            note=f"median; {np.quantile(cosine_n, 0.9):.3f} for the nearest tenth",
+        )
+        yield Figure(
+            name=f"the same drawing, PSNR dB at {_THUMBNAIL} px",
+            value=float(np.median(psnr_n)),
+            is_share=False,
+            note=f"median; {np.quantile(psnr_n, 0.9):.1f} for the nearest tenth; above 20 it is a copy",
+        )
+
+
+def _spread(drawings: Sequence[Drawing], count: int) -> list[Drawing]:
+    """At most so many, evenly spread."""
+    count = min(count, len(drawings))
+    return [drawings[int(i * len(drawings) / count)] for i in range(count)]
+
+
+def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _cosine(a_nF: Float[np.ndarray, "n F"], b_nF: Float[np.ndarray, "n F"]) -> Float[np.ndarray, " n"]:
+    lengths = np.linalg.norm(a_nF, axis=1) * np.linalg.norm(b_nF, axis=1)
+    return np.asarray((a_nF * b_nF).sum(1) / np.maximum(lengths, 1e-12))
+
+
+def _thumbnails(images: Images) -> Images:
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
+    small = torch.nn.functional.interpolate(pixels, (_THUMBNAIL, _THUMBNAIL), mode="area")
+    return small.round().byte().permute(0, 2, 3, 1).contiguous().numpy()
