@@ -1,10 +1,7 @@
 """Recipes: every shipped one runs from corpus to a model that draws, on either route, and a call may pause."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,12 +11,11 @@ from foveate.core.errors import FoveateError
 from foveate.families.loading import Origin, find_folder
 from foveate.pipeline import Pipeline
 from foveate.train import recipe as recipes
-from foveate.train.captions import STYLE_PHRASES, Drawing
 from foveate.train.loop import PauseError
 from foveate.train.recipe import Route, load_recipe, train
+from tests.toy_corpus import write_corpus
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-GROUPS = ("food-drink", "animals-nature", "smileys-emotion", "people-body", "symbols", "flags")
 
 
 @pytest.fixture
@@ -27,34 +23,6 @@ def bundled_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     """The text encoder that is here already, in place of the package it was made from."""
     folder = find_folder(Origin(name_or_path="emoji"))
     monkeypatch.setattr(recipes, "import_minilm", lambda: TextEncoder.from_folder(folder))
-
-
-def write_corpus(folder: Path, image_size: int) -> None:
-    """Six things in two styles: noise with an opaque middle."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    images = np.zeros((12, image_size, image_size, 4), dtype=np.uint8)
-    edge = image_size // 4
-    images[:, edge:-edge, edge:-edge, :3] = rng.integers(0, 255, (12, 1, 1, 3), dtype=np.uint8)
-    images[:, edge:-edge, edge:-edge, 3] = 255
-    np.save(folder / "images.npy", images)
-    drawings = [
-        Drawing(
-            index=index,
-            code_point=f"1f60{index % 6}",
-            label=("apple", "pear", "plum", "fig", "melon", "lemon")[index % 6],
-            style=list(STYLE_PHRASES)[index // 6],
-            group=GROUPS[index % 6],
-            subgroup="toy",
-            synonyms=(),
-            keywords=("round",),
-            split="test" if index == 0 else "train",
-        )
-        for index in range(12)
-    ]
-    lines = [json.dumps(asdict(drawing)) for drawing in drawings]
-    (folder / "drawings.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "manifest.json").write_text("{}", encoding="utf-8")
 
 
 @pytest.mark.usefixtures("bundled_encoder")

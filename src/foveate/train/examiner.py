@@ -135,7 +135,7 @@ class Examiner:
     @cached_property
     def _real_features(self) -> Float[np.ndarray, "n F"]:
         """Features of all drawings on white, in the order of the corpus."""
-        return np.concatenate([self._features(self._on_white(part)) for part in _chunks(self.corpus.drawings, 64)])
+        return np.concatenate([self._features(self.on_white(part)) for part in _chunks(self.corpus.drawings, 64)])
 
     @cached_property
     def _single(self) -> tuple[list[Drawing], Images, Float[np.ndarray, "n F"]]:
@@ -151,7 +151,8 @@ class Examiner:
     def _features(self, images: Images) -> Float[np.ndarray, "n F"]:
         return features(images, network=self._network)
 
-    def _on_white(self, drawings: Sequence[Drawing]) -> Images:
+    def on_white(self, drawings: Sequence[Drawing]) -> Images:
+        """Drawings as the corpus has them, on white."""
         rgba = np.ascontiguousarray(self.corpus.images_NYXc[[one.index for one in drawings]])
         return to_uint8(composite(rgba))
 
@@ -171,7 +172,7 @@ class Examiner:
             if not drawings:
                 yield Figure(name=f"tokenizer, {name}", value=None, note="the corpus holds none out")
                 continue
-            images = self._on_white(drawings)
+            images = self.on_white(drawings)
             again = self._rebuilt(images)
             is_goal = split == "test"
             yield Figure(
@@ -228,7 +229,7 @@ class Examiner:
         hits = [
             all_labels[i] == one.label for i, one in zip(nearest(drawn_nF, self._real_features), chosen, strict=True)
         ]
-        again = nearest(self._features(self._rebuilt(self._on_white(chosen))), self._real_features)
+        again = nearest(self._features(self._rebuilt(self.on_white(chosen))), self._real_features)
         ceiling = float(np.mean([all_labels[i] == one.label for i, one in zip(again, chosen, strict=True)]))
         yield Figure(
             name="nearest drawing is the right one",
@@ -338,7 +339,7 @@ class Examiner:
         real_nF = self._real_features[is_train]
         at = nearest(drawn_nF, real_nF)
         cosine_n = _cosine(drawn_nF, real_nF[at])
-        own = np.concatenate([self._on_white([self.train[i] for i in part]) for part in _chunks(at.tolist(), 64)])
+        own = np.concatenate([self.on_white([self.train[i] for i in part]) for part in _chunks(at.tolist(), 64)])
         psnr_n = psnr(_thumbnails(drawn), _thumbnails(own))
         yield Figure(
             name="nearest training drawing, cosine of features",

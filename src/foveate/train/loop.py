@@ -186,7 +186,6 @@ def steps(
             )
         yield run.step
         run.step += 1
-        run.samples += optimisation.batch
         run.clock_s += min(time.perf_counter() - began, MAX_STEP_S)
         if run.clock_s - saved_s >= optimisation.checkpoint_s:
             run.save(checkpoint)

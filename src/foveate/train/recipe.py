@@ -41,7 +41,7 @@ from foveate.train.loop import Limits, Optimisation
 from foveate.train.minilm_import import import_minilm
 from foveate.train.scenes import SceneConfig
 from foveate.train.tokenizer import TokenizerRecipe, composite, psnr_of, reconstruct, train_tokenizer
-from foveate.train.transformer import TransformerRecipe, train_transformer
+from foveate.train.transformer import Length, TransformerRecipe, train_transformer
 from foveate.train.weights import DrawWeights, drawing_weights
 from foveate.train.window import SceneSequence, Window
 
@@ -123,6 +123,7 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
         transformer = TransformerRecipe(
             shape=InfinityConfig(**data["transformer"].pop("shape")),
             schedule=schedule,
+            lengths=tuple(Length(**length) for length in data["transformer"].pop("lengths")),
             optimisation=_optimisation(data["transformer"].pop("optimisation"), route.minutes_scale),
             **data["transformer"],
             **run,
@@ -302,7 +303,6 @@ class TrainingFolder:
             autoencoder.encode,
             encoder.encode_together,
             size=recipe.window,
-            uses=recipe.uses,
         )
 
         def draw(weights: dict[str, Tensor]) -> None:

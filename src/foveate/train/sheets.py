@@ -37,8 +37,8 @@ def single_sheet(examiner: Examiner) -> Image.Image:
 def composed_sheet(examiner: Examiner) -> Image.Image:
     """Colours, numbers, sizes and pairs: two rows of each."""
     kinds: tuple[Kind, ...] = ("single", "count", "beside", "sized")
-    shares = {"white_share": 0.2}
-    prompts = [scene.caption for kind in kinds for scene in examiner.scenes(kind, COLUMNS * ROWS // 4, **shares)]
+    count = min(COLUMNS * ROWS // len(kinds), examiner.num_prompts)
+    prompts = [scene.caption for kind in kinds for scene in examiner.scenes(kind, count, white_share=0.2)]
     return contact_sheet(examiner.draw(prompts), prompts)
 
 

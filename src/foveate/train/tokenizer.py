@@ -133,6 +133,7 @@ def train_tokenizer(
         with torch.autocast(recipe.device, dtype, enabled=dtype != torch.float32):
             loss, figures = _loss(model, target, recipe, rng)
         run.update(loss, recipe.optimisation)
+        run.samples += batch
         run.flops += step_flops
         run.note(**figures)
         if preview is not None and (step + 1) % PREVIEW_STEPS == 0:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.core.errors import FoveateError
 from foveate.core.schedule import ScaleSchedule
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.bsq import Quantised, quantise
@@ -26,22 +27,31 @@ from foveate.train.window import Window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Length:
+    """A kind of step: the first `scales` scales of `times` as many examples as the batch, in `share` of the steps."""
+
+    scales: int
+    share: float
+    times: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TransformerRecipe:
     """The transformer's shape, its schedule and how it is trained.
 
-    `flip_rate` is the largest share of flipped bits; `short_share` of the steps train the first `short_scales` scales
-    only; a token of a scale with n tokens weighs n ** -`scale_power`. Of all texts `altered_share` are made harder:
-    they lose some of their tokens, never the sentence embedding, and get noise of at most `text_noise` times the root
-    mean square of each token. Texts are padded or cut to `text_length` tokens. The examples are a `window` of scenes,
-    each used `uses` times on average. Compiling the blocks takes about a minute and pays after three.
+    `flip_rate` is the largest share of flipped bits. What a picture shows is decided on the first scales, which cost a
+    fraction of the last: `lengths` says how many examples stop after which scale; the shares add up to 1, and the last
+    one runs all scales. A token of a scale with n tokens weighs n ** -`scale_power`. Of all texts `altered_share` are
+    made harder: they lose some of their tokens, never the sentence embedding, and get noise of at most `text_noise`
+    times the root mean square of each token. Texts are padded or cut to `text_length` tokens. The examples are a
+    `window` of scenes, each used `uses` times on average. Compiling the blocks takes a minute and pays after three.
     """
 
     shape: InfinityConfig
     schedule: ScaleSchedule
     optimisation: Optimisation
+    lengths: tuple[Length, ...]
     flip_rate: float = 0.25
-    short_share: float = 0.5
-    short_scales: int = 6
     scale_power: float = 0.5
     unconditional_share: float = 0.1
     altered_share: float = 0.5
@@ -53,6 +63,29 @@ class TransformerRecipe:
     compiles: bool = True
     dtype: str = "bfloat16"
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Checks the lengths.
+
+        Raises:
+            FoveateError: If they leave out the last scale, or the shares are not those of a whole.
+        """
+        scales = [length.scales for length in self.lengths]
+        if sorted(set(scales)) != scales or scales[-1:] != [len(self.schedule)] or scales[0] < 2:
+            raise FoveateError(f"lengths must rise from 2 or more scales to all {len(self.schedule)}, got {scales}")
+        shares = [length.share for length in self.lengths]
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise FoveateError(f"the shares of lengths must be positive and add up to 1, got {shares}")
+
+    @property
+    def examples_per_step(self) -> float:
+        """Mean number of examples of a step."""
+        return self.optimisation.batch * sum(length.times * length.share for length in self.lengths)
+
+    def length_of(self, rng: np.random.Generator) -> Length:
+        """Draws the length of a step."""
+        ends = np.cumsum([length.share for length in self.lengths])
+        return self.lengths[min(int(np.searchsorted(ends, rng.random(), side="right")), len(ends) - 1)]
 
 
 def bit_loss(logits_BLV: Float[Tensor, "B L V"], quantised: Quantised, scale_power: float) -> tuple[Tensor, Tensor]:
@@ -69,19 +102,22 @@ def bit_loss(logits_BLV: Float[Tensor, "B L V"], quantised: Quantised, scale_pow
 def _batch(recipe: TransformerRecipe, window: Window, model: Infinity, step: int) -> tuple[PaddedTexts, Quantised]:
     """Texts, bits and their flips, and the number of scales of one step; everything follows from the step's number."""
     rng = np.random.default_rng([recipe.optimisation.seed, step])
-    latents_BZHW, texts = window.batch(step, recipe.optimisation.batch, rng)
+    length = recipe.length_of(rng)
+    progress = step * recipe.examples_per_step / recipe.uses
+    latents_BZHW, texts = window.batch(progress, length.times * recipe.optimisation.batch, rng)
     for row, text_TE in enumerate(texts):
         if rng.random() < recipe.altered_share:
             text_TE = alter_text(text_TE, recipe.text_noise, rng)  # noqa: PLW2901 - the text that is taught
         is_unconditional = rng.random() < recipe.unconditional_share
         texts[row] = model.unconditional(text_TE.shape[0]) if is_unconditional else text_TE
-    count = recipe.short_scales if rng.random() < recipe.short_share else len(recipe.schedule)
     flips_B = torch.from_numpy(rng.uniform(0, recipe.flip_rate, len(texts))).float().to(latents_BZHW.device)
     generator = torch.Generator(recipe.device).manual_seed(int(rng.integers(2**62)))
     with torch.no_grad():
         quantised = quantise(latents_BZHW, recipe.schedule.grids, flips_B, generator)
     return pad_texts(texts, recipe.text_length), Quantised(
-        bits=quantised.bits[:count], inputs=quantised.inputs[: count - 1], f_hat_BZHW=quantised.f_hat_BZHW
+        bits=quantised.bits[: length.scales],
+        inputs=quantised.inputs[: length.scales - 1],
+        f_hat_BZHW=quantised.f_hat_BZHW,
     )
 
 
@@ -145,9 +181,10 @@ def train_transformer(
         loss, per_scale = bit_loss(logits, quantised, recipe.scale_power)
         run.update(loss, recipe.optimisation)
         run.flops += step_flops[num_scales]
-        run.note(loss=float(loss.detach()), coarse=float(per_scale[: recipe.short_scales].mean()))
-        if len(per_scale) > recipe.short_scales:
-            run.note(last=float(per_scale[-1]))
+        run.samples += len(logits)
+        run.note(coarse=float(per_scale[: recipe.lengths[0].scales].mean()))
+        if num_scales == len(recipe.schedule):
+            run.note(loss=float(loss.detach()), last=float(per_scale[-1]))
         if preview is not None and run.clock_s - previewed_s > preview_every_s:
             previewed_s = run.clock_s
             preview(run.average)

@@ -2,7 +2,7 @@
 
 Scene k follows from the seed and k alone, and the window from the number of the step: a run that was stopped goes on
 with the same examples. A scene stays for a while, as a CPU encodes pictures more slowly than it wants them: it is used
-`uses` times on average, each time with other flipped bits and another alteration of its text.
+several times, each time with other flipped bits and another alteration of its text.
 Axes: B images, N images of the corpus, Z latent channels, K backgrounds.
 """
 
@@ -71,23 +71,24 @@ class Window:
         encode_texts: Callable[[list[str]], Sequence[Tensor]],
         *,
         size: int,
-        uses: float,
     ) -> None:
         self.sequence, self.encode_pixels, self.encode_texts = sequence, encode_pixels, encode_texts
-        self.size, self.uses = max(BLOCK, size // BLOCK * BLOCK), uses
+        self.size = max(BLOCK, size // BLOCK * BLOCK)
         self._end = 0
         self._latents_nZHW: Tensor | None = None
         self._texts: list[Tensor] = []
 
-    def batch(self, step: int, batch: int, rng: np.random.Generator) -> tuple[Float[Tensor, "B Z H W"], list[Tensor]]:
+    def batch(
+        self, progress: float, batch: int, rng: np.random.Generator
+    ) -> tuple[Float[Tensor, "B Z H W"], list[Tensor]]:
         """Latents and text features for one step.
 
         Args:
-            step: Number of the step; the window moves on with it.
+            progress: Number of the scene that the window has moved to, up to a block.
             batch: Number of examples.
             rng: Chooses among the window.
         """
-        self._move(int(step * batch / self.uses) // BLOCK * BLOCK)
+        self._move(int(progress) // BLOCK * BLOCK)
         chosen = rng.integers(0, self.size, batch)
         assert self._latents_nZHW is not None
         index = torch.from_numpy(chosen).to(self._latents_nZHW.device)
