@@ -48,7 +48,7 @@ def evaluate(what: Literal["default-model"], *, options: EvalOptions, model: Mod
         model: Which model, and on what.
     """
     if options.prompts < MIN_PROMPTS:
-        raise FoveateError(f"--prompts must be {MIN_PROMPTS} or more, got {options.prompts}")
+        raise FoveateError(f"--prompts must be at least {MIN_PROMPTS}, got {options.prompts}")
     if options.seed < 0:
         raise FoveateError(f"--seed must be 0 or more, got {options.seed}")
     if not options.corpus.is_dir():

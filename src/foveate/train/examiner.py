@@ -67,11 +67,10 @@ class Examiner:
         """Checks what was given.
 
         Raises:
-            FoveateError: If there are too few prompts, or more than drawings, or the model is of another family.
+            FoveateError: If there are too few prompts, or the model is of another family.
         """
-        if not MIN_PROMPTS <= self.num_prompts <= len(self.train):
-            most = f"{len(self.train)}, the drawings trained on"
-            raise FoveateError(f"--prompts must be from {MIN_PROMPTS} to {most}, got {self.num_prompts}")
+        if self.num_prompts < MIN_PROMPTS:
+            raise FoveateError(f"--prompts must be at least {MIN_PROMPTS}, got {self.num_prompts}")
         if not isinstance(self.pipe.model.tokenizer, BSQTokenizer):
             raise FoveateError("this report is about models that foveate train made; this one is of another family")
         self._tokens = self.pipe.model.tokenizer
@@ -233,7 +232,7 @@ class Examiner:
             name=f"text match R@1 of {len(labels)} labels",
             value=own,
             ceiling=best,
-            note="real art: the drawings asked for, trained on",
+            note=f"{len(chosen)} prompts; real art: the drawings asked for, trained on",
         )
         yield Figure(name="text match, share of real art's", value=own / best if best else None, target=0.8)
         all_labels = [one.label for one in self.corpus.drawings]
@@ -299,13 +298,13 @@ class Examiner:
 
     def _distance(self) -> Iterator[Figure]:
         for style in dict.fromkeys(one.style for one in self.train):
-            seen, unseen_ = ([d for d in self.corpus.split(part) if d.style == style] for part in ("train", "test"))
+            seen, held_out = ([d for d in self.corpus.split(part) if d.style == style] for part in ("train", "test"))
             scenes = self.scenes("single", 2 * self.num_prompts, seen)
             asked, others = scenes[: self.num_prompts], scenes[self.num_prompts :]
             # Too few drawings would be held against themselves again and again.
-            is_held_out = len(unseen_) >= MIN_PROMPTS
+            is_held_out = len(held_out) >= MIN_PROMPTS
             if is_held_out:
-                others = self.scenes("single", self.num_prompts, unseen_)
+                others = self.scenes("single", self.num_prompts, held_out)
             other_nF = self._features(self.real(others))
             yield Figure(
                 name=f"KID x 1000, {style}",
