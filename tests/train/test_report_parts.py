@@ -1,4 +1,4 @@
-"""Parts of the report on coloured squares in memory: bits, copies, paraphrases, and what is said where there is none."""
+"""Parts of the report on coloured squares in memory: bits, copies, paraphrases, pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +11,11 @@ from foveate.conditioning.minilm import TextEncoder
 from foveate.eval.figures import Figure
 from foveate.families.loading import Origin, find_folder
 from foveate.pipeline import Pipeline
+from foveate.pipeline_output import to_uint8
 from foveate.train.captions import Drawing
 from foveate.train.corpus import Corpus
 from foveate.train.examiner import Examiner
+from foveate.train.tokenizer import composite
 
 NAMES = ("lion", "taxi", "guitar", "boat", "lamp", "house", "rocket", "bottle", "chair")
 
@@ -40,7 +42,8 @@ class Copyist(Examiner):
 
     def draw(self, prompts: Sequence[str]) -> np.ndarray:
         """Drawings in order."""
-        return self._on_white([self.corpus.drawings[i % len(NAMES)] for i in range(len(prompts))])
+        rows = [i % len(NAMES) for i in range(len(prompts))]
+        return to_uint8(composite(self.corpus.images_NYXc[rows]))
 
 
 def examiner(pipe: Pipeline, corpus: Corpus, kind: type[Examiner] = Examiner) -> Examiner:
@@ -55,7 +58,6 @@ def by_name(figures: Any) -> dict[str, Figure]:
 def test_whoever_copies_is_found_out_and_drawings_are_no_copies_of_each_other(toy_pipe: Pipeline) -> None:
     found = by_name(examiner(toy_pipe, toy_corpus(), Copyist)._memorisation())
     copies, cosine = found["copies of a training drawing"], found["nearest training drawing, cosine of features"]
-    # Eight of nine drawings are asked for, so the copyist's pictures are copies of some drawing, not always of that one.
     assert (copies.value, copies.ceiling) == (1.0, 0.0)
     assert cosine.value == pytest.approx(1.0, abs=1e-4)
     assert cosine.ceiling is not None
