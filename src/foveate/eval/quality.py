@@ -50,7 +50,7 @@ def nearest(
     """
     if len(corpus_features) == 0:
         raise FoveateError("nearest needs at least one corpus row, got none")
-    return np.asarray((_unit_rows(features) @ _unit_rows(corpus_features).T).argmax(axis=1))
+    return np.asarray((unit_rows(features) @ unit_rows(corpus_features).T).argmax(axis=1))
 
 
 def nearest_drawing_accuracy(
@@ -191,8 +191,8 @@ class TextMatch:
         Returns:
             Values in [-1, 1].
         """
-        images = _unit_rows(image_features @ self.image_weight.T + self.image_bias)
-        texts = _unit_rows(text_features @ self.text_weight.T + self.text_bias)
+        images = unit_rows(image_features @ self.image_weight.T + self.image_bias)
+        texts = unit_rows(text_features @ self.text_weight.T + self.text_bias)
         return np.asarray(images @ texts.T)
 
     def r_at_1(
@@ -373,7 +373,8 @@ def _rows_by_concept(concept_ids: Int[np.ndarray, " n"]) -> dict[int, list[int]]
     return rows
 
 
-def _unit_rows(rows: Float[np.ndarray, "n F"]) -> Float[np.ndarray, "n F"]:
+def unit_rows(rows: Float[np.ndarray, "n F"]) -> Float[np.ndarray, "n F"]:
+    """Scales each row to length 1."""
     # The bound keeps a row of zeros at zero instead of dividing by nothing.
     return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
 

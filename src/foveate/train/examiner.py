@@ -17,28 +17,27 @@ from torch import Tensor, nn
 from foveate.conditioning.minilm import TextEncoder
 from foveate.core.errors import FoveateError
 from foveate.core.schedule import Grid
+from foveate.eval.bits import RARE, bit_entropy, bit_means, bits_in_use
 from foveate.eval.composition import Axis, Thing, background_of, crop, is_in_order, things_of
 from foveate.eval.features import features, load_network
 from foveate.eval.fidelity import foreground_psnr, psnr, ssim
-from foveate.eval.figures import Figure
+from foveate.eval.figures import MIN_PROMPTS, Figure
+from foveate.eval.memorisation import COPY_DB, THUMBNAIL, copied_share, nearest_neighbours, thumbnail_psnr
+from foveate.eval.paraphrases import bundled_paraphrases, unseen
 from foveate.eval.quality import TextMatch, kid, nearest
 from foveate.eval.style import fit_style_probe
 from foveate.pipeline import Pipeline, stack_uint8
 from foveate.pipeline_output import to_uint8
-from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.tokenizers.bsq import BSQTokenizer, quantise
-from foveate.train.captions import Drawing, with_style
+from foveate.train.captions import Drawing, all_captions, framed_captions, with_style
 from foveate.train.contrast import rim_contrast
 from foveate.train.corpus import Corpus
 from foveate.train.scenes import Kind, Scene, SceneConfig, draw_scene, render
-from foveate.train.tokenizer import composite, reconstruct
+from foveate.train.tokenizer import composite
 
 Images = UInt8[np.ndarray, "n Y X 3"]
 BATCH = 8
-MIN_PROMPTS = 8
 NUM_WAYS = 500
-_THUMBNAIL = 64
-_IN_USE = 0.02
 
 
 @dataclass(kw_only=True)
@@ -62,7 +61,7 @@ class Examiner:
     log: Callable[[str], None] = lambda _: None
     heads: TextMatch = field(default_factory=TextMatch.bundled)
     _network: nn.Module = field(init=False, repr=False)
-    _autoencoder: Autoencoder = field(init=False, repr=False)
+    _tokens: BSQTokenizer = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Checks what was given.
@@ -74,7 +73,7 @@ class Examiner:
             raise FoveateError(f"--prompts must be at least {MIN_PROMPTS}, got {self.num_prompts}")
         if not isinstance(self.pipe.model.tokenizer, BSQTokenizer):
             raise FoveateError("this report is about models that foveate train made; this one is of another family")
-        self._autoencoder = self.pipe.model.tokenizer.autoencoder
+        self._tokens = self.pipe.model.tokenizer
         self._network = load_network()
 
     def figures(self) -> Iterator[Figure]:
@@ -83,6 +82,8 @@ class Examiner:
             "tokenizer": self._tokenizer,
             "bits": self._bits,
             "text match": self._text,
+            "paraphrases": self._reworded,
+            "held-out pairs": self._pairs,
             "style": self._styles,
             "distance": self._distance,
             "composition": self._composition,
@@ -100,12 +101,13 @@ class Examiner:
         ]
         return np.concatenate([stack_uint8(part.images) for part in parts])
 
-    def scenes(self, kind: Kind, count: int, **shares: float) -> list[Scene]:
-        """Scenes of one kind, from the training split; they were not necessarily trained on."""
+    def scenes(self, kind: Kind, count: int, drawings: Sequence[Drawing] | None = None, **shares: float) -> list[Scene]:
+        """Scenes of one kind, by default from the training split; they were not necessarily trained on."""
         # The first numbers of the sequence are those of training.
         rng = np.random.default_rng([self.seed, 2**31])
         config = SceneConfig(**({"style_share": self.corpus.style_share, "framed_share": 0.0} | shares))
-        return [draw_scene(self.train, rng, config, kind=kind, contrast_NK=self._contrast) for _ in range(count)]
+        cast = self.train if drawings is None else drawings
+        return [draw_scene(cast, rng, config, kind=kind, contrast_NK=self._contrast) for _ in range(count)]
 
     def real(self, scenes: Sequence[Scene]) -> Images:
         """What a perfect drawer makes of scenes."""
@@ -160,11 +162,17 @@ class Examiner:
     def _grids(self) -> tuple[Grid, ...]:
         return self.pipe.model.spec.default_schedule.grids
 
-    def _rebuilt(self, images: Images) -> Images:
+    def _encoded(self, images: Images) -> Float[Tensor, "n Z H W"]:
+        """Continuous latents in float32, whatever the model computes in."""
+        weight = self._tokens.autoencoder.encoder.conv_in.weight
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return np.concatenate(
-            [to_uint8(reconstruct(self._autoencoder, part, self._grids)) for part in pixels.split(BATCH)]
-        )
+        with torch.no_grad():
+            return self._tokens.autoencoder.encode(pixels.to(weight.device, weight.dtype)).float()
+
+    def _rebuilt(self, images: Images) -> Images:
+        parts = [images[i : i + BATCH] for i in range(0, len(images), BATCH)]
+        latents = [quantise(self._encoded(part), self._grids).f_hat_BZHW for part in parts]
+        return np.concatenate([to_uint8(self._tokens.decode(latent)) for latent in latents])
 
     def _tokenizer(self) -> Iterator[Figure]:
         for split, name in (("train", "drawings trained on"), ("test", "drawings held out")):
@@ -200,20 +208,19 @@ class Examiner:
 
     def _bits(self) -> Iterator[Figure]:
         scenes = self.scenes("single", min(self.num_prompts, 128))
-        counts: list[Tensor] = []
-        for part in _chunks(scenes, BATCH):
-            pixels = torch.from_numpy(self.real(part)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            with torch.no_grad():
-                bits = quantise(self._autoencoder.encode(pixels), self._grids).bits
-            counts.append(torch.stack([scale.float().mean((1, 2)) for scale in bits]).sum(1))
-        mean_sZ = torch.stack(counts).sum(0) / len(scenes)
-        is_used = (mean_sZ > _IN_USE) & (mean_sZ < 1 - _IN_USE)
+        parts = [quantise(self._encoded(self.real(part)), self._grids).bits for part in _chunks(scenes, BATCH)]
+        means_sZ = bit_means([torch.cat(scale).cpu().numpy() for scale in zip(*parts, strict=True)])
+        used_s, entropy_s = bits_in_use(means_sZ), bit_entropy(means_sZ)
         yield Figure(
             name="bits in use",
-            value=float(is_used.float().mean()),
+            value=float(used_s.mean()),
             target=0.95,
-            note=f"per scale and channel, those that are 1 in {_IN_USE:.0%} to {1 - _IN_USE:.0%} of all tokens",
+            note=f"per scale and channel, those that are 1 in {RARE:.0%} to {1 - RARE:.0%} of all tokens",
         )
+        yield Figure(name="entropy per bit", value=float(entropy_s.mean()), is_share=False, note="in bits, 1 at most")
+        for (height, width), used, entropy in zip(self._grids, used_s, entropy_s, strict=True):
+            name = f"bits in use, scale of {height} x {width}"
+            yield Figure(name=name, value=float(used), note=f"entropy per bit {entropy:.3f}")
 
     def _text(self) -> Iterator[Figure]:
         chosen, _, drawn_nF = self._single
@@ -223,7 +230,12 @@ class Examiner:
         targets = np.array([labels.index(one.label) for one in chosen])
         real_nF = self._real_features[[one.index for one in chosen]]
         own, best = (self.heads.r_at_1(rows, texts_tE, targets) for rows in (drawn_nF, real_nF))
-        yield Figure(name=f"text match R@1 of {len(labels)} labels", value=own, ceiling=best)
+        yield Figure(
+            name=f"text match R@1 of {len(labels)} labels",
+            value=own,
+            ceiling=best,
+            note=f"{len(chosen)} prompts; real art: the drawings asked for, trained on",
+        )
         yield Figure(name="text match, share of real art's", value=own / best if best else None, target=0.8)
         all_labels = [one.label for one in self.corpus.drawings]
         hits = [
@@ -240,13 +252,30 @@ class Examiner:
         for group in dict.fromkeys(one.group for one in chosen):
             own_hits = [hit for hit, one in zip(hits, chosen, strict=True) if one.group == group]
             yield Figure(name=f"the same, {group}", value=float(np.mean(own_hits)), note=f"{len(own_hits)} prompts")
-        pairs = [one for one in self.corpus.split("test") if any(own.label == one.label for own in self.train)]
+
+    def _reworded(self) -> Iterator[Figure]:
+        trained = {text.lower() for one in self.train for text in all_captions(one) + framed_captions(one)}
+        asked = unseen(bundled_paraphrases(), {one.label for one in self.train}, trained)
+        name = "nearest drawing is the right one, paraphrases"
+        if not asked:
+            yield Figure(name=name, value=None, note="none of what was trained on has one")
+            return
+        found = nearest(self._features(self.draw([one.text for one in asked])), self._real_features)
+        hits = [self.corpus.drawings[i].label == one.label for i, one in zip(found, asked, strict=True)]
+        note = f"{len(asked)} prompts in words that were never trained on"
+        yield Figure(name=name, value=float(np.mean(hits)), note=note)
+
+    def _pairs(self) -> Iterator[Figure]:
+        known = {one.label for one in self.train}
+        pairs = [one for one in self.corpus.split("test") if one.label in known]
         if not self._is_multi_style or not pairs:
-            yield Figure(name="held-out pairs of concept and style", value=None, note="one style: there are none")
+            note = "the corpus holds none out" if self._is_multi_style else "one style: there are none"
+            yield Figure(name="held-out pairs of concept and style", value=None, note=note)
             return
         asked = _spread(pairs, self.num_prompts)
-        texts_tE = self.texts.pooled(sorted(set(all_labels))).numpy()
-        rows = np.array([sorted(set(all_labels)).index(one.label) for one in asked])
+        labels = sorted({one.label for one in self.corpus.drawings})
+        texts_tE = self.texts.pooled(labels).numpy()
+        rows = np.array([labels.index(one.label) for one in asked])
         drawn_nF = self._features(self.draw([self.prompt_of(one) for one in asked]))
         yield Figure(
             name="held-out pairs of concept and style",
@@ -271,18 +300,22 @@ class Examiner:
 
     def _distance(self) -> Iterator[Figure]:
         for style in dict.fromkeys(one.style for one in self.train):
-            scenes = [scene for scene in self.scenes("single", 4 * self.num_prompts) if scene.style == style]
-            count = min(self.num_prompts, len(scenes) // 2)
-            drawn = self.draw([scene.caption for scene in scenes[:count]])
-            other_nF = self._features(self.real(scenes[count:]))
+            seen, held_out = ([d for d in self.corpus.split(part) if d.style == style] for part in ("train", "test"))
+            scenes = self.scenes("single", 2 * self.num_prompts, seen)
+            asked, others = scenes[: self.num_prompts], scenes[self.num_prompts :]
+            # Too few drawings would be held against themselves again and again.
+            is_held_out = len(held_out) >= MIN_PROMPTS
+            if is_held_out:
+                others = self.scenes("single", self.num_prompts, held_out)
+            other_nF = self._features(self.real(others))
             yield Figure(
                 name=f"KID x 1000, {style}",
-                value=1000 * kid(self._features(drawn), other_nF),
-                ceiling=1000 * kid(self._features(self.real(scenes[:count])), other_nF),
+                value=1000 * kid(self._features(self.draw([scene.caption for scene in asked])), other_nF),
+                ceiling=1000 * kid(self._features(self.real(asked)), other_nF),
                 target=20.0,
                 is_share=False,
                 lower_is_better=True,
-                note="to composites of other drawings",
+                note=f"to composites of drawings {'held out' if is_held_out else 'trained on, as none are held out'}",
             )
 
     def _composition(self) -> Iterator[Figure]:
@@ -334,24 +367,34 @@ class Examiner:
         return check
 
     def _memorisation(self) -> Iterator[Figure]:
-        _, drawn, drawn_nF = self._single
-        is_train = [one.index for one in self.corpus.drawings if one.split == "train"]
-        real_nF = self._real_features[is_train]
-        at = nearest(drawn_nF, real_nF)
-        cosine_n = _cosine(drawn_nF, real_nF[at])
-        own = np.concatenate([self.on_white([self.train[i] for i in part]) for part in _chunks(at.tolist(), 64)])
-        psnr_n = psnr(_thumbnails(drawn), _thumbnails(own))
-        yield Figure(
-            name="nearest training drawing, cosine of features",
-            value=float(np.median(cosine_n)),
-            is_share=False,
-            note=f"median; {np.quantile(cosine_n, 0.9):.3f} for the nearest tenth",
+        chosen, drawn, drawn_nF = self._single
+        train = self.train
+        real_nF = self._real_features[[one.index for one in train]]
+        own_n = np.array([train.index(one) for one in chosen])
+        ours, art = nearest_neighbours(drawn_nF, real_nF), nearest_neighbours(real_nF[own_n], real_nF, own_n)
+        ours_n, art_n = (
+            thumbnail_psnr(images, self.on_white([train[i] for i in found.index]))
+            for images, found in ((drawn, ours), (self.on_white(chosen), art))
         )
         yield Figure(
-            name=f"the same drawing, PSNR dB at {_THUMBNAIL} px",
-            value=float(np.median(psnr_n)),
+            name="nearest training drawing, cosine of features",
+            value=float(np.median(ours.cosine)),
+            ceiling=float(np.median(art.cosine)),
             is_share=False,
-            note=f"median; {np.quantile(psnr_n, 0.9):.1f} for the nearest tenth; above 20 it is a copy",
+            note=f"median; {np.quantile(ours.cosine, 0.9):.3f} for the nearest tenth; real art: its nearest other",
+        )
+        yield Figure(
+            name=f"the same drawing, PSNR dB at {THUMBNAIL} px",
+            value=float(np.median(ours_n)),
+            ceiling=float(np.median(art_n)),
+            is_share=False,
+            note=f"median; {np.quantile(ours_n, 0.9):.1f} for the nearest tenth",
+        )
+        yield Figure(
+            name="copies of a training drawing",
+            value=copied_share(ours_n),
+            ceiling=copied_share(art_n),
+            note=f"from {COPY_DB:g} dB on: an error of a tenth of the range",
         )
 
 
@@ -363,14 +406,3 @@ def _spread(drawings: Sequence[Drawing], count: int) -> list[Drawing]:
 
 def _chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
-
-
-def _cosine(a_nF: Float[np.ndarray, "n F"], b_nF: Float[np.ndarray, "n F"]) -> Float[np.ndarray, " n"]:
-    lengths = np.linalg.norm(a_nF, axis=1) * np.linalg.norm(b_nF, axis=1)
-    return np.asarray((a_nF * b_nF).sum(1) / np.maximum(lengths, 1e-12))
-
-
-def _thumbnails(images: Images) -> Images:
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float()
-    small = torch.nn.functional.interpolate(pixels, (_THUMBNAIL, _THUMBNAIL), mode="area")
-    return small.round().byte().permute(0, 2, 3, 1).contiguous().numpy()

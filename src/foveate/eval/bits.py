@@ -1,0 +1,45 @@
+"""How well a binary tokenizer uses its bits: which of them vary, and how much each can say.
+
+A bit that is always the same carries nothing, yet costs the transformer a prediction at every token.
+
+Axes: s scales, Z bits of a code, n images, (h, w) the grid of a scale.
+
+Source: the entropy of a single bit, H(p) = -p log2 p - (1 - p) log2(1 - p), Shannon 1948. It is an upper bound, as bits
+that follow from each other are counted as if they did not.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from foveate.core.errors import FoveateError
+
+RARE = 0.02
+"""A bit is in use if it is 1 in more than this share of all tokens, and in less than one minus it."""
+
+
+def bit_means(bits: Sequence[Bool[np.ndarray, "n _h _w Z"]]) -> Float[np.ndarray, "s Z"]:
+    """Returns the share of tokens in which each bit is 1, per scale.
+
+    Args:
+        bits: The bits of every scale.
+
+    Raises:
+        FoveateError: If there is no scale, or one without tokens.
+    """
+    if not bits or any(scale.size == 0 for scale in bits):
+        raise FoveateError(f"bit usage needs tokens at every scale, got the shapes {[scale.shape for scale in bits]}")
+    return np.stack([scale.mean((0, 1, 2), dtype=np.float64) for scale in bits])
+
+
+def bits_in_use(means_sZ: Float[np.ndarray, "s Z"]) -> Float[np.ndarray, " s"]:
+    """Returns the share of the bits of each scale whose mean lies in (`RARE`, 1 - `RARE`), ends excluded."""
+    return np.asarray(((means_sZ > RARE) & (means_sZ < 1 - RARE)).mean(1))
+
+
+def bit_entropy(means_sZ: Float[np.ndarray, "s Z"]) -> Float[np.ndarray, " s"]:
+    """Returns the mean entropy per bit of each scale, in bits: 0 if all are constant, 1 if all are fair coins."""
+    shares = np.stack([means_sZ, 1 - means_sZ])
+    # The logarithm of 0 is never used: 0 log 0 counts as 0.
+    return np.asarray(-(shares * np.log2(np.where(shares > 0, shares, 1))).sum(0).mean(1))
