@@ -44,8 +44,9 @@ class Milliseconds:
 class Report:
     """What a call cost, counted while it ran; text encoder and decoder are not part of the FLOPs.
 
-    `full` stands for the same request with nothing left out. `unfired` names savings that the policy promised and that
-    never happened; `notes` says what its settings imply.
+    `full` stands for the same request with nothing left out; `cache_bytes_peak` is what was kept between scales beside
+    keys and values. `unfired` names savings that the policy promised and that never happened; `notes` says what its
+    settings imply.
     """
 
     flops_run: int
@@ -54,6 +55,7 @@ class Report:
     tokens_full: int
     kv_bytes_peak: int
     kv_bytes_bound: int
+    cache_bytes_peak: int
     ms: Milliseconds
     unfired: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -105,6 +107,7 @@ def build_report(trace: Trace, bound: Bound, requests: Sequence[Request], ms: Mi
         tokens_full=sum(cost.tokens for cost in full),
         kv_bytes_peak=trace.peak_kv_bytes,
         kv_bytes_bound=sum(limit.kv_bytes(shape.num_heads * shape.head_width, size) for limit in limits),
+        cache_bytes_peak=trace.peak_cache_bytes,
         ms=ms,
         unfired=trace.unfired,
         notes=bound.notes,
@@ -156,6 +159,7 @@ def merge_traces(traces: Sequence[Trace]) -> Trace:
         text_tokens={(i, c): n for i, t in enumerate(traces) for (_, c), n in t.text_tokens.items()},
         bytes_per_element=traces[0].bytes_per_element,
         peak_kv_bytes=sum(t.peak_kv_bytes for t in traces),
+        peak_cache_bytes=sum(t.peak_cache_bytes for t in traces),
         unfired=tuple(name for name in traces[0].unfired if all(name in t.unfired for t in traces)),
         stopped=frozenset(i for i, trace in enumerate(traces) if trace.stopped),
     )

@@ -68,20 +68,20 @@ def test_the_meter_sees_an_allocation_that_is_gone_again() -> None:
 
 
 def test_parts_by_hand() -> None:
-    own = [MemoryRun(kv=40, transformer=100, call=150), MemoryRun(kv=40, transformer=120, call=130)]
-    baseline = [MemoryRun(kv=80, transformer=200, call=300), MemoryRun(kv=80, transformer=200, call=260)]
+    own = [MemoryRun(kv=40, caches=7, transformer=100, call=150), MemoryRun(kv=40, caches=7, transformer=120, call=130)]
+    baseline = [MemoryRun(kv=80, caches=0, transformer=200, call=call) for call in (300, 260)]
     entry = Memory(meter=None, weights=1000).entry(Full(), own, baseline)
     medians = {name: spread.median for name, spread in entry.figures.items()}
     assert medians == {
-        "bytes.kv": 40, "bytes.rest": 70, "bytes.transformer": 110, "bytes.call": 140, "bytes.peak": 1140,
-        "ratio.kv": 0.5, "ratio.call": 0.5,
+        "bytes.kv": 40, "bytes.caches": 7, "bytes.activations": 63, "bytes.transformer": 110,
+        "bytes.call": 140, "bytes.peak": 1140, "ratio.kv": 0.5, "ratio.call": 0.5,
     }  # fmt: skip
 
 
 def test_without_a_meter_only_what_is_counted_is_said() -> None:
-    run = MemoryRun(kv=40, transformer=None, call=None)
-    assert run.rest is None
-    assert set(Memory(meter=None, weights=1).entry(Full(), [run], None).figures) == {"bytes.kv"}
+    run = MemoryRun(kv=40, caches=7, transformer=None, call=None)
+    assert run.activations is None
+    assert set(Memory(meter=None, weights=1).entry(Full(), [run], None).figures) == {"bytes.kv", "bytes.caches"}
 
 
 def test_report(toy_report: Callable[[str], BenchReport], toy_pipe: Pipeline) -> None:
@@ -93,9 +93,22 @@ def test_report(toy_report: Callable[[str], BenchReport], toy_pipe: Pipeline) ->
     per_token = 2 * 2 * shape.num_heads * shape.head_width * 4
     assert full.figures["bytes.kv"].median == per_token * (stored * shape.num_blocks + stored + last)
     assert skip.figures["ratio.kv"].median < 0.5
+    assert 0 < skip.figures["bytes.caches"].median == full.figures["bytes.caches"].median
     assert report.peak is None
     data = report.to_json()["cases"][0]["policies"]
     assert data[0]["bytes"]["kv"]["median"] == full.figures["bytes.kv"].median
     if "bytes.call" in full.figures:
         assert full.figures["bytes.call"].median >= full.figures["bytes.transformer"].median
         assert full.figures["bytes.peak"].median > sum(report.weights_bytes.values())
+
+
+def test_caches_hold_what_the_text_decides_and_what_a_policy_reads_again(toy_pipe: Pipeline) -> None:
+    shape: ModelShape = toy_pipe.model.transformer.shape
+    full, depth = (toy_pipe.generate("a red cat", seed=3, policy=name) for name in ("full", "depthvar"))
+    text_tokens = sum(full.trace.text_tokens.values())
+    assert full.report.cache_bytes_peak >= 4 * 2 * shape.width * shape.num_blocks * text_tokens
+    # Two branches, float32: the changes of every block at one of the scales.
+    per_token = 4 * 2 * shape.width * shape.num_blocks
+    tokens, left = divmod(depth.report.cache_bytes_peak - full.report.cache_bytes_peak, per_token)
+    assert left == 0
+    assert tokens in {scale.work.grid_tokens for scale in depth.trace.scales}

@@ -1,4 +1,4 @@
-"""Memory of a call, beside the weights: keys and values are counted, the peak is measured, the rest is what remains.
+"""Memory of a call, beside the weights: what is kept is counted, the peak is measured, activations are the rest.
 
 Counted means added up from tensors; measured means asked of the device's allocator or of the operating system.
 """
@@ -122,13 +122,14 @@ class MemoryRun:
     """Bytes of one call; the measured ones are None where they cannot be measured."""
 
     kv: int
+    caches: int
     transformer: int | None
     call: int | None
 
     @property
-    def rest(self) -> int | None:
-        """What the transformer held beside keys and values; never below 0, though unwritten pages can make it so."""
-        return None if self.transformer is None else max(self.transformer - self.kv, 0)
+    def activations(self) -> int | None:
+        """What the transformer held beside what it keeps; never below 0, though unwritten pages can make it so."""
+        return None if self.transformer is None else max(self.transformer - self.kv - self.caches, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,13 +154,14 @@ class Memory(Measure[MemoryRun]):
         report = pipe.generate(workload.texts(round_index), **options).report
         return MemoryRun(
             kv=report.kv_bytes_peak,
+            caches=report.cache_bytes_peak,
             transformer=transformer[0] if transformer else None,
             call=None if self.meter is None else self.meter.added_bytes(),
         )
 
     def entry(self, policy: Policy, own: Sequence[MemoryRun], baseline: Sequence[MemoryRun] | None) -> Entry:
         """Bytes by part, and with a baseline own / baseline of what is largest."""
-        values = {f"bytes.{part}": _known(own, part) for part in ("kv", "rest", "transformer", "call")}
+        values = {f"bytes.{part}": _known(own, part) for part in ("kv", "caches", "activations", "transformer", "call")}
         values["bytes.peak"] = [self.weights + call for call in values["bytes.call"]]
         if baseline is not None:
             for part in ("kv", "call"):

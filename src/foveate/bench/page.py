@@ -93,7 +93,7 @@ _LATENCY = (
     "ms", "spread", "text", "transformer", "decoder", "speed-up", "end to end", "by FLOPs", "reached", "of peak",
 )  # fmt: skip
 _THROUGHPUT = ("images/s", "ms", "spread", "speed-up", *(f"p{p} ms" for p in PERCENTILES))
-_MEMORY = ("KV MB", "rest MB", "transformer MB", "call MB", "spread", "peak MB", "call ratio")
+_MEMORY = ("KV MB", "caches MB", "activations MB", "transformer MB", "call MB", "spread", "peak MB", "call ratio")
 
 
 def _latency_cells(entry: Entry) -> tuple[str, ...]:
@@ -118,7 +118,7 @@ def _throughput_cells(entry: Entry) -> tuple[str, ...]:
 
 
 def _memory_cells(entry: Entry) -> tuple[str, ...]:
-    medians = [_median_mb(entry.figures, part) for part in ("kv", "rest", "transformer", "call")]
+    medians = [_median_mb(entry.figures, part) for part in ("kv", "caches", "activations", "transformer", "call")]
     call = entry.figures.get("bytes.call")
     spread = _NOTHING if call is None else f"{_mb(call.p10)}-{_mb(call.p90)}"
     ratio = _ratio(entry.figures.get("ratio.call"), "{:.2f}")

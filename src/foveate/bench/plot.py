@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from foveate.bench.report import BenchReport, Case, Entry
 
-_PARTS = {"latency": ("text", "transformer", "decoder", "rest"), "memory": ("kv", "rest")}
+_PARTS = {"latency": ("text", "transformer", "decoder", "rest"), "memory": ("kv", "caches", "activations")}
 _COLOURS = ("#9aa5b1", "#2f6f4f", "#d9a441", "#c9d1d9")
 _LEGEND_SIZE = 8
 

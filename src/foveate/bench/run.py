@@ -41,9 +41,10 @@ _MEMORY_METHOD = (
     "bytes.kv is counted: the most that the cache of keys and values held, its shared scratch included",
     "bytes.transformer is the peak before decoding begins, bytes.call that of the whole call, the decoder included",
     "bytes.peak is the weights and bytes.call",
-    "bytes.rest is bytes.transformer less bytes.kv: activations, text keys and values, modulation, what policies keep",
+    "bytes.caches is counted: text keys and values, modulation and the changes of blocks that a policy reads again",
+    "bytes.activations is bytes.transformer less bytes.kv and bytes.caches",
 )
-_NO_METER = "this system cannot measure the memory of a process: only weights and bytes.kv are reported"
+_NO_METER = "this system cannot measure the memory of a process: only weights, bytes.kv and bytes.caches are reported"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,7 +36,9 @@ class ScaleTrace:
 class Trace:
     """All scales of a request, the text lengths of its rows, and what the policy promised but never did.
 
-    `stopped` holds the images whose unconditional branch a plan stopped (not those where guidance itself ended).
+    `peak_cache_bytes` is what was kept between scales beside keys and values: text keys and values, modulation, and the
+    blocks' changes that a policy reads again. `stopped` holds the images whose unconditional branch a plan stopped (not
+    those where guidance itself ended).
     """
 
     shape: ModelShape
@@ -44,6 +46,7 @@ class Trace:
     bytes_per_element: int
     scales: list[ScaleTrace] = field(default_factory=list)
     peak_kv_bytes: int = 0
+    peak_cache_bytes: int = 0
     text_ms: float = 0.0
     decoder_ms: float = 0.0
     unfired: tuple[str, ...] = ()
@@ -84,6 +87,7 @@ class Trace:
             "bytes_per_element": self.bytes_per_element,
             "ms": {"text": self.text_ms, "transformer": self.transformer_ms, "decoder": self.decoder_ms},
             "peak_kv_bytes": self.peak_kv_bytes,
+            "peak_cache_bytes": self.peak_cache_bytes,
             "unfired": list(self.unfired),
             "stopped": sorted(self.stopped),
             "scales": [
@@ -114,6 +118,7 @@ class Trace:
             text_tokens={(image, bool(c)): tokens for image, c, tokens in data["text_tokens"]},
             bytes_per_element=data["bytes_per_element"],
             peak_kv_bytes=data["peak_kv_bytes"],
+            peak_cache_bytes=data["peak_cache_bytes"],
             text_ms=data["ms"]["text"],
             decoder_ms=data["ms"]["decoder"],
             unfired=tuple(data["unfired"]),

@@ -77,6 +77,7 @@ class Engine:
         wanted = bound.record(scale.index)
         traced = self._scale(state, chosen, scale, request, wanted) if plan.runs else skipped(scale)
         state.trace.scales.append(replace(traced, ms=state.clock.stop()))
+        state.trace.peak_cache_bytes = max(state.trace.peak_cache_bytes, state.cache_bytes())
         if scale.index == len(request.schedule) - 1:
             state.trace.scales = [
                 replace(traced, ms=ms) for traced, ms in zip(state.trace.scales, state.clock.read(), strict=True)

@@ -15,6 +15,7 @@ from foveate.core.conditions import Condition, num_text_tokens
 from foveate.core.cost import ModelShape, Row
 from foveate.core.errors import PlanConflictError
 from foveate.core.guidance import GuidanceSchedule
+from foveate.core.held import held_bytes
 from foveate.core.plan import Bound, ScalePlan
 from foveate.core.protocols import NextScaleModel, Prepared, ScaleTokenizer
 from foveate.core.schedule import ScaleSchedule
@@ -183,6 +184,10 @@ class RequestState:
         keep = [r for r, (image, is_cond) in enumerate(self.live) if is_cond or image not in stopped]
         if len(keep) < len(self.live):
             self._keep(keep)
+
+    def cache_bytes(self) -> int:
+        """Bytes kept for later scales beside keys and values."""
+        return held_bytes((self.prepared, self.deltas.blocks))
 
     def _keep(self, rows: Sequence[int]) -> None:
         self.live = [self.live[r] for r in rows]
