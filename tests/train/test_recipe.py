@@ -6,9 +6,7 @@ import pytest
 import torch
 import yaml
 
-from foveate.conditioning.minilm import TextEncoder
 from foveate.core.errors import FoveateError
-from foveate.families.loading import Origin, find_folder
 from foveate.pipeline import Pipeline
 from foveate.train import recipe as recipes
 from foveate.train.loop import PauseError
@@ -18,14 +16,6 @@ from tests.toy_corpus import write_corpus
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-@pytest.fixture
-def bundled_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text encoder that is here already, in place of the package it was made from."""
-    folder = find_folder(Origin(name_or_path="emoji"))
-    monkeypatch.setattr(recipes, "import_minilm", lambda: TextEncoder.from_folder(folder))
-
-
-@pytest.mark.usefixtures("bundled_encoder")
 @pytest.mark.parametrize(("name", "side"), [("emoji_tiny", 256), ("emoji", 256), ("emoji_512", 512)])
 def test_a_dry_run_of_every_shipped_recipe_ends_in_a_model_that_draws(name: str, side: int, tmp_path: Path) -> None:
     write_corpus(tmp_path / "run" / "corpus", side)
@@ -40,7 +30,6 @@ def test_a_dry_run_of_every_shipped_recipe_ends_in_a_model_that_draws(name: str,
     assert (folder / "NOTICE").read_text(encoding="utf-8")
 
 
-@pytest.mark.usefixtures("bundled_encoder")
 def test_a_call_pauses_and_the_same_call_goes_on(tmp_path: Path) -> None:
     write_corpus(tmp_path / "run" / "corpus", 256)
     file = tmp_path / "toy.yaml"

