@@ -402,7 +402,7 @@ class TrainingFolder:
 
 
 def bundled_encoder() -> TextEncoder:
-    """The text encoder that the package carries, shared by all models trained here, with the rounding that users get."""
+    """The text encoder that the package carries, for all models trained here, with the rounding that users get."""
     return TextEncoder.from_folder(find_folder(Origin(name_or_path="emoji")))
 
 
