@@ -21,10 +21,10 @@ class Outer:
     counts: dict[str, Tensor]
 
 
-def test_tensors_are_found_wherever_they_lie_and_shared_memory_counts_once() -> None:
-    whole = torch.zeros(10, 4)
+def test_tensors_are_found_wherever_they_lie_and_the_same_one_counts_once() -> None:
+    whole, half = torch.zeros(10, 4), torch.zeros(3).half()
     record = Outer(
-        inner=[Inner(keys=(whole[:5], whole[5:]), name="a"), Inner(keys=(torch.zeros(3).half(),), name="b")],
+        inner=[Inner(keys=(whole[:5], whole[5:]), name="a"), Inner(keys=(half, half), name="b")],
         bias=None,
         counts={"n": torch.zeros(2, dtype=torch.int64)},
     )

@@ -44,7 +44,7 @@ def test_a_call_pauses_and_the_same_call_goes_on(tmp_path: Path) -> None:
     data["sheet"] = ["apple"]
     file.write_text(yaml.safe_dump(data), encoding="utf-8")
     lines: list[str] = []
-    with pytest.raises(PauseError, match=r"paused at 0.0 of 0.05 minutes"):
+    with pytest.raises(PauseError, match=r"paused at 0\.0 of"):
         train(file, tmp_path / "run", log=lines.append, route=Route(device="cpu"), stop_after=0.0)
     assert (tmp_path / "run" / "tokenizer.ckpt").exists() or (tmp_path / "run" / "transformer.ckpt").exists()
     folder = train(file, tmp_path / "run", log=lines.append, route=Route(device="cpu"))

@@ -7,9 +7,8 @@ from torch import Tensor
 
 
 def held_bytes(value: object) -> int:
-    """Bytes of all tensors inside dataclasses, tuples, lists and mappings; memory that several share counts once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in _tensors(value)}
-    return sum(storages.values())
+    """Bytes of all tensors inside dataclasses, tuples, lists and mappings; a tensor that appears twice counts once."""
+    return sum({id(tensor): tensor.nbytes for tensor in _tensors(value)}.values())
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

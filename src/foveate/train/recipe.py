@@ -210,10 +210,10 @@ def train(
         PauseError: The time of this call is up before all is done.
     """
     deadline = math.inf if stop_after is None else time.perf_counter() + 60 * stop_after
-    out.mkdir(parents=True, exist_ok=True)
     if stage == "corpus":
         return make_corpus(load_corpus_config(config), out, log)
     recipe = load_recipe(config, route)
+    out.mkdir(parents=True, exist_ok=True)
     run = TrainingFolder(recipe, out, log, start_from, deadline)
     stages = ["corpus", "tokenizer", "transformer", "export"] if stage == "all" else [stage]
     result = out
@@ -232,6 +232,7 @@ def make_corpus(config: CorpusConfig, out: Path, log: Log) -> Path:
     """Builds the corpus of a run in its folder, unless it is there; packages are kept beside it."""
     folder = out / "corpus"
     if not folder.exists():
+        out.mkdir(parents=True, exist_ok=True)
         build_corpus(config, folder, out / "packages", log)
     return folder
 
