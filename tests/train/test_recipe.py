@@ -10,7 +10,7 @@ from foveate.core.errors import FoveateError
 from foveate.pipeline import Pipeline
 from foveate.train import recipe as recipes
 from foveate.train.loop import PauseError
-from foveate.train.recipe import Route, load_recipe, train
+from foveate.train.recipe import Route, load_corpus_config, load_recipe, train
 from tests.toy_corpus import write_corpus
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,7 +21,8 @@ def test_a_dry_run_of_every_shipped_recipe_ends_in_a_model_that_draws(name: str,
     write_corpus(tmp_path / "run" / "corpus", side)
     lines: list[str] = []
     folder = train(CONFIGS / f"{name}.yaml", tmp_path / "run", log=lines.append, route=Route(device="cpu", is_dry=True))
-    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"tokenizer.png", "samples.png"}
+    assert {path.name for path in (tmp_path / "run" / "dry").iterdir()} >= {"tokenizer.png", "samples.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"corpus", "dry"}, "nothing is taken for a result"
     assert [line for line in lines if line.startswith("stage")] == [
         f"stage {stage}" for stage in ("corpus", "tokenizer", "transformer", "export")
     ]
@@ -57,6 +58,8 @@ def test_sections_of_a_device_go_over_the_rest() -> None:
     assert recipe.transformer.optimisation.batch == plain["cpu"]["transformer"]["optimisation"]["batch"] == 8
     assert recipe.transformer.optimisation.warmup_steps == plain["transformer"]["optimisation"]["warmup_steps"]
     assert plain["transformer"]["optimisation"]["batch"] > 8
+    assert load_corpus_config(CONFIGS / "emoji.yaml", Route(device="cpu")).styles == ("fluent-3d",)
+    assert len(load_corpus_config(CONFIGS / "emoji_core5_corpus.yaml").styles) == 5
     assert 27e6 < sum(p.numel() for p in recipes.Infinity(recipe.transformer.shape).parameters()) < 45e6
 
 

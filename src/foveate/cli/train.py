@@ -23,7 +23,7 @@ class TrainOptions:
         stage: The part to run.
         device: cpu or cuda; without it a GPU if there is one. The recipe may say what differs.
         minutes_scale: Multiplies the minutes of both networks.
-        dry_run: Take one small step of everything and write a model that has learned nothing.
+        dry_run: Take one small step of everything in OUT/dry and write a model there that has learned nothing.
         start_from: Folder of a model of the same shape that is trained further.
         stop_after: Minutes after which to pause behind a checkpoint, with exit status 75; the same command goes on.
     """

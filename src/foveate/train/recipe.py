@@ -5,6 +5,7 @@ its last checkpoint. The same file serves a CPU and a GPU: `device` and the minu
 """
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -161,7 +162,7 @@ def _lay_over(data: dict[str, Any], section: Mapping[str, Any]) -> None:
             data[name] = value
 
 
-def load_corpus_config(path: Path) -> CorpusConfig:
+def load_corpus_config(path: Path, route: Route | None = None) -> CorpusConfig:
     """Reads what goes into a corpus, from a corpus file or from the training file that names one.
 
     Raises:
@@ -169,7 +170,10 @@ def load_corpus_config(path: Path) -> CorpusConfig:
     """
     try:
         data = _read_yaml(path)
-        return CorpusConfig.from_dict(_read_yaml(path.parent / data["corpus"]) if "corpus" in data else data)
+        if "corpus" not in data:
+            return CorpusConfig.from_dict(data)
+        _lay_over(data, data.get((route or Route()).chosen_device(), {}))
+        return CorpusConfig.from_dict(_read_yaml(path.parent / data["corpus"]))
     except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
         raise FoveateError(f"cannot read the corpus file {path}: {error!r}") from None
 
@@ -211,10 +215,16 @@ def train(
     """
     deadline = math.inf if stop_after is None else time.perf_counter() + 60 * stop_after
     if stage == "corpus":
-        return make_corpus(load_corpus_config(config), out, log)
+        return make_corpus(load_corpus_config(config, route), out, log)
     recipe = load_recipe(config, route)
     out.mkdir(parents=True, exist_ok=True)
-    run = TrainingFolder(recipe, out, log, start_from, deadline)
+    folder = out
+    if route is not None and route.is_dry:
+        # Beside the run, so that nothing of it is taken for a result.
+        folder = out / "dry"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    run = TrainingFolder(recipe, folder, log, start_from, deadline, corpus_at=out)
     stages = ["corpus", "tokenizer", "transformer", "export"] if stage == "all" else [stage]
     result = out
     for name in stages:
@@ -241,9 +251,9 @@ class TrainingFolder:
     """The stages of one recipe in one folder."""
 
     def __init__(
-        self, recipe: Recipe, out: Path, log: Log, start_from: Path | None = None, deadline: float = math.inf
+        self, recipe: Recipe, out: Path, log: Log, start_from: Path | None, deadline: float, corpus_at: Path
     ) -> None:
-        self.recipe, self.out, self.log = recipe, out, log
+        self.recipe, self.out, self.log, self.corpus_at = recipe, out, log, corpus_at
         self.start_from, self.deadline = start_from, deadline
 
     def limits(self, dtype: str, device: str) -> Limits:
@@ -253,7 +263,7 @@ class TrainingFolder:
 
     def corpus(self) -> Path:
         """Builds the corpus, unless it is there."""
-        return make_corpus(self.recipe.corpus, self.out, self.log)
+        return make_corpus(self.recipe.corpus, self.corpus_at, self.log)
 
     def tokenizer(self) -> Path:
         """Trains the autoencoder, unless its weights are there; logs PSNR on drawings of both splits."""

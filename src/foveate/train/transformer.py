@@ -5,6 +5,7 @@ self-correction). Half of the steps see the first scales only, which cost a frac
 Axes: B scenes, L tokens of all scales, T text tokens, E text width, Z bits.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def train_transformer(
     )
     step_flops: dict[int, int] = {}
     running = teacher.compiled() if recipe.compiles else teacher
-    previewed_s = run.clock_s
+    previewed_s = math.inf
     for step in steps(run, recipe.optimisation, checkpoint, log, limits or Limits()):
         began = time.perf_counter()
         texts, quantised = _batch(recipe, window, model, step)
@@ -185,8 +186,10 @@ def train_transformer(
         run.note(coarse=float(per_scale[: recipe.lengths[0].scales].mean()))
         if num_scales == len(recipe.schedule):
             run.note(loss=float(loss.detach()), last=float(per_scale[-1]))
+        # Only now is the clock that of the checkpoint.
+        previewed_s = min(previewed_s, run.clock_s)
         if preview is not None and run.clock_s - previewed_s > preview_every_s:
-            previewed_s = run.clock_s
+            previewed_s = math.inf
             preview(run.average)
     return run.average
 
