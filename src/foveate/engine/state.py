@@ -126,6 +126,7 @@ class RequestState:
     trace: Trace
     clock: Clock
     num_stored: int
+    prepared_bytes: int
     residual_BZhw: Tensor | None = None
     signals: Signals | None = None
     dropped: set[int] = field(default_factory=set)
@@ -159,6 +160,7 @@ class RequestState:
             ),
             clock=clock,
             num_stored=limits.num_stored,
+            prepared_bytes=held_bytes(prepared),
         )
 
     def settle_branches(self, plan: ScalePlan, guidance: GuidanceSchedule, scale: int) -> None:
@@ -187,10 +189,11 @@ class RequestState:
 
     def cache_bytes(self) -> int:
         """Bytes kept for later scales beside keys and values."""
-        return held_bytes((self.prepared, self.deltas.blocks))
+        return self.prepared_bytes + held_bytes(self.deltas.blocks)
 
     def _keep(self, rows: Sequence[int]) -> None:
         self.live = [self.live[r] for r in rows]
         self.prepared = self.prepared.keep(rows)
+        self.prepared_bytes = held_bytes(self.prepared)
         self.cache.keep(rows)
         self.deltas.keep(rows)

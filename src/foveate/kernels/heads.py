@@ -12,14 +12,14 @@ from foveate.kernels import native
 from foveate.kernels.gpu import launch
 
 
-def rotate(x_nND: Float[Tensor, "n N D"], rotation_nD: Float[Tensor, "n D"]) -> Float[Tensor, "n N D"]:
+def rotate(x_nND: Float[Tensor, "*b n N D"], rotation_nD: Float[Tensor, "n D"]) -> Float[Tensor, "*b n N D"]:
     """Rotates neighbouring pairs (2i, 2i + 1); `rotation_nD` holds the cosines, then the sines, of D/2 angles each."""
     cos_n1d, sin_n1d = rotation_nD.unsqueeze(1).chunk(2, dim=-1)
     even, odd = x_nND.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((cos_n1d * even - sin_n1d * odd, sin_n1d * even + cos_n1d * odd), dim=-1).flatten(-2)
 
 
-def unit_heads(x_nND: Float[Tensor, "n N D"]) -> Float[Tensor, "n N D"]:
+def unit_heads(x_nND: Float[Tensor, "*b n N D"]) -> Float[Tensor, "*b n N D"]:
     """Scales each head's vector to length one, float32."""
     return F.normalize(x_nND.float(), dim=-1, eps=1e-12)
 

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from foveate.core.schedule import ScaleSchedule
+from foveate.kernels.heads import rotate, unit_heads
 from foveate.models.infinity import CrossAttention, Infinity, InfinityBlock
 from foveate.models.layers import rms_norm
 
@@ -129,12 +130,6 @@ def _modulate(x: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * factor[:, None] + shift[:, None]
 
 
-def _rotate(x_BLND: Tensor, rotation_LD: Tensor) -> Tensor:
-    cos, sin = rotation_LD[None, :, None].chunk(2, dim=-1)
-    even, odd = x_BLND.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1).flatten(-2)
-
-
 def _text_heads(text: Tensor, weight: Tensor, v_bias: Tensor, heads: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     bias = torch.cat((torch.zeros_like(v_bias), v_bias))
     k, v = _linear(text, weight, bias, dtype).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -159,8 +154,8 @@ def run_block(
     bias = torch.cat((weights.q_bias, torch.zeros_like(weights.q_bias), weights.v_bias))
     q, k, v = _linear(x, weights.qkv, bias, dtype).unflatten(-1, (3, heads, -1)).unbind(2)
     gain_N1 = weights.log_gain_N.clamp_max(math.log(100.0)).exp()[:, None]
-    q = _rotate(F.normalize(q.float(), dim=-1, eps=1e-12) * gain_N1, rotation_LD).to(dtype).transpose(1, 2)
-    k = _rotate(F.normalize(k.float(), dim=-1, eps=1e-12), rotation_LD).to(dtype).transpose(1, 2)
+    q = rotate(unit_heads(q) * gain_N1, rotation_LD).to(dtype).transpose(1, 2)
+    k = rotate(unit_heads(k), rotation_LD).to(dtype).transpose(1, 2)
     v = v.transpose(1, 2)
     parts, begin = [], 0
     for end in ends:

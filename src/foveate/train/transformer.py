@@ -1,7 +1,7 @@
 """Trains the Infinity transformer on scenes.
 
 A step quantises the latents anew with flipped bits, so that later scales learn to correct earlier mistakes (bitwise
-self-correction). Half of the steps see the first scales only, which cost a fraction.
+self-correction). Most steps see the first scales only, which cost a fraction.
 Axes: B scenes, L tokens of all scales, T text tokens, E text width, Z bits.
 """
 

@@ -30,7 +30,7 @@ class SceneSequence:
         images_NYXc: All images of the corpus, on the device that renders.
         config: Shares of kinds and colours.
         weights: How often each of `drawings` is chosen.
-        contrast_NK: See `scenes.rim_contrast`.
+        contrast_NK: See `contrast.rim_contrast`.
         image_size: Height and width of the pictures in pixels.
         seed: Where the sequence begins.
     """
