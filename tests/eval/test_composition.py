@@ -22,6 +22,9 @@ def picture(*squares: tuple[int, int, int], background: str = "white", side: int
 def test_backgrounds_are_recognised(name: str) -> None:
     assert background_of(picture((60, 60, 130), background=name)) == name
     assert background_of(picture((0, 100, 60), background=name)) == name, "a thing may touch the border"
+    large = picture((20, 20, 216), background=name)
+    assert background_of(large) == name, "a thing may cover more than half"
+    assert len(things_of(large)) == 1
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3, 4])
