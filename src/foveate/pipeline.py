@@ -19,6 +19,7 @@ from foveate.core.errors import FoveateError
 from foveate.core.plan import Bound
 from foveate.core.trace import Trace
 from foveate.engine.executor import Engine
+from foveate.engine.graphs import DeviceCapture, Graphs
 from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler, SmoothSampler
 from foveate.engine.state import Request
 from foveate.families.loading import LoadedModel, Origin, Precision, load_model
@@ -37,6 +38,8 @@ from foveate.pipeline_output import (
 )
 
 logger = logging.getLogger("foveate")
+
+_NO_GRAPHS_WITH_OFFLOAD = "captured graphs need weights that stay where they are; leave offload or cuda graphs out"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -146,8 +149,26 @@ class Pipeline:
             FoveateError: The pipeline computes on the CPU, so there is no device to save memory of.
         """
         _refuse_offload(self.model.device)
+        if self._engine.graphs is not None:
+            raise FoveateError(_NO_GRAPHS_WITH_OFFLOAD)
         if self._offload is None:
             self._offload = Offload.of(self.model)
+
+    def enable_cuda_graphs(self) -> None:
+        """Replays the first scales of a picture as captured graphs, where launching kernels takes longer than they do.
+
+        Calls that agree in their size, their batch and the lengths of their texts share graphs, which are captured at
+        the second one. The arithmetic is that of the plain loop. Costs memory for each such shape; see docs/gpu.md.
+
+        Raises:
+            FoveateError: The pipeline computes on the CPU, or its parts are moved.
+        """
+        if self.model.device.type != "cuda":
+            raise FoveateError('cuda graphs need a pipeline on a GPU; load it with device="cuda", or leave them out')
+        if self._offload is not None:
+            raise FoveateError(_NO_GRAPHS_WITH_OFFLOAD)
+        if self._engine.graphs is None:
+            self._engine = Engine(self.model.transformer, self.model.tokenizer, Graphs(DeviceCapture()))
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""

@@ -290,9 +290,10 @@ def _or(value: str | None, default: str) -> str:
 
 
 def _per_scale(name: str, value: PerScale | None, default: PerScale, count: int) -> tuple[float, ...]:
-    """One value per scale; a default may be longer, for larger pictures."""
+    """One value per scale; a default may be longer, for larger pictures, or shorter: then its last value goes on."""
     if value is None:
-        values = [default] * count if isinstance(default, int | float) else list(default)[:count]
+        known = [default] if isinstance(default, int | float) else list(default)
+        values = [known[min(scale, len(known) - 1)] for scale in range(count)]
     else:
         values = [value] * count if isinstance(value, int | float) else list(value)
     _require(len(values) == count, f"{name} needs one number or {count}, one per scale, got {len(values)}")

@@ -3,14 +3,14 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-import predict_gpu
 import pytest
-from predict_gpu import Gpu, predict
+from predict_gpu import Gpu, Prediction, predict
 
 ROOT = Path(__file__).parents[2]
-SLOW = Gpu(flops_per_s=1e12, bytes_per_s=1e12, launch_s=0.0)
+SLOW = Gpu(flops_per_s=1e12, bytes_per_s=1e12, launch_s=0.0, node_s=0.0)
 
 
 def test_first_scale_reads_every_weight_once_and_the_last_one_every_key():
@@ -26,18 +26,26 @@ def test_first_scale_reads_every_weight_once_and_the_last_one_every_key():
 
 
 def test_time_is_the_larger_ceiling_plus_what_lies_between_and_never_below_the_launches():
-    part = predict_gpu.Prediction(scale=0, side="1x1", products_s=2.0, memory_s=1.0, between_s=0.5, launches_s=0.1)
-    assert (part.seconds, part.bound) == (2.5, "products")
-    launching = predict_gpu.Prediction(scale=0, side="1x1", products_s=2.0, memory_s=3.0, between_s=0.5, launches_s=9.0)
-    assert (launching.seconds, launching.bound) == (9.0, "launches")
+    part = Prediction(scale=0, side="1x1", products_s=2.0, memory_s=1.0, between_s=0.5, launches_s=0.1, nodes_s=0.1)
+    assert (part.seconds, part.bound, part.replayed_s) == (2.5, "products", 2.5)
+    launching = replace(part, memory_s=3.0, launches_s=9.0)
+    assert (launching.seconds, launching.bound, launching.replayed_s) == (9.0, "launches", 3.5)
+    assert replace(launching, nodes_s=4.0).replayed_s == 4.0
+    assert replace(launching, nodes_s=None).replayed_s == 9.0
 
 
-@pytest.mark.parametrize("model", ["infinity-2b", "infinity-8b"])
-def test_the_tables_of_the_page_are_what_the_script_prints(model: str):
+def test_graphs_hold_the_scales_that_the_engine_captures():
+    found = predict("infinity-2b", "1M", 1, 32, "kernels", replace(SLOW, node_s=1.0))
+    captured = [part.scale for part in found if part.nodes_s is not None]
+    assert captured == list(range(10)), "the scale of 32 x 32 holds 2,048 tokens in both rows, the next one more"
+
+
+@pytest.mark.parametrize(("model", "size"), [("infinity-2b", "1M"), ("infinity-8b", "1M"), ("infinity-125m", "0.06M")])
+def test_the_tables_of_the_page_are_what_the_script_prints(model: str, size: str):
     page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
     shown = re.search(rf"<!-- table:{model} -->\n(.*?)\n<!-- /table -->", page, flags=re.DOTALL)
     assert shown
-    command = [sys.executable, str(ROOT / "benchmarks" / "predict_gpu.py"), "--model", model]
+    command = [sys.executable, str(ROOT / "benchmarks" / "predict_gpu.py"), "--model", model, "--size", size]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == shown[1].strip()
     assert "*predicted*" in shown[1]

@@ -1,7 +1,8 @@
 """A second device that is not there: tensors that claim to lie on it, computed on the CPU; waits of the host noted.
 
 Run as a program it draws with the toys on that device and prints, as JSON, per policy and scale what made the host
-wait, and whether the latents equal those of the CPU. It runs in a process of its own, as torch cannot forget a device.
+wait, and whether the latents equal those of the CPU; with graphs also what crossed between host and device while one
+was replayed, which a real graph could not. It runs in a process of its own, as torch cannot forget a device.
 A tensor of the host that meets one of the device in an operation raises, as it would on a GPU.
 """
 
@@ -9,7 +10,7 @@ import copy
 import json
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from foveate.engine.executor import Engine
+from foveate.engine.graphs import Graphs, Recalled
 from foveate.policies.registry import load_policy
 from tests.toys import Toy, label_request, make_request, toy, toy_var
 
@@ -65,6 +67,7 @@ class Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.waits: Counter[str] = Counter()
+        self.crossings = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         leaves = tree_leaves((args, kwargs or {}))
@@ -100,6 +103,7 @@ class Watch(TorchDispatchMode):
             crosses = 0 < len(inside) < len(given)
         else:
             crosses = target is not None and (target.type == "pretend") != bool(inside)
+        self.crossings += crosses
         to_host = crosses and (not isinstance(given[0], Pretended) if name == "copy_" else bool(inside))
         if to_host:
             self.waits["copy to the host"] += 1
@@ -158,7 +162,42 @@ def moved_toy(subject: Toy) -> Toy:
     return replace(subject, model=moved(subject.model), tokenizer=tokenizer)
 
 
-def draw(spec: str, subject: Toy) -> dict[str, object]:
+@dataclass(kw_only=True)
+class Replays:
+    """Captures by remembering, and notes what happens between host and device in every replay."""
+
+    watch: Watch
+    count: int = 0
+    waits: int = 0
+    crossings: int = 0
+
+    def __call__(self, work) -> "Replays.Noted":
+        """Captures."""
+        return Replays.Noted(replays=self, captured=Recalled.capture(work))
+
+    @dataclass(kw_only=True)
+    class Noted:
+        """Captured work."""
+
+        replays: "Replays"
+        captured: Recalled
+
+        @property
+        def out(self) -> Tensor:
+            """What was computed last."""
+            return self.captured.out
+
+        def replay(self) -> None:
+            """Computes it again."""
+            watch = self.replays.watch
+            before = watch.waits.total(), watch.crossings
+            self.captured.replay()
+            self.replays.count += 1
+            self.replays.waits += watch.waits.total() - before[0]
+            self.replays.crossings += watch.crossings - before[1]
+
+
+def draw(spec: str, subject: Toy, *, is_graphed: bool) -> dict[str, object]:
     """What every scale waited for, and whether the device made what the CPU makes."""
     with Watch():
         there = moved_toy(subject)
@@ -169,14 +208,30 @@ def draw(spec: str, subject: Toy) -> dict[str, object]:
     expected = [step.f_hat_BZHW for step in Engine(subject.model, subject.tokenizer).run(bound, request)]
     conditions = tuple(Pretended(c) if isinstance(c, Tensor) else c for c in request.conditions)
     scales, is_same = [], True
+    replays = Replays(watch=watch)
+    engine = Engine(there.model, there.tokenizer, Graphs(replays) if is_graphed else None)
+    request = replace(request, conditions=conditions)
     with watch:
-        run = Engine(there.model, there.tokenizer).run(bound, replace(request, conditions=conditions))
+        if is_graphed:
+            # The first request shows the shape, the second is captured, the third finds the graphs.
+            for _ in range(2):
+                list(engine.run(bound, request))
+            watch.waits.clear()
+        run = engine.run(bound, request)
         for step, theirs in zip(run, expected, strict=True):
             scales.append(dict(watch.waits))
             watch.waits.clear()
             is_same = is_same and bool(torch.equal(step.f_hat_BZHW.inner, theirs))
             watch.waits.clear()
-    return {"spec": spec, "toy": subject.name, "is_static": bound.is_static, "scales": scales, "is_same": is_same}
+    return {
+        "spec": spec,
+        "toy": subject.name,
+        "is_static": bound.is_static,
+        "scales": scales,
+        "is_same": is_same,
+        "replays": replays.count,
+        "in_replays": [replays.waits, replays.crossings],
+    }
 
 
 if __name__ == "__main__":
@@ -185,4 +240,4 @@ if __name__ == "__main__":
     sys.stdout.write(json.dumps(self_check()) + "\n")
     for line in json.loads(sys.argv[1]):
         chosen = toy_var() if line[1] == "var" else toy(line[1])
-        sys.stdout.write(json.dumps(draw(line[0], chosen)) + "\n")
+        sys.stdout.write(json.dumps(draw(line[0], chosen, is_graphed="graphs" in line)) + "\n")

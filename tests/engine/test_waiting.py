@@ -28,6 +28,10 @@ CASES = [
     ("depthvar", "odd"),
     ("full", "var"),
     ("ld-pruning|depthvar", "var"),
+    ("full", "square", "graphs"),
+    ("ld-pruning", "square", "graphs"),
+    ("depthvar", "patches", "graphs"),
+    ("drop-branch", "var", "graphs"),
 ]
 
 
@@ -51,9 +55,11 @@ def test_the_watch_sees_what_makes_the_host_wait(pretended: list[dict]):
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda case: " on ".join(CASES[case]))
 def test_the_device_is_read_once_per_scale_at_most(pretended: list[dict], case: int):
     """Same latents as on the CPU, to the bit; static policies never wait, others read one vector per scale."""
-    spec, name = CASES[case]
+    spec, name, *graphs = CASES[case]
     found = pretended[1 + case]
     assert (found["spec"], found["toy"]) == (spec, name)
+    assert bool(found["replays"]) == bool(graphs)
+    assert found["in_replays"] == [0, 0], "a graph cannot wait, nor read what lies on the host"
     assert found["is_same"]
     for waits in found["scales"]:
         assert set(waits) <= {"copy to the host"}

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foveate.conditioning.minilm import TextEncoder
 from foveate.core.errors import FoveateError
 from foveate.eval.figures import Figure
 from foveate.eval.paraphrases import bundled_paraphrases
-from foveate.families.loading import Origin, find_folder
 from foveate.pipeline import Pipeline
 from foveate.train.corpus import load_corpus
 from foveate.train.examiner import Examiner
@@ -33,7 +31,7 @@ class Drawer(Examiner):
         self.known |= {scene.caption: scene for scene in made}
         return made
 
-    def draw(self, prompts: Sequence[str]) -> np.ndarray:
+    def draw(self, prompts: Sequence[str], **sampling: Any) -> np.ndarray:
         """The real thing, or white."""
         if self.is_blank:
             return np.full((len(prompts), 256, 256, 3), 255, dtype=np.uint8)
@@ -60,8 +58,7 @@ WAYS = ("left and right", "above and below")
 
 def examine(pipe: Pipeline, folder: Path, *, is_blank: bool, num_styles: int) -> dict[str, Figure]:
     write_corpus(folder, 256, num_styles)
-    texts = TextEncoder.from_folder(find_folder(Origin(name_or_path="emoji")))
-    drawer = Drawer(pipe=pipe, corpus=load_corpus(folder), texts=texts, num_prompts=12, is_blank=is_blank)
+    drawer = Drawer(pipe=pipe, corpus=load_corpus(folder), num_prompts=12, is_blank=is_blank)
     return {figure.name: figure for figure in drawer.figures()}
 
 
@@ -103,6 +100,5 @@ def test_verdicts_follow_the_side_of_the_target() -> None:
 
 def test_too_few_prompts_are_refused(pipe: Pipeline, tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", 256)
-    texts = TextEncoder.from_folder(find_folder(Origin(name_or_path="emoji")))
     with pytest.raises(FoveateError, match="--prompts must be at least 8, got 3"):
-        Examiner(pipe=pipe, corpus=load_corpus(tmp_path / "corpus"), texts=texts, num_prompts=3)
+        Examiner(pipe=pipe, corpus=load_corpus(tmp_path / "corpus"), num_prompts=3)

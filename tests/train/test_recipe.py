@@ -1,5 +1,6 @@
 """Recipes: every shipped one runs from corpus to a model that draws, on either route, and a call may pause."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,14 @@ def test_a_dry_run_of_every_shipped_recipe_ends_in_a_model_that_draws(name: str,
     assert {path.name for path in (tmp_path / "run" / "dry").iterdir()} >= {"tokenizer.png", "samples.png"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"corpus", "dry"}, "nothing is taken for a result"
     assert [line for line in lines if line.startswith("stage")] == [
-        f"stage {stage}" for stage in ("corpus", "tokenizer", "transformer", "export")
+        f"stage {stage}" for stage in ("corpus", "tokenizer", "transformer", "export", "sampling")
     ]
+    (rounding,) = {line for line in lines if line.startswith("stored in float16")}
+    assert float(rounding.split()[3]) > 0
+    chosen = json.loads((tmp_path / "run" / "dry" / "sampling.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["defaults"] | chosen == config["defaults"]
+    assert len(chosen["temperature"]) == len(Pipeline.from_pretrained(folder).model.spec.default_schedule)
     drawn = Pipeline.from_pretrained(folder).generate("a red apple", seed=1)
     assert drawn.images[0].size == (side, side)
     assert (folder / "NOTICE").read_text(encoding="utf-8")
@@ -43,6 +50,7 @@ def test_a_call_pauses_and_the_same_call_goes_on(tmp_path: Path) -> None:
     data["transformer"] |= {"window": 32, "compiles": False}
     data["transformer"]["optimisation"] |= {"minutes": 0.05, "batch": 2}
     data["sheet"] = ["apple"]
+    data["sampling"] = {"guidance": [2.0], "temperatures": [0.5], "factors": [], "prompts": 2}
     file.write_text(yaml.safe_dump(data), encoding="utf-8")
     lines: list[str] = []
     with pytest.raises(PauseError, match=r"paused at 0\.0 of"):
@@ -61,6 +69,15 @@ def test_sections_of_a_device_go_over_the_rest() -> None:
     assert load_corpus_config(CONFIGS / "emoji.yaml", Route(device="cpu")).styles == ("fluent-3d",)
     assert len(load_corpus_config(CONFIGS / "emoji_core5_corpus.yaml").styles) == 5
     assert 27e6 < sum(p.numel() for p in recipes.Infinity(recipe.transformer.shape).parameters()) < 45e6
+
+
+def test_a_recipe_lies_over_its_base() -> None:
+    base, over = (load_recipe(CONFIGS / f"{name}.yaml", Route(device="cpu")) for name in ("emoji", "emoji_512"))
+    assert over.transformer.shape == base.transformer.shape
+    assert (over.name, base.name) == ("emoji-512", "emoji")
+    assert over.corpus.image_size == 2 * base.corpus.image_size
+    assert over.tokenizer.trains_encoder is False
+    assert over.sheet == base.sheet
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

@@ -7,9 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foveate.conditioning.minilm import TextEncoder
 from foveate.eval.figures import Figure
-from foveate.families.loading import Origin, find_folder
 from foveate.pipeline import Pipeline
 from foveate.pipeline_output import to_uint8
 from foveate.train.captions import Drawing
@@ -47,8 +45,7 @@ class Copyist(Examiner):
 
 
 def examiner(pipe: Pipeline, corpus: Corpus, kind: type[Examiner] = Examiner) -> Examiner:
-    texts = TextEncoder.from_folder(find_folder(Origin(name_or_path="emoji")))
-    return kind(pipe=pipe, corpus=corpus, texts=texts, num_prompts=8)
+    return kind(pipe=pipe, corpus=corpus, num_prompts=8)
 
 
 def by_name(figures: Any) -> dict[str, Figure]:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from foveate.train.loop import MAX_STEP_S, Limits, Optimisation, Run, steps
 from foveate.train.recipe import Route, load_recipe
 from foveate.train.scenes import SceneConfig
 from foveate.train.teacher import Teacher, pad_texts
-from foveate.train.tokenizer import TokenizerRecipe, composite, pixel_loss, train_tokenizer
+from foveate.train.tokenizer import TokenizerRecipe, composite, new_autoencoder, pixel_loss, train_tokenizer
 from foveate.train.transformer import Length, TransformerRecipe, alter_text, bit_loss, small_start, train_transformer
 from foveate.train.window import BLOCK, SceneSequence, Window
 
@@ -223,6 +224,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
         train_tokenizer(recipe, _sequence(), tmp_path / "b.ckpt", _stop_after(1))
     resumed = train_tokenizer(recipe, _sequence(), tmp_path / "b.ckpt", lambda _: None)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.usefixtures("fake_clock")
+def test_a_decoder_alone_learns_while_codes_stay(tmp_path: Path) -> None:
+    recipe = replace(_tokenizer_recipe(minutes=0.1), trains_encoder=False)
+    start = new_autoencoder(AUTOENCODER).state_dict()
+    trained = train_tokenizer(recipe, _sequence(), tmp_path / "d.ckpt", lambda _: None, initial=start)
+    moved = {name.split(".")[0] for name in start if not torch.equal(start[name], trained[name])}
+    assert moved == {"decoder"}
 
 
 def test_a_pause_does_not_eat_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,7 @@ from foveate.cli.evaluate import EvalOptions
 from foveate.cli.loading import open_pipeline
 from foveate.cli.options import ModelOptions
 from foveate.cli.staging import Staging
-from foveate.conditioning.minilm import TextEncoder
 from foveate.eval.figures import COLUMNS, Figure
-from foveate.families.loading import Origin, find_folder
 from foveate.train.corpus import load_corpus
 from foveate.train.examiner import Examiner
 from foveate.train.sheets import composed_sheet, single_sheet
@@ -38,7 +36,6 @@ def run(what: str, model: ModelOptions, options: EvalOptions) -> int:
         examiner = Examiner(
             pipe=open_pipeline(model, is_quiet=True),
             corpus=corpus,
-            texts=TextEncoder.from_folder(find_folder(Origin(name_or_path="emoji"))),
             num_prompts=options.prompts,
             seed=options.seed,
             log=log,

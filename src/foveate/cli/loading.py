@@ -31,6 +31,8 @@ def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
         offload=options.offload,
         release_text_encoder=options.release_text_encoder,
     )
+    if options.cuda_graphs:
+        pipe.enable_cuda_graphs()
     if is_quiet:
         pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -34,6 +34,7 @@ class ModelOptions:
         local_files_only: Never reach for the network.
         offload: Hold only the part that works on the device, and the others in main memory.
         release_text_encoder: Hold the text encoder in memory only while prompts are encoded.
+        cuda_graphs: On a GPU, replay the first scales of calls of one shape with one launch each.
     """
 
     model: Annotated[str, Parameter(name=["--model", "-m"])] = "emoji"
@@ -49,6 +50,7 @@ class ModelOptions:
     local_files_only: bool = False
     offload: bool = False
     release_text_encoder: bool = False
+    cuda_graphs: bool = False
 
 
 @Parameter(name="*")

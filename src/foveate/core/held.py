@@ -1,14 +1,37 @@
-"""How much memory a record of tensors holds."""
+"""Records of tensors: how much memory they hold, and copies of them."""
 
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
 
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def held_bytes(value: object) -> int:
     """Bytes of all tensors inside dataclasses, tuples, lists and mappings; a tensor that appears twice counts once."""
     return sum({id(tensor): tensor.nbytes for tensor in _tensors(value)}.values())
+
+
+def held_copy(value: T) -> T:
+    """The same record with a copy of every tensor in it."""
+    copied: Any = value
+    if isinstance(value, Tensor):
+        copied = value.clone()
+    elif is_dataclass(value) and not isinstance(value, type):
+        copied = type(value)(**{field.name: held_copy(getattr(value, field.name)) for field in fields(value)})
+    elif isinstance(value, dict):
+        copied = {key: held_copy(item) for key, item in value.items()}
+    elif isinstance(value, tuple | list):
+        copied = type(value)(held_copy(item) for item in value)
+    return copied
+
+
+def copy_held_(target: object, source: object) -> None:
+    """Copies every tensor of a record over the one in the same place of another, of the same shapes."""
+    for over, tensor in zip(_tensors(target), _tensors(source), strict=True):
+        over.copy_(tensor)
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -14,13 +14,15 @@ from torch import Tensor
 from foveate.core.cost import Row
 from foveate.core.errors import PlanConflictError, UnsupportedError
 from foveate.core.plan import Base, Bound, Fill, ScalePlan
-from foveate.core.protocols import BlockContext, NextScaleModel, ScaleTokenizer
+from foveate.core.protocols import BlockContext, NextScaleModel, Prepared, ScaleTokenizer
 from foveate.core.rows import Rows
 from foveate.core.schedule import Scale
 from foveate.core.signals import Signal, Signals
 from foveate.core.trace import ScaleTrace, Trace, unfired
 from foveate.engine.branches import combine_hidden, combine_logits, split_rows
 from foveate.engine.clock import clock_of
+from foveate.engine.graphs import Graphs
+from foveate.engine.kv_cache import KVCache
 from foveate.engine.recorder import Recorder, branch_logits
 from foveate.engine.select import Chosen, TokenLayout, choose
 from foveate.engine.state import Request, RequestState
@@ -41,8 +43,15 @@ class ScaleStep:
 class Engine:
     """A model and a tokenizer that obey a bound policy; holds no state of any request."""
 
-    def __init__(self, model: NextScaleModel, tokenizer: ScaleTokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: NextScaleModel, tokenizer: ScaleTokenizer, graphs: Graphs | None = None) -> None:
+        """Takes the parts.
+
+        Args:
+            model: On its device; with graphs it stays there.
+            tokenizer: Of the same family.
+            graphs: Replays the first scales; None launches everything.
+        """
+        self.model, self.tokenizer, self.graphs = model, tokenizer, graphs
 
     def run(self, bound: Bound, request: Request) -> Generator[ScaleStep, None, None]:
         """Generates, handing out the latent after every scale.
@@ -57,12 +66,15 @@ class Engine:
         clock.start()
         with kept_heap():
             with torch.inference_mode():
-                state = RequestState.open(self.model, self.tokenizer, bound, request, clock)
-            for scale in request.schedule.scales:
-                with torch.inference_mode():
-                    self._step(state, scale, request, bound)
-                yield ScaleStep(scale=scale.index, f_hat_BZHW=state.f_hat_BZHW, trace=state.trace)
-                clock.start()
+                state = RequestState.open(self.model, self.tokenizer, bound, request, clock, self.graphs)
+            try:
+                for scale in request.schedule.scales:
+                    with torch.inference_mode():
+                        self._step(state, scale, request, bound)
+                    yield ScaleStep(scale=scale.index, f_hat_BZHW=state.f_hat_BZHW, trace=state.trace)
+                    clock.start()
+            finally:
+                state.release()
 
     def _step(self, state: RequestState, scale: Scale, request: Request, bound: Bound) -> None:
         """Asks for the plan of a scale, obeys it and notes what it took since the clock was started.
@@ -94,9 +106,10 @@ class Engine:
             wanted=wanted, store=state.deltas, layout=layout, grid=scale.grid, dtype=self.model.compute_dtype
         )
         tally = Tally.start(layout, request.wants_maps, state.f_hat_BZHW.device)
-        x_nC = self._blocks(state, plan, scale, request, recorder, tally)
         weight = request.guidance.weights[scale.index] if request.guidance.on_logits else 1.0
-        logits = self._logits(state, x_nC, layout, weight != 1.0 or Signal.LOGITS in wanted)
+        has_uncond = weight != 1.0 or Signal.LOGITS in wanted
+        logits = self._logits(state, plan, scale, request, recorder, has_uncond)
+        tally.count(self.model.shape.num_blocks)
         guided = combine_logits(logits, weight, request.temperatures[scale.index])
         symbols = request.sampler.choose(
             scale.index,
@@ -117,6 +130,31 @@ class Engine:
         )
         return tally.trace(scale, {row: part.shape[0] for row, part in logits.items()})
 
+    def _logits(
+        self, state: RequestState, plan: ScalePlan, scale: Scale, request: Request, recorder: Recorder, has_uncond: bool
+    ) -> dict[Row, Float[Tensor, "_k V"]]:
+        """Head outputs of the conditional rows, and of the unconditional ones where something reads them.
+
+        What happens between the embedding and these is launched, or replayed where it has been captured.
+        """
+        layout = recorder.layout
+        headed = [row for row in state.live if row[1] or has_uncond]
+        rows = Rows(layout.rows.counts[: len(headed)])
+
+        def run(x_nC: Tensor, rotation_nD: Tensor, prepared: Prepared, cache: KVCache) -> Tensor:
+            reading = replace(state, prepared=prepared, cache=cache)
+            x_nC = self._blocks(reading, plan, scale, request, recorder, x_nC, rotation_nD)
+            return self.model.logits(x_nC[: rows.total], rows, prepared)
+
+        x_nC = self._enter(state, scale, layout)
+        rotation_nD = layout.pack([self.model.positions(request.schedule, scale.index)] * request.num_images)
+        prefix = state.prefix_for(scale, layout, recorder)
+        if prefix is None:
+            packed_kV = run(x_nC, rotation_nD, state.prepared, state.cache)
+        else:
+            packed_kV = prefix.logits(scale, len(headed), x_nC, rotation_nD, run)
+        return split_rows(packed_kV, headed, rows)
+
     def _blocks(
         self,
         state: RequestState,
@@ -124,12 +162,11 @@ class Engine:
         scale: Scale,
         request: Request,
         recorder: Recorder,
-        tally: Tally,
+        x_nC: Float[Tensor, "n C"],
+        rotation_nD: Float[Tensor, "n D"],
     ) -> Float[Tensor, "n C"]:
-        """Runs all blocks over the packed tokens."""
+        """Runs all blocks over the packed tokens, which they change."""
         layout = recorder.layout
-        x_nC = self._enter(state, scale, layout)
-        rotation_nD = layout.pack([self.model.positions(request.schedule, scale.index)] * request.num_images)
         for index in range(self.model.shape.num_blocks):
             active = layout.active(index)
             part_nC = x_nC if active.index_n is None else x_nC[active.index_n]
@@ -153,16 +190,7 @@ class Engine:
                 recorder.record(index, part_nC - before_nC, active.index_n, fill_nC)
             if index in request.guidance.hidden_blocks:
                 x_nC = combine_hidden(x_nC, state.live, layout.rows, request.guidance.weights[scale.index])
-            tally.count(active)
         return x_nC
-
-    def _logits(
-        self, state: RequestState, x_nC: Float[Tensor, "n C"], layout: TokenLayout, has_uncond: bool
-    ) -> dict[Row, Float[Tensor, "_k V"]]:
-        """Head outputs of the conditional rows, and of the unconditional ones where something reads them."""
-        headed = [row for row in state.live if row[1] or has_uncond]
-        rows = Rows(layout.rows.counts[: len(headed)])
-        return split_rows(self.model.logits(x_nC[: rows.total], rows, state.prepared), headed, rows)
 
     def _enter(self, state: RequestState, scale: Scale, layout: TokenLayout) -> Float[Tensor, "n C"]:
         """Hidden states that enter the first block; both branches of an image share the embedding."""

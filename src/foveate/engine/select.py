@@ -155,6 +155,11 @@ class TokenLayout:
             run_PRl=run_PRl,
         )
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether all tokens of every image run all blocks."""
+        return self.kept is None and self.run_PRl is None
+
     def pack(self, per_image: Sequence[Tensor]) -> Tensor:
         """Gathers (l, ...) tensors, one per image, into the packed list."""
         if self.kept is None:

@@ -18,13 +18,16 @@ from foveate.core.guidance import GuidanceSchedule
 from foveate.core.held import held_bytes
 from foveate.core.plan import Bound, ScalePlan
 from foveate.core.protocols import NextScaleModel, Prepared, ScaleTokenizer
-from foveate.core.schedule import ScaleSchedule
+from foveate.core.schedule import Scale, ScaleSchedule
 from foveate.core.signals import Signals
 from foveate.core.trace import Trace
 from foveate.engine.clock import Clock
 from foveate.engine.deltas import DeltaStore
+from foveate.engine.graphs import Graphs, Prefix, PrefixShape
 from foveate.engine.kv_cache import KVCache
+from foveate.engine.recorder import Recorder
 from foveate.engine.sample import Filter, Sampler
+from foveate.engine.select import TokenLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -127,13 +130,20 @@ class RequestState:
     clock: Clock
     num_stored: int
     prepared_bytes: int
+    prefix: Prefix | None = None
     residual_BZhw: Tensor | None = None
     signals: Signals | None = None
     dropped: set[int] = field(default_factory=set)
 
     @classmethod
     def open(
-        cls, model: NextScaleModel, tokenizer: ScaleTokenizer, bound: Bound, request: Request, clock: Clock
+        cls,
+        model: NextScaleModel,
+        tokenizer: ScaleTokenizer,
+        bound: Bound,
+        request: Request,
+        clock: Clock,
+        graphs: Graphs | None = None,
     ) -> "RequestState":
         """Allocates everything, at the bound; the clock runs."""
         is_guided = request.guidance.is_needed(0)
@@ -161,6 +171,7 @@ class RequestState:
             clock=clock,
             num_stored=limits.num_stored,
             prepared_bytes=held_bytes(prepared),
+            prefix=None if graphs is None else _lease(graphs, model, request, limits.num_stored, prepared),
         )
 
     def settle_branches(self, plan: ScalePlan, guidance: GuidanceSchedule, scale: int) -> None:
@@ -191,9 +202,42 @@ class RequestState:
         """Bytes kept for later scales beside keys and values."""
         return self.prepared_bytes + held_bytes(self.deltas.blocks)
 
+    def prefix_for(self, scale: Scale, layout: TokenLayout, recorder: Recorder) -> Prefix | None:
+        """The captured prefix if this scale is the next one of it; else it ends, and None."""
+        if self.prefix is not None and (not self.prefix.serves(scale) or not layout.is_dense or recorder.is_on):
+            self._leave_prefix()
+        return self.prefix
+
+    def release(self) -> None:
+        """Gives back what another request may use."""
+        if self.prefix is not None:
+            self.prefix.release()
+
+    def _leave_prefix(self) -> None:
+        """From here on the plain loop runs, with the keys and values so far."""
+        if self.prefix is not None:
+            self.prefix.hand_over(self.cache)
+            self.prefix = None
+
     def _keep(self, rows: Sequence[int]) -> None:
+        self._leave_prefix()
         self.live = [self.live[r] for r in rows]
         self.prepared = self.prepared.keep(rows)
         self.prepared_bytes = held_bytes(self.prepared)
         self.cache.keep(rows)
         self.deltas.keep(rows)
+
+
+def _lease(
+    graphs: Graphs, model: NextScaleModel, request: Request, num_stored: int, prepared: Prepared
+) -> Prefix | None:
+    """A captured prefix for a request, unless it combines the branches inside the blocks."""
+    if request.guidance.hidden_blocks:
+        return None
+    shape = PrefixShape(
+        schedule=request.schedule,
+        rows=tuple(request.text_tokens().items()),
+        num_stored=num_stored,
+        dtype=model.compute_dtype,
+    )
+    return graphs.lease(shape, model, prepared)

@@ -1,4 +1,4 @@
-"""Counts what ran, from the shapes of what was computed, while the blocks of one scale run.
+"""Counts what ran at one scale, from the lists of tokens that its blocks were given.
 
 Axes: B images, n packed tokens, l tokens of the scale.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from foveate.core.cost import Row, RowWork, ScaleWork
 from foveate.core.schedule import Scale
 from foveate.core.trace import ScaleTrace
-from foveate.engine.select import ActiveTokens, TokenLayout
+from foveate.engine.select import TokenLayout
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,11 +30,13 @@ class Tally:
         depth_n = torch.zeros(layout.rows.total, dtype=torch.long, device=device) if wants_maps else None
         return cls(layout=layout, depth_n=depth_n)
 
-    def count(self, active: ActiveTokens) -> None:
-        """Notes which tokens ran one block."""
-        self.counts.append(active.rows.counts)
-        if self.depth_n is not None:
-            self.depth_n[slice(None) if active.index_n is None else active.index_n] += 1
+    def count(self, num_blocks: int) -> None:
+        """Notes which tokens ran each block."""
+        for block in range(num_blocks):
+            active = self.layout.active(block)
+            self.counts.append(active.rows.counts)
+            if self.depth_n is not None:
+                self.depth_n[slice(None) if active.index_n is None else active.index_n] += 1
 
     def trace(self, scale: Scale, head_tokens: Mapping[Row, int]) -> ScaleTrace:
         """The scale as the trace keeps it; its time is filled in by the loop."""

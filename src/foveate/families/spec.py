@@ -17,7 +17,7 @@ _BUDGET_OF_SIDE = {256: "0.06M", 512: "0.25M", 1024: "1M"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
-    """How a model is sampled unless asked otherwise; a tuple holds one value per scale of the longest schedule.
+    """How a model is sampled unless asked otherwise; a tuple holds one value per scale, and its last one goes on.
 
     `guidance_window` is the first scale that guidance acts on and the first one behind it, None for all others.
     `more_smooth` samples soft codes from scale `smooth_start` on, as the published demos of VAR and Switti can.

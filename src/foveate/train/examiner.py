@@ -27,12 +27,14 @@ from foveate.eval.paraphrases import bundled_paraphrases, unseen
 from foveate.eval.quality import TextMatch, kid, nearest
 from foveate.eval.style import fit_style_probe
 from foveate.pipeline import Pipeline, stack_uint8
+from foveate.pipeline_options import PerScale
 from foveate.pipeline_output import to_uint8
 from foveate.tokenizers.bsq import BSQTokenizer, quantise
 from foveate.train.captions import Drawing, all_captions, framed_captions, with_style
 from foveate.train.contrast import rim_contrast
 from foveate.train.corpus import Corpus
 from foveate.train.scenes import Kind, Scene, SceneConfig, draw_scene, render
+from foveate.train.texts import bundled_encoder
 from foveate.train.tokenizer import composite
 
 Images = UInt8[np.ndarray, "n Y X 3"]
@@ -47,18 +49,18 @@ class Examiner:
     Attributes:
         pipe: The model, of the Infinity family.
         corpus: What it was trained on.
-        texts: The text encoder of the scorer.
         num_prompts: Pictures per figure.
         seed: Of prompts and pictures.
         log: Receives a line before each figure.
+        texts: The text encoder of the scorer.
     """
 
     pipe: Pipeline
     corpus: Corpus
-    texts: TextEncoder
     num_prompts: int = 200
     seed: int = 0
     log: Callable[[str], None] = lambda _: None
+    texts: TextEncoder = field(default_factory=bundled_encoder)
     heads: TextMatch = field(default_factory=TextMatch.bundled)
     _network: nn.Module = field(init=False, repr=False)
     _tokens: BSQTokenizer = field(init=False, repr=False)
@@ -93,10 +95,18 @@ class Examiner:
             self.log(name)
             yield from part()
 
-    def draw(self, prompts: Sequence[str]) -> Images:
-        """Pictures of prompts; the i-th has the seed `seed + i`."""
+    def draw(
+        self, prompts: Sequence[str], guidance_scale: PerScale | None = None, temperature: PerScale | None = None
+    ) -> Images:
+        """Pictures of prompts; the i-th has the seed `seed + i`. What is None is the model's default."""
         parts = [
-            self.pipe.generate(list(prompts[i : i + BATCH]), seed=self.seed + i, output_type="np")
+            self.pipe.generate(
+                list(prompts[i : i + BATCH]),
+                seed=self.seed + i,
+                guidance_scale=guidance_scale,
+                temperature=temperature,
+                output_type="np",
+            )
             for i in range(0, len(prompts), BATCH)
         ]
         return np.concatenate([stack_uint8(part.images) for part in parts])
@@ -137,20 +147,21 @@ class Examiner:
     @cached_property
     def _real_features(self) -> Float[np.ndarray, "n F"]:
         """Features of all drawings on white, in the order of the corpus."""
-        return np.concatenate([self._features(self.on_white(part)) for part in _chunks(self.corpus.drawings, 64)])
+        return np.concatenate([self.features(self.on_white(part)) for part in _chunks(self.corpus.drawings, 64)])
 
     @cached_property
     def _single(self) -> tuple[list[Drawing], Images, Float[np.ndarray, "n F"]]:
         """Evenly spread drawings of the training split, what the model makes of their labels, and its features."""
         chosen = self.spread(self.num_prompts)
         drawn = self.draw([self.prompt_of(one) for one in chosen])
-        return chosen, drawn, self._features(drawn)
+        return chosen, drawn, self.features(drawn)
 
     @property
     def _is_multi_style(self) -> bool:
         return len({one.style for one in self.corpus.drawings}) > 1
 
-    def _features(self, images: Images) -> Float[np.ndarray, "n F"]:
+    def features(self, images: Images) -> Float[np.ndarray, "n F"]:
+        """What the scorer's network sees in pictures."""
         return features(images, network=self._network)
 
     def on_white(self, drawings: Sequence[Drawing]) -> Images:
@@ -241,7 +252,7 @@ class Examiner:
         hits = [
             all_labels[i] == one.label for i, one in zip(nearest(drawn_nF, self._real_features), chosen, strict=True)
         ]
-        again = nearest(self._features(self._rebuilt(self.on_white(chosen))), self._real_features)
+        again = nearest(self.features(self._rebuilt(self.on_white(chosen))), self._real_features)
         ceiling = float(np.mean([all_labels[i] == one.label for i, one in zip(again, chosen, strict=True)]))
         yield Figure(
             name="nearest drawing is the right one",
@@ -260,7 +271,7 @@ class Examiner:
         if not asked:
             yield Figure(name=name, value=None, note="none of what was trained on has one")
             return
-        found = nearest(self._features(self.draw([one.text for one in asked])), self._real_features)
+        found = nearest(self.features(self.draw([one.text for one in asked])), self._real_features)
         hits = [self.corpus.drawings[i].label == one.label for i, one in zip(found, asked, strict=True)]
         note = f"{len(asked)} prompts in words that were never trained on"
         yield Figure(name=name, value=float(np.mean(hits)), note=note)
@@ -276,7 +287,7 @@ class Examiner:
         labels = sorted({one.label for one in self.corpus.drawings})
         texts_tE = self.texts.pooled(labels).numpy()
         rows = np.array([labels.index(one.label) for one in asked])
-        drawn_nF = self._features(self.draw([self.prompt_of(one) for one in asked]))
+        drawn_nF = self.features(self.draw([self.prompt_of(one) for one in asked]))
         yield Figure(
             name="held-out pairs of concept and style",
             value=self.heads.r_at_1(drawn_nF, texts_tE, rows),
@@ -307,11 +318,11 @@ class Examiner:
             is_held_out = len(held_out) >= MIN_PROMPTS
             if is_held_out:
                 others = self.scenes("single", self.num_prompts, held_out)
-            other_nF = self._features(self.real(others))
+            other_nF = self.features(self.real(others))
             yield Figure(
                 name=f"KID x 1000, {style}",
-                value=1000 * kid(self._features(self.draw([scene.caption for scene in asked])), other_nF),
-                ceiling=1000 * kid(self._features(self.real(asked)), other_nF),
+                value=1000 * kid(self.features(self.draw([scene.caption for scene in asked])), other_nF),
+                ceiling=1000 * kid(self.features(self.real(asked)), other_nF),
                 target=20.0,
                 is_share=False,
                 lower_is_better=True,
@@ -360,7 +371,7 @@ class Examiner:
             if len(found) < 2:
                 return False
             pair: tuple[Thing, Thing] = (found[0], found[1])
-            crops_nF = np.concatenate([self._features(crop(image, one)[None]) for one in pair])
+            crops_nF = np.concatenate([self.features(crop(image, one)[None]) for one in pair])
             similarity_22 = self.heads.similarity(crops_nF, self.texts.pooled(names).numpy())
             return is_in_order(pair, similarity_22, axis)
 

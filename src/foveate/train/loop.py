@@ -68,7 +68,7 @@ class Run:
     step: int = 0
     samples: int = 0
     flops: float = 0.0
-    recent: dict[str, float] = field(default_factory=dict)
+    recent: dict[str, float | Tensor] = field(default_factory=dict)
 
     @classmethod
     def start(cls, model: nn.Module, optimisation: Optimisation) -> "Run":
@@ -96,7 +96,7 @@ class Run:
             "step": self.step,
             "samples": self.samples,
             "flops": self.flops,
-            "recent": self.recent,
+            "recent": {name: float(value) for name, value in self.recent.items()},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
@@ -128,8 +128,8 @@ class Run:
             for name, value in self.model.state_dict().items():
                 self.average[name].lerp_(value.float(), 1 - decay)
 
-    def note(self, **figures: float) -> None:
-        """Keeps running means of what the log prints."""
+    def note(self, **figures: float | Tensor) -> None:
+        """Keeps running means of what the log prints; a figure stays on its device until then."""
         for name, value in figures.items():
             self.recent[name] = 0.98 * self.recent.get(name, value) + 0.02 * value
 
@@ -189,7 +189,7 @@ def steps(
         run.clock_s += min(time.perf_counter() - began, MAX_STEP_S)
         if run.clock_s - saved_s >= optimisation.checkpoint_s:
             run.save(checkpoint)
-            figures = [f"{name} {value:.4f}" for name, value in run.recent.items()]
+            figures = [f"{name} {float(value):.4f}" for name, value in run.recent.items()]
             speed = (run.flops - saved_flops) / (run.clock_s - saved_s)
             if limits.peak is not None and speed:
                 figures.append(f"utilisation {speed / limits.peak:.0%} of {limits.peak / 1e12:.2f} TFLOP/s")

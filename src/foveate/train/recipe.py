@@ -4,32 +4,32 @@ Each stage writes into the output folder and is left out when its result is ther
 its last checkpoint. The same file serves a CPU and a GPU: `device` and the minutes are all that differ.
 """
 
+import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import yaml
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveate.bench.peak import matmul_peak
 from foveate.conditioning.minilm import TextEncoder
-from foveate.core.atomic import replace_file
+from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import FoveateError
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.schedule import ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request
-from foveate.families.loading import Origin, find_folder
 from foveate.families.spec import Defaults, ModelSpec
 from foveate.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder
 from foveate.models.checkpoint_infinity import load_autoencoder, load_transformer
@@ -40,14 +40,19 @@ from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.train.contrast import rim_contrast
 from foveate.train.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
 from foveate.train.loop import Limits, Optimisation
+from foveate.train.sampling import SamplingSearch, choose_sampling, require_scorer
 from foveate.train.scenes import SceneConfig
+from foveate.train.texts import bundled_encoder
 from foveate.train.tokenizer import TokenizerRecipe, composite, psnr_of, reconstruct, train_tokenizer
 from foveate.train.transformer import Length, TransformerRecipe, train_transformer
 from foveate.train.weights import DrawWeights, drawing_weights
 from foveate.train.window import SceneSequence, Window
 
-Stage = Literal["corpus", "tokenizer", "transformer", "export", "all"]
+Stage = Literal["corpus", "tokenizer", "transformer", "export", "sampling", "all"]
 Log = Callable[[str], None]
+
+SAMPLING = "sampling.json"
+"""What the validation scenes chose, in the folder of a run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +67,7 @@ class Recipe:
     tokenizer: TokenizerRecipe
     transformer: TransformerRecipe
     defaults: Defaults
+    sampling: SamplingSearch
     sheet: tuple[str, ...]
     notice: str
     card: str
@@ -104,12 +110,13 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
     route = route or Route()
     device = route.chosen_device()
     try:
-        data = _read_yaml(path)
+        data = _read_recipe(path)
         sections = {name: data.pop(name, {}) for name in ("cpu", "cuda")}
         _lay_over(data, sections[device])
         if route.is_dry:
             _lay_over(data, {"tokenizer": _DRY, "transformer": _DRY | {"window": 1, "compiles": False}})
             data["sheet"] = data["sheet"][:2]
+            data["sampling"] = {"guidance": [1.5], "temperatures": [0.5], "factors": [], "prompts": 2}
         corpus = CorpusConfig.from_dict(_read_yaml(path.parent / data["corpus"]))
         schedule = ScaleSchedule.from_template(1.0, data["budget"])
         run = {"device": device, "dtype": data["dtype"]}
@@ -131,7 +138,6 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
         )
         notice = (path.parent / data["notice"]).read_text(encoding="utf-8")
         card = (path.parent / data["card"]).read_text(encoding="utf-8")
-        tuples: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["defaults"].items()}
         return Recipe(
             name=data["name"],
             budget=data["budget"],
@@ -140,7 +146,8 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
             scenes=SceneConfig(**data["scenes"]),
             tokenizer=tokenizer,
             transformer=transformer,
-            defaults=Defaults(**tuples),
+            defaults=Defaults(**_tuples(data["defaults"])),
+            sampling=SamplingSearch(**_tuples(data["sampling"])),
             sheet=tuple(data["sheet"]),
             notice=notice,
             card=card,
@@ -169,7 +176,7 @@ def load_corpus_config(path: Path, route: Route | None = None) -> CorpusConfig:
         FoveateError: A file cannot be read, or a field is unknown or wrong.
     """
     try:
-        data = _read_yaml(path)
+        data = _read_recipe(path)
         if "corpus" not in data:
             return CorpusConfig.from_dict(data)
         _lay_over(data, data.get((route or Route()).chosen_device(), {}))
@@ -178,8 +185,21 @@ def load_corpus_config(path: Path, route: Route | None = None) -> CorpusConfig:
         raise FoveateError(f"cannot read the corpus file {path}: {error!r}") from None
 
 
+def _read_recipe(path: Path) -> Any:  # noqa: ANN401 - see `_read_yaml`
+    """A training file over the one beside it that it names as its `base`."""
+    data = _read_yaml(path)
+    if isinstance(data, dict) and "base" in data:
+        over, data = data, _read_recipe(path.parent / data["base"])
+        _lay_over(data, {name: value for name, value in over.items() if name != "base"})
+    return data
+
+
 def _read_yaml(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds; its readers check it
     return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _optimisation(fields: dict[str, Any], minutes_scale: float) -> Optimisation:
@@ -225,7 +245,9 @@ def train(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     run = TrainingFolder(recipe, folder, log, start_from, deadline, corpus_at=out)
-    stages = ["corpus", "tokenizer", "transformer", "export"] if stage == "all" else [stage]
+    stages = ["corpus", "tokenizer", "transformer", "export", "sampling"] if stage == "all" else [stage]
+    if "sampling" in stages:
+        require_scorer()
     result = out
     for name in stages:
         log(f"stage {name}")
@@ -234,6 +256,7 @@ def train(
             "tokenizer": run.tokenizer,
             "transformer": run.transformer,
             "export": run.export,
+            "sampling": run.sampling,
         }[name]()
     return result
 
@@ -359,7 +382,7 @@ class TrainingFolder:
             autoencoder=self.recipe.tokenizer.shape,
             budgets=(self.recipe.budget,),
             ratios=("1:1",),
-            defaults=self.recipe.defaults,
+            defaults=self.defaults(),
         )
         save_folder(
             folder,
@@ -370,7 +393,25 @@ class TrainingFolder:
             notice=self.recipe.notice,
             model_card=self.recipe.card,
         )
+        self._log_rounding(folder)
         return folder
+
+    def sampling(self) -> Path:
+        """Chooses guidance and temperature of every scale, unless that was done, and exports the model with them."""
+        path = self.out / SAMPLING
+        if not path.exists():
+            corpus, device = load_corpus(self.corpus()), self.recipe.transformer.device
+            found = choose_sampling(self.out / self.recipe.name, corpus, self.recipe.sampling, device, self.log)
+            chosen = {"guidance_scale": found.guidance_scale, "temperature": found.temperature}
+            write_text(path, json.dumps(chosen, indent=1) + "\n")
+        return self.export()
+
+    def defaults(self) -> Defaults:
+        """How the model is sampled: as the recipe says, until the validation scenes have chosen."""
+        path = self.out / SAMPLING
+        if not path.exists():
+            return self.recipe.defaults
+        return replace(self.recipe.defaults, **_tuples(json.loads(path.read_text(encoding="utf-8"))))
 
     def autoencoder(self) -> Autoencoder:
         """The trained autoencoder, on the CPU."""
@@ -393,28 +434,40 @@ class TrainingFolder:
 
     def sample_sheet(self, weights: Mapping[str, Tensor], encoder: TextEncoder, path: Path) -> None:
         """Draws the recipe's prompts with the given weights, through the engine that users run."""
-        prompts = self.recipe.sheet
+        save_sheet(self._drawn(self._infinity(weights), self.autoencoder(), encoder), 8, path)
+
+    def _drawn(self, model: Infinity, autoencoder: Autoencoder, encoder: TextEncoder) -> Float[Tensor, "n 3 Y X"]:
+        prompts, defaults = self.recipe.sheet, self.defaults()
         schedule = self.recipe.transformer.schedule
-        model = self._infinity(weights)
-        tokenizer = BSQTokenizer(self.autoencoder())
-        heat = self.recipe.defaults.temperature
-        temperatures = heat[: len(schedule)] if isinstance(heat, tuple) else (heat,) * len(schedule)
+        tokenizer = BSQTokenizer(autoencoder)
+        heat = defaults.temperature
         request = Request(
             schedule=schedule,
-            guidance=GuidanceSchedule.from_infinity(self.recipe.defaults.guidance_scale, len(schedule)),
-            temperatures=temperatures,
-            filters=(Filter(top_k=self.recipe.defaults.top_k, top_p=self.recipe.defaults.top_p),) * len(schedule),
+            guidance=GuidanceSchedule.from_infinity(defaults.guidance_scale, len(schedule)),
+            temperatures=heat if isinstance(heat, tuple) else (heat,) * len(schedule),
+            filters=(Filter(top_k=defaults.top_k, top_p=defaults.top_p),) * len(schedule),
             sampler=KeyedSampler(seeds=tuple(range(len(prompts)))),
             conditions=tuple(text.cpu() for text in encoder.encode(list(prompts))),
             num_images=len(prompts),
         )
         *_, last = Engine(model, tokenizer).run(Full().bind(schedule, model.shape), request)
-        save_sheet(tokenizer.decode(last.f_hat_BZHW), 8, path)
+        return tokenizer.decode(last.f_hat_BZHW)
 
-
-def bundled_encoder() -> TextEncoder:
-    """The text encoder that the package carries, for all models trained here, with the rounding that users get."""
-    return TextEncoder.from_folder(find_folder(Origin(name_or_path="emoji")))
+    def _log_rounding(self, folder: Path) -> None:
+        """Says what the rounding of the stored weights changes in the pictures of the recipe's prompts."""
+        cpu, encoder = torch.device("cpu"), bundled_encoder()
+        shape, tokens = self.recipe.transformer.shape, self.recipe.tokenizer.shape
+        stored = self._drawn(
+            read_network(folder / TRANSFORMER, lambda: Infinity(shape), load_transformer, torch.float32, cpu),
+            read_network(folder / AUTOENCODER, lambda: Autoencoder(tokens), load_autoencoder, torch.float32, cpu),
+            encoder,
+        )
+        trained = self._infinity(load_file(self.out / "transformer.safetensors"))
+        psnr_n = psnr_of(stored, self._drawn(trained, self.autoencoder(), encoder))
+        self.log(
+            f"stored in float16: {float(psnr_n.median()):.1f} dB from the weights as trained "
+            f"(median of {len(psnr_n)} pictures, least {float(psnr_n.min()):.1f})"
+        )
 
 
 def _save(weights: Mapping[str, Tensor], path: Path) -> None:

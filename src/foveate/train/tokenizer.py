@@ -26,13 +26,18 @@ PREVIEW_STEPS = 2000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenizerRecipe:
-    """The tokenizer's shape, its schedule and how it is trained."""
+    """The tokenizer's shape, its schedule and how it is trained.
+
+    Without `trains_encoder` only the decoder learns, and every picture keeps its codes: a transformer that was trained
+    on them forgets what it can draw where they move.
+    """
 
     shape: AutoencoderConfig
     grids: tuple[Grid, ...]
     optimisation: Optimisation
     commitment: float = 0.25
     early_exit_share: float = 0.2
+    trains_encoder: bool = True
     dtype: str = "bfloat16"
     device: str = "cpu"
 
@@ -123,6 +128,7 @@ def train_tokenizer(
     model = new_autoencoder(recipe.shape).to(recipe.device)
     if initial is not None:
         model.load_state_dict(initial)
+    model.encoder.requires_grad_(recipe.trains_encoder)
     run = Run.start(model, recipe.optimisation)
     dtype = getattr(torch, recipe.dtype)
     batch = recipe.optimisation.batch

@@ -183,9 +183,9 @@ def train_transformer(
         run.update(loss, recipe.optimisation)
         run.flops += step_flops[num_scales]
         run.samples += len(logits)
-        run.note(coarse=float(per_scale[: recipe.lengths[0].scales].mean()))
+        run.note(coarse=per_scale[: recipe.lengths[0].scales].mean())
         if num_scales == len(recipe.schedule):
-            run.note(loss=float(loss.detach()), last=float(per_scale[-1]))
+            run.note(loss=loss.detach(), last=per_scale[-1])
         # Only now is the clock that of the checkpoint.
         previewed_s = min(previewed_s, run.clock_s)
         if preview is not None and run.clock_s - previewed_s > preview_every_s:

@@ -1,0 +1,201 @@
+"""Captured prefixes: the bits of the plain loop at the first call, at replays, and whatever ran before or beside it.
+
+No machine of these tests has a GPU, so work is captured by its twin, which calls it again: what a graph would read from
+a place that another request has left, the twin reads there too.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from foveate.core.held import copy_held_, held_bytes, held_copy
+from foveate.engine.executor import Engine
+from foveate.engine.graphs import Graphs, Recalled
+from foveate.engine.state import Request
+from foveate.policies.registry import load_policy
+from tests.engine.test_uncached import forgetful
+from tests.toys import SpySampler, Toy, label_request, make_request, toy, toy_var
+
+SPECS = (
+    "full",
+    "ld-pruning",
+    "ld-pruning:sats=false",
+    "depthvar",
+    "drop-branch:count=2",
+    "skip-scales:count=1",
+    "random-tokens",
+)
+TOYS: dict[str, Callable[[], Toy]] = {
+    "square": lambda: toy("square"),
+    "patches": lambda: toy("patches"),
+    "var": toy_var,
+    "uncached": lambda: forgetful("wide"),
+}
+
+
+@dataclass(kw_only=True)
+class Counted:
+    """Captures as the twin does, and counts captures and replays."""
+
+    captures: int = 0
+    replays: int = 0
+
+    def __call__(self, work: Callable[[], Tensor]) -> Recalled:
+        """Captures."""
+        self.captures += 1
+
+        def counted() -> Tensor:
+            self.replays += 1
+            return work()
+
+        return Recalled.capture(counted)
+
+
+def request_of(subject: Toy, seed: int) -> Request:
+    """A request of the toy's kind; texts of the same lengths, other words for other seeds."""
+    seeds = (seed, seed + 1, seed + 2)
+    if subject.name == "var":
+        return label_request(subject.schedule, seeds=seeds, labels=tuple((seed + i) % 10 for i in range(3)))
+    return make_request(subject.schedule, seeds=seeds)
+
+
+def latents(engine: Engine, spec: str, subject: Toy, request: Request) -> list[Tensor]:
+    """Latents of all scales."""
+    bound = load_policy(spec).bind(subject.schedule, subject.model.shape)
+    return [step.f_hat_BZHW for step in engine.run(bound, request)]
+
+
+def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    """Whether all scales agree, to the bit."""
+    return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("most_tokens", [40, 10_000], ids=["the first scales", "all scales"])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("name", list(TOYS))
+def test_a_replayed_prefix_is_the_plain_loop(name: str, spec: str, most_tokens: int):
+    subject = TOYS[name]()
+    capture = Counted()
+    graphed = Engine(subject.model, subject.tokenizer, Graphs(capture, most_tokens))
+    plain = Engine(subject.model, subject.tokenizer)
+    captures = []
+    for seed in (3, 11, 19, 19):
+        request = request_of(subject, seed)
+        assert equal(latents(graphed, spec, subject, request), latents(plain, spec, subject, request))
+        captures.append(capture.captures)
+    assert captures[0] == 0, "a shape that may never come again is not captured"
+    assert captures[1] > 0, "the second request captures"
+    assert captures[2] == captures[3], "content may decide that another scale is captured, and never twice"
+    assert capture.replays > 2 * capture.captures
+
+
+def test_traces_count_what_was_replayed():
+    subject = toy("square")
+    bound = load_policy("ld-pruning").bind(subject.schedule, subject.model.shape)
+    engines = (Engine(subject.model, subject.tokenizer, Graphs(Counted())), Engine(subject.model, subject.tokenizer))
+    for seed in (3, 4):
+        ours, theirs = ([*engine.run(bound, request_of(subject, seed))][-1].trace for engine in engines)
+        for one, other in zip(ours.scales, theirs.scales, strict=True):
+            assert one.work == other.work
+            assert torch.equal(one.keep_Bl, other.keep_Bl)
+            assert torch.equal(one.depth_Bl, other.depth_Bl)
+
+
+def test_requests_side_by_side_do_not_share_buffers():
+    subject = toy("square")
+    graphed = Engine(subject.model, subject.tokenizer, Graphs(Counted()))
+    plain = Engine(subject.model, subject.tokenizer)
+    bound = load_policy("full").bind(subject.schedule, subject.model.shape)
+    requests = [request_of(subject, seed) for seed in (3, 11, 19)]
+    latents(graphed, "full", subject, requests[0])
+    steps = [[] for _ in requests]
+    runs = [graphed.run(bound, request) for request in requests]
+    for _ in subject.schedule.scales:
+        for step, running in zip(steps, runs, strict=True):
+            step.append(next(running).f_hat_BZHW)
+    for step, request in zip(steps, requests, strict=True):
+        assert equal(step, latents(plain, "full", subject, request))
+
+
+@pytest.mark.parametrize("scale", [0, 2, 4])
+def test_a_request_that_ends_early_leaves_no_trace(scale: int):
+    subject = toy("square")
+    capture = Counted()
+    graphed = Engine(subject.model, subject.tokenizer, Graphs(capture))
+    plain = Engine(subject.model, subject.tokenizer)
+    bound = load_policy("full").bind(subject.schedule, subject.model.shape)
+    for seed in (3, 5):
+        latents(graphed, "full", subject, request_of(subject, seed))
+    known = capture.captures
+    failing = request_of(subject, 7)
+    failing = replace(failing, sampler=SpySampler(inner=failing.sampler, fails_at=scale))
+    with pytest.raises(RuntimeError, match="the toy broke"):
+        list(graphed.run(bound, failing))
+    with closing(graphed.run(bound, request_of(subject, 9))) as cancelled:
+        for _ in range(scale + 1):
+            next(cancelled)
+    request = request_of(subject, 13)
+    assert equal(latents(graphed, "full", subject, request), latents(plain, "full", subject, request))
+    assert capture.captures == known, "both leases were given back, so this one was replayed"
+
+
+def test_shapes_do_not_mix():
+    """Other text lengths, other guidance from the start and other batches have graphs of their own."""
+    subject = toy("square")
+    capture = Counted()
+    graphed = Engine(subject.model, subject.tokenizer, Graphs(capture))
+    plain = Engine(subject.model, subject.tokenizer)
+    requests = [
+        make_request(subject.schedule),
+        make_request(subject.schedule, lengths=(5, 9, 6)),
+        make_request(subject.schedule, weights=(1.0,) * 5),
+        make_request(subject.schedule, seeds=(1, 2), lengths=(5, 9)),
+        make_request(subject.schedule, hidden_blocks=(2,)),
+    ]
+    for request in requests * 3:
+        assert equal(latents(graphed, "full", subject, request), latents(plain, "full", subject, request))
+    assert capture.captures == 4 * len(subject.schedule), "guidance inside the blocks is never captured"
+
+
+def test_the_shape_that_was_used_longest_ago_is_forgotten():
+    subject = toy("square")
+    capture = Counted()
+    engine = Engine(subject.model, subject.tokenizer, Graphs(capture, most_shapes=2))
+
+    def new_captures(length: int, times: int) -> int:
+        before = capture.captures
+        for _ in range(times):
+            latents(engine, "full", subject, make_request(subject.schedule, (1,), (length,)))
+        return capture.captures - before
+
+    scales = len(subject.schedule)
+    assert [new_captures(length, 2) for length in (1, 2, 1)] == [scales, scales, 0]
+    assert new_captures(3, 2) == scales
+    assert new_captures(1, 1) == 0, "known: 2 was used longest ago"
+    assert new_captures(2, 2) == scales, "forgotten, so it is captured at its second request again"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Something that a model might prepare."""
+
+    first: Tensor
+    rest: tuple[dict[str, Tensor], int]
+
+
+def test_records_are_copied_tensor_by_tensor():
+    record = Pair(torch.arange(3.0), ({"a": torch.ones(2)}, 4))
+    copied = held_copy(record)
+    record.first.add_(1)
+    assert torch.equal(copied.first, torch.arange(3.0))
+    assert copied.rest[1] == 4
+    assert held_bytes(copied) == held_bytes(record)
+    copy_held_(copied, record)
+    assert torch.equal(copied.first, record.first)
+    assert copied.first is not record.first
+    with pytest.raises(ValueError, match="shorter|longer"):
+        copy_held_(copied, record.first)
