@@ -34,22 +34,23 @@ def sublayer(layer: FeedForward, rows: Rows, x_nC: Tensor, modulation_R3C: Tenso
     return x_nC
 
 
-def milliseconds(run: Callable[[], object], device: torch.device) -> float:
+def milliseconds(run: Callable[[], object]) -> float:
     """Of one call."""
     began = time.perf_counter()
     run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
     return 1e3 * (time.perf_counter() - began)
 
 
-def row_of(tokens: int, width: int, dtype: torch.dtype, device: torch.device, runs: int) -> str:
+def row_of(tokens: int, width: int, dtype: torch.dtype, runs: int) -> str:
     """One line of the table: both rows of one picture, `tokens` in all."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
     rows = Rows((tokens // 2,) * 2)
-    layer = FeedForward(width, 4 * width).to(device, dtype).requires_grad_(requires_grad=False)
-    x_nC, modulation_R3C = torch.randn(rows.total, width, device=device), torch.randn(2, 3, width, device=device)
-    compiled = torch.compile(lambda x_nC, modulation_R3C: sublayer(layer, rows, x_nC, modulation_R3C), fullgraph=True)
+    layer = FeedForward(width, 4 * width).to(dtype).requires_grad_(requires_grad=False)
+    x_nC, modulation_R3C = torch.randn(rows.total, width), torch.randn(2, 3, width)
+    compiled = torch.compile(
+        lambda x_nC, modulation_R3C: sublayer(layer, rows, x_nC, modulation_R3C), fullgraph=True, dynamic=False
+    )
 
     def plain() -> None:
         with in_torch(activation, linear, norm, residual):
@@ -59,7 +60,7 @@ def row_of(tokens: int, width: int, dtype: torch.dtype, device: torch.device, ru
     with torch.inference_mode():
         apart = (compiled(x_nC.clone(), modulation_R3C) - sublayer(layer, rows, x_nC.clone(), modulation_R3C)).abs()
         measured = alternate(
-            lambda side, _: milliseconds(sides[side], device),
+            lambda side, _: milliseconds(sides[side]),
             3,
             runs=runs,
             warmup=3,
@@ -75,7 +76,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8, 128, 1024, 8192])
     parser.add_argument("--runs", type=int, default=20)
     args = parser.parse_args()
@@ -84,7 +84,7 @@ def main() -> None:
     print("| tokens | our kernels ms | plain torch / ours (p10-p90) | compiled / ours (p10-p90) | largest difference |")
     print("|---|---|---|---|---|")
     for tokens in args.tokens:
-        print(row_of(tokens, args.width, DTYPES[args.dtype], torch.device(args.device), args.runs), flush=True)
+        print(row_of(tokens, args.width, DTYPES[args.dtype], args.runs), flush=True)
 
 
 if __name__ == "__main__":

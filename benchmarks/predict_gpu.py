@@ -120,7 +120,19 @@ def predict(model: str, size: str, batch: int, text_tokens: int, path: str, gpu:
     return found
 
 
-def table(model: str, found: list[Prediction], other: list[Prediction]) -> str:
+def handed_over_s(model: str, size: str, batch: int, found: list[Prediction], gpu: Gpu) -> float:
+    """Seconds for moving keys and values of the captured scales: read and written, two launches per block."""
+    spec = PUBLISHED[model].spec
+    shape, _ = shape_of(spec.transformer)
+    scales = ScaleSchedule.from_template(1.0, size, patch=spec.patch).scales
+    tokens = sum(scale.num_tokens for scale, part in zip(scales, found, strict=True) if part.nodes_s is not None)
+    if all(part.nodes_s is not None for part in found):
+        return 0.0
+    moved = 2 * 2 * 2 * batch * tokens * shape.width * shape.num_blocks * BYTES
+    return max(moved / gpu.bytes_per_s, 2 * shape.num_blocks * gpu.launch_s)
+
+
+def table(model: str, found: list[Prediction], other: list[Prediction], handed_over: float) -> str:
     """A markdown table; the last column is plain torch, without the kernels and without graphs."""
     lines = [
         f"| {model}, *predicted* | products ms | weights, K/V ms | between ms | launches ms | scale ms | bound by | "
@@ -134,6 +146,8 @@ def table(model: str, found: list[Prediction], other: list[Prediction]) -> str:
             f"| {p.scale}: {p.side} | {numbers} | {p.bound} | {1e3 * p.replayed_s:.2f} | {1e3 * q.seconds:.2f} |"
         )
     plain, graphs = (1e3 * sum(part) for part in zip(*((p.seconds, p.replayed_s) for p in found), strict=True))
+    lines.append(f"| keys and values move | | | | | | | {1e3 * handed_over:.2f} | |")
+    graphs += 1e3 * handed_over
     lines.append(f"| all | | | | | {plain:.1f} | | {graphs:.1f} | {1e3 * sum(q.seconds for q in other):.1f} |")
     return "\n".join(lines)
 
@@ -160,7 +174,7 @@ def main() -> None:
     found, other = (
         predict(args.model, args.size, args.batch, args.text_tokens, path, gpu) for path in ("kernels", "torch")
     )
-    print(table(args.model, found, other))
+    print(table(args.model, found, other, handed_over_s(args.model, args.size, args.batch, found, gpu)))
 
 
 if __name__ == "__main__":

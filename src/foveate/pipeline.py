@@ -158,7 +158,8 @@ class Pipeline:
         """Replays the first scales of a picture as captured graphs, where launching kernels takes longer than they do.
 
         Calls that agree in their size, their batch and the lengths of their texts share graphs, which are captured at
-        the second one. The arithmetic is that of the plain loop. Costs memory for each such shape; see docs/gpu.md.
+        the second one. The arithmetic is that of the plain loop. Costs memory for each such shape; see docs/gpu.md. The
+        weights must stay where they are, and calls run on one stream; of calls side by side one has graphs.
 
         Raises:
             FoveateError: The pipeline computes on the CPU, or its parts are moved.
@@ -168,7 +169,8 @@ class Pipeline:
         if self._offload is not None:
             raise FoveateError(_NO_GRAPHS_WITH_OFFLOAD)
         if self._engine.graphs is None:
-            self._engine = Engine(self.model.transformer, self.model.tokenizer, Graphs(DeviceCapture()))
+            graphs = Graphs(DeviceCapture(self.model.device))
+            self._engine = Engine(self.model.transformer, self.model.tokenizer, graphs)
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""

@@ -15,7 +15,7 @@ from foveate.core.guidance import GuidanceSchedule
 from foveate.core.plan import Policy
 from foveate.core.schedule import ScaleSchedule, parse_ratio, ratio_name
 from foveate.engine.sample import Filter
-from foveate.families.spec import ModelSpec
+from foveate.families.spec import ModelSpec, per_scale
 from foveate.policies.registry import load_policy
 
 logger = logging.getLogger("foveate")
@@ -290,10 +290,9 @@ def _or(value: str | None, default: str) -> str:
 
 
 def _per_scale(name: str, value: PerScale | None, default: PerScale, count: int) -> tuple[float, ...]:
-    """One value per scale; a default may be longer, for larger pictures, or shorter: then its last value goes on."""
+    """One value per scale; only a default may have more or fewer values, see `families.spec.per_scale`."""
     if value is None:
-        known = [default] if isinstance(default, int | float) else list(default)
-        values = [known[min(scale, len(known) - 1)] for scale in range(count)]
+        values: list[float] = list(per_scale(default if isinstance(default, int | float) else tuple(default), count))
     else:
         values = [value] * count if isinstance(value, int | float) else list(value)
     _require(len(values) == count, f"{name} needs one number or {count}, one per scale, got {len(values)}")

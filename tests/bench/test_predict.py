@@ -37,7 +37,7 @@ def test_time_is_the_larger_ceiling_plus_what_lies_between_and_never_below_the_l
 def test_graphs_hold_the_scales_that_the_engine_captures():
     found = predict("infinity-2b", "1M", 1, 32, "kernels", replace(SLOW, node_s=1.0))
     captured = [part.scale for part in found if part.nodes_s is not None]
-    assert captured == list(range(10)), "the scale of 32 x 32 holds 2,048 tokens in both rows, the next one more"
+    assert captured == list(range(7)), "the scale of 16 x 16 holds 512 tokens in both rows, the next one more"
 
 
 @pytest.mark.parametrize(("model", "size"), [("infinity-2b", "1M"), ("infinity-8b", "1M"), ("infinity-125m", "0.06M")])

@@ -18,6 +18,7 @@ from foveate.engine.graphs import Graphs, Recalled
 from foveate.engine.state import Request
 from foveate.policies.registry import load_policy
 from tests.engine.test_uncached import forgetful
+from tests.models import test_switti
 from tests.toys import SpySampler, Toy, label_request, make_request, toy, toy_var
 
 SPECS = (
@@ -34,6 +35,8 @@ TOYS: dict[str, Callable[[], Toy]] = {
     "patches": lambda: toy("patches"),
     "var": toy_var,
     "uncached": lambda: forgetful("wide"),
+    "switti": lambda: test_switti.subject_of(use_ar=True),
+    "switti without memory": lambda: test_switti.subject_of(use_ar=False),
 }
 
 
@@ -60,6 +63,8 @@ def request_of(subject: Toy, seed: int) -> Request:
     seeds = (seed, seed + 1, seed + 2)
     if subject.name == "var":
         return label_request(subject.schedule, seeds=seeds, labels=tuple((seed + i) % 10 for i in range(3)))
+    if subject.name == "switti":
+        return test_switti.request_of(subject, seeds)
     return make_request(subject.schedule, seeds=seeds)
 
 
@@ -91,6 +96,39 @@ def test_a_replayed_prefix_is_the_plain_loop(name: str, spec: str, most_tokens: 
     assert captures[1] > 0, "the second request captures"
     assert captures[2] == captures[3], "content may decide that another scale is captured, and never twice"
     assert capture.replays > 2 * capture.captures
+
+
+@pytest.mark.parametrize(
+    "spec", ["drop-branch:count=5", "uniform-depth:num_scales=4", "depthvar:reference_scale=0", "skip-scales:count=4"]
+)
+def test_a_policy_that_leaves_at_once_finds_nothing_of_the_request_before(spec: str):
+    subject = toy("square")
+    graphed = Engine(subject.model, subject.tokenizer, Graphs(Counted()))
+    plain = Engine(subject.model, subject.tokenizer)
+    for seed in (3, 5, 7):
+        latents(graphed, "full", subject, request_of(subject, seed))
+    request = request_of(subject, 9)
+    assert equal(latents(graphed, spec, subject, request), latents(plain, spec, subject, request))
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 3])
+def test_what_cannot_be_captured_runs_without_graphs(fails_at: int, caplog: pytest.LogCaptureFixture):
+    subject = toy("square")
+    capture = Counted()
+
+    def failing(work: Callable[[], Tensor]) -> Recalled:
+        if capture.captures == fails_at:
+            work()
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        return capture(work)
+
+    graphed = Engine(subject.model, subject.tokenizer, Graphs(failing))
+    plain = Engine(subject.model, subject.tokenizer)
+    for seed in (3, 5, 7, 9):
+        request = request_of(subject, seed)
+        assert equal(latents(graphed, "full", subject, request), latents(plain, "full", subject, request))
+    (warning,) = [record.message for record in caplog.records if "could not be captured" in record.message]
+    assert warning.endswith("when stream is capturing")
 
 
 def test_traces_count_what_was_replayed():

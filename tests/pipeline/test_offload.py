@@ -200,6 +200,11 @@ def test_parts_are_whole_and_disjoint(toy_pipe: Pipeline, var_folder: Path) -> N
         assert set(found) >= wanted
 
 
+def test_cuda_graphs_need_a_gpu(toy_pipe: Pipeline) -> None:
+    with pytest.raises(FoveateError, match='load it with device="cuda", or leave them out'):
+        toy_pipe.enable_cuda_graphs()
+
+
 def test_offload_needs_a_device_beside_main_memory(toy_folder: Path, toy_pipe: Pipeline) -> None:
     for call in (
         toy_pipe.enable_model_cpu_offload,

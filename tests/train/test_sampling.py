@@ -1,6 +1,7 @@
 """Guidance and temperature are chosen by what the model draws, and the search takes nothing for a gain that is none."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,37 +11,69 @@ from foveate.families.spec import Defaults
 from foveate.pipeline import Pipeline
 from foveate.pipeline_options import resolve, settings_of
 from foveate.train import sampling
-from foveate.train.sampling import SamplingSearch, Setting, search
+from foveate.train.loop import PauseError
+from foveate.train.sampling import SamplingSearch, ScoreBook, Setting, search
 
 
 def silent(_: str) -> None:
     """Drops a line."""
 
 
+START = Setting.flat(2.0, 1.0, 7)
+
+
 def test_the_search_finds_the_best_pair_and_then_what_single_scales_want() -> None:
-    def score(setting: Setting) -> float:
+    def score(setting: Setting) -> np.ndarray:
         """Best at guidance 4 everywhere, and at temperature 0.5 but for the last scales, which want 0.8."""
         wanted = (0.5, 0.5, 0.5, 0.5, 0.5, 0.8, 0.8)
         off = sum(abs(w - 4.0) for w in setting.guidance) + sum(
             abs(t - best) for t, best in zip(setting.temperature, wanted, strict=True)
         )
-        return 1 - off / 100
+        return 1 - off / 100 + np.linspace(0, 0.5, 20)
 
-    found = search(score, 7, SamplingSearch(factors=(0.6, 1.6), least_gain=0.001), silent)
+    found = search(score, START, SamplingSearch(factors=(0.6, 1.6)), silent)
     assert found.guidance == (4.0,) * 7
     assert found.temperature == (0.5,) * 5 + (0.8,) * 2
 
 
-def test_small_gains_change_nothing() -> None:
+def test_gains_within_the_noise_change_nothing() -> None:
     tried: list[Setting] = []
+    rng = np.random.default_rng(0)
 
-    def score(setting: Setting) -> float:
+    def score(setting: Setting) -> np.ndarray:
         tried.append(setting)
-        return 0.5 + 0.001 * len(tried)
+        return rng.random(50) + 0.001 * len(tried)
 
-    found = search(score, 7, SamplingSearch(guidance=(2.0,), temperatures=(0.5,), least_gain=1.0), silent)
-    assert found == Setting.flat(2.0, 0.5, 7)
-    assert len(tried) == 1 + 3 * 2 * 2
+    options = SamplingSearch(guidance=(2.0, 3.0), temperatures=(0.5,), least_errors=4.0)
+    assert search(score, START, options, silent) == START
+    assert len(tried) == 1 + 2 + 3 * 2 * 2
+
+
+def test_a_search_that_was_stopped_draws_nothing_twice(tmp_path: Path) -> None:
+    drawn: list[str] = []
+    left = [2]
+
+    def score(setting: Setting) -> np.ndarray:
+        drawn.append(str(setting))
+        return np.full(4, setting.guidance[0]) + np.arange(4)
+
+    def may_go_on() -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise PauseError("time is up")
+
+    def book(weights: str) -> ScoreBook:
+        return ScoreBook(path=tmp_path / "scores.json", weights=weights, may_go_on=may_go_on)
+
+    options = SamplingSearch(guidance=(3.0, 4.0), temperatures=(0.5,), factors=())
+    with pytest.raises(PauseError):
+        search(book("a").kept(score), START, options, silent)
+    left[0] = 1
+    assert search(book("a").kept(score), START, options, silent).guidance == (4.0,) * 7
+    assert len(drawn) == len(set(drawn)) == 3
+    left[0] = 3
+    search(book("b").kept(score), START, options, silent)
+    assert len(drawn) == 6, "other weights draw anew"
 
 
 def test_guidance_stays_at_least_one_and_every_scale_is_in_one_third() -> None:
@@ -51,7 +84,7 @@ def test_guidance_stays_at_least_one_and_every_scale_is_in_one_third() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"guidance": ()}, {"guidance": (0.5,)}, {"temperatures": (0.0,)}, {"factors": (-1.0,)}, {"prompts": 0}]
+    "fields", [{"guidance": (0.5,)}, {"temperatures": (0.0,)}, {"factors": (-1.0,)}, {"prompts": 1}]
 )
 def test_bad_searches_are_refused(fields: dict[str, tuple[float, ...]]) -> None:
     with pytest.raises(FoveateError, match="sampling needs"):

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -30,8 +31,8 @@ def held_copy(value: T) -> T:
 
 def copy_held_(target: object, source: object) -> None:
     """Copies every tensor of a record over the one in the same place of another, of the same shapes."""
-    for over, tensor in zip(_tensors(target), _tensors(source), strict=True):
-        over.copy_(tensor)
+    pairs = list(zip(_tensors(target), _tensors(source), strict=True))
+    torch._foreach_copy_([over for over, _ in pairs], [tensor for _, tensor in pairs])
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

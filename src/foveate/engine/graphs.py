@@ -6,10 +6,13 @@ Behind the prefix its keys and values move into the request's cache, and the pla
 Axes: R rows, n packed tokens, C width, D numbers of a position, k packed tokens with logits, V outputs.
 """
 
+import logging
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float
@@ -21,9 +24,15 @@ from foveate.core.protocols import NextScaleModel, Prepared
 from foveate.core.schedule import Scale, ScaleSchedule
 from foveate.engine.kv_cache import KVCache
 
-MOST_TOKENS = 2048
-"""Packed tokens of a scale above which products take longer than launches."""
-MOST_SHAPES = 32
+logger = logging.getLogger("foveate")
+
+T = TypeVar("T")
+
+MOST_TOKENS = 512
+"""Packed tokens of a scale above which products are expected to take longer than launches (docs/gpu.md)."""
+MOST_SHAPES = 16
+MOST_SEEN = 1024
+"""Shapes that were met once and are remembered, without anything of them."""
 
 Blocks = Callable[[Tensor, Tensor, Prepared, KVCache], Float[Tensor, "k V"]]
 """Runs the blocks and the head of one scale: hidden states, positions, what was prepared and the cache to logits."""
@@ -46,23 +55,43 @@ class Captured(Protocol):
 Capture = Callable[[Callable[[], Tensor]], Captured]
 """Records work; it may run it, and it need not leave a result."""
 
+_CAPTURING = threading.Lock()
+"""Torch captures in one thread of a process at a time."""
+
 
 class DeviceCapture:
-    """Captures on the current GPU; all graphs share one pool of memory, as they never run at the same time."""
+    """Captures on a GPU. All graphs share one pool of memory, as they never run at the same time.
 
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+    Work runs once before it is recorded, as kernels are compiled at the first time, and on another stream: libraries
+    keep a workspace per stream, and that of the recording one must lie in the pool.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            self._warming, self._recording = torch.cuda.Stream(device), torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
+            # A pool whose last graph went can take no other one: this one stays.
+            self._anchor = self._record(lambda: torch.zeros(1, device=device) + 1)
 
     def __call__(self, work: Callable[[], Tensor]) -> Captured:
-        """Runs the work once, as kernels are compiled and workspaces made at the first time, then records it."""
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            work()
-        current.wait_stream(side)
+        """Runs and records."""
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            self._warming.wait_stream(current)
+            with torch.cuda.stream(self._warming):
+                work()
+            current.wait_stream(self._warming)
+            return self._record(work)
+
+    def _record(self, work: Callable[[], Tensor]) -> "_DeviceGraph":
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        # Torch does not leave the recording stream where recording cannot begin. Other threads may allocate meanwhile.
+        with (
+            _CAPTURING,
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._recording, capture_error_mode="thread_local"),
+        ):
             out = work()
         return _DeviceGraph(graph=graph, out=out)
 
@@ -86,7 +115,8 @@ class Recalled:
 
     @classmethod
     def capture(cls, work: Callable[[], Tensor]) -> "Recalled":
-        """Remembers."""
+        """Runs it twice, as a device does, and remembers it."""
+        work()
         return cls(work=work, out=work())
 
     def replay(self) -> None:
@@ -118,20 +148,20 @@ class PrefixShape:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Prefix:
-    """Buffers and graphs of one shape, leased to one request at a time."""
+    """Buffers and graphs of one shape; `owner` leases one prefix to one request at a time, as they share a cache."""
 
+    owner: "Graphs"
     shape: PrefixShape
     num_scales: int
     prepared: Prepared
     cache: KVCache
-    capture: Capture
     graphs: dict[tuple[int, int], tuple[Tensor, Captured]] = field(default_factory=dict)
-    is_leased: bool = False
+    is_broken: bool = False
     done: int = 0
 
     def serves(self, scale: Scale) -> bool:
         """Whether this scale is the next one of the prefix."""
-        return scale.index == self.done < self.num_scales
+        return scale.index == self.done < self.num_scales and not self.is_broken
 
     def logits(
         self, scale: Scale, num_headed: int, x_nC: Float[Tensor, "n C"], rotation_nD: Float[Tensor, "n D"], run: Blocks
@@ -148,13 +178,15 @@ class Prefix:
         key = (scale.index, num_headed)
         self._fill(scale.index)
         if key not in self.graphs:
-            own_x_nC, own_rotation_nD = x_nC.clone(), rotation_nD.clone()
-
-            def work() -> Tensor:
+            try:
+                self.graphs[key] = self._captured(scale.index, x_nC, rotation_nD, run)
+            except RuntimeError as error:
+                logger.warning("graphs of one shape are off, it could not be captured: %s", str(error).split("\n")[0])
+                self.is_broken = True
                 self._fill(scale.index)
-                return run(own_x_nC, own_rotation_nD, self.prepared, self.cache)
-
-            self.graphs[key] = own_x_nC, self.capture(work)
+                out_kV = run(x_nC, rotation_nD, self.prepared, self.cache)
+                self.done = scale.index + 1
+                return out_kV
         own_x_nC, captured = self.graphs[key]
         # The blocks add to what they are given, so it is filled anew every time.
         own_x_nC.copy_(x_nC)
@@ -163,8 +195,18 @@ class Prefix:
         self._fill(self.done)
         return captured.out.clone()
 
+    def _captured(self, scale: int, x_nC: Tensor, rotation_nD: Tensor, run: Blocks) -> tuple[Tensor, Captured]:
+        own_x_nC, own_rotation_nD = x_nC.clone(), rotation_nD.clone()
+
+        def work() -> Tensor:
+            self._fill(scale)
+            return run(own_x_nC, own_rotation_nD, self.prepared, self.cache)
+
+        return own_x_nC, self.owner.capture(work)
+
     def hand_over(self, cache: KVCache) -> None:
         """Moves keys and values of the scales that ran into a request's own, empty cache, and ends the prefix."""
+        self._fill(self.done)
         for block, lengths in enumerate(self.cache.lengths):
             filled = lengths[0]
             cache.k_RNMD[block][:, :, :filled] = self.cache.k_RNMD[block][:, :, :filled]
@@ -174,7 +216,7 @@ class Prefix:
 
     def release(self) -> None:
         """Ends the lease."""
-        self.done, self.is_leased = self.num_scales, False
+        self.owner.take_back(self)
 
     def _fill(self, scale: int) -> None:
         """Says how much the cache holds in front of a scale; the device does not know."""
@@ -186,12 +228,17 @@ class Prefix:
 class Graphs:
     """The prefixes of an engine by shape; nothing of a request is left in them that another one reads.
 
-    A shape is captured when it is met for the second time: recording takes longer than running once.
+    A shape is captured when it is met for the second time: recording takes longer than running once. One request has
+    graphs at a time; others beside it take the plain loop.
     """
 
     def __init__(self, capture: Capture, most_tokens: int = MOST_TOKENS, most_shapes: int = MOST_SHAPES) -> None:
         self.capture, self.most_tokens, self.most_shapes = capture, most_tokens, most_shapes
-        self._prefixes: OrderedDict[PrefixShape, Prefix | None] = OrderedDict()
+        self._prefixes: OrderedDict[PrefixShape, Prefix] = OrderedDict()
+        self._seen: OrderedDict[PrefixShape, None] = OrderedDict()
+        self._caches: WeakValueDictionary[tuple[int, int, int, torch.dtype], KVCache] = WeakValueDictionary()
+        self._leased: Prefix | None = None
+        self._lock = threading.Lock()
 
     def lease(self, shape: PrefixShape, model: NextScaleModel, prepared: Prepared) -> Prefix | None:
         """A prefix for a request, with what was prepared for it; None where the plain loop shall run.
@@ -203,28 +250,43 @@ class Graphs:
         """
         if shape.num_scales(self.most_tokens) == 0:
             return None
-        if shape not in self._prefixes:
-            self._remember(shape, None)
-            return None
-        prefix = self._prefixes[shape]
-        if prefix is None:
-            prefix = self._build(shape, model, prepared)
-        elif prefix.is_leased:
-            return None
-        self._remember(shape, prefix)
+        with self._lock:
+            if self._leased is not None:
+                return None
+            if shape not in self._prefixes and shape not in self._seen:
+                _remember(self._seen, shape, None, MOST_SEEN)
+                return None
+            prefix = self._prefixes.get(shape) or self._build(shape, model, prepared)
+            _remember(self._prefixes, shape, prefix, self.most_shapes)
+            if prefix.is_broken:
+                return None
+            self._leased = prefix
         copy_held_(prefix.prepared, prepared)
-        prefix.is_leased, prefix.done = True, 0
+        prefix.done = 0
         return prefix
 
+    def take_back(self, prefix: Prefix) -> None:
+        """Ends a lease; a prefix that was handed over before its request ended has none any more."""
+        with self._lock:
+            if self._leased is prefix:
+                self._leased = None
+
     def _build(self, shape: PrefixShape, model: NextScaleModel, prepared: Prepared) -> Prefix:
+        """Makes the buffers of a shape; the cache is that of all shapes of equal counts, whatever their texts."""
         count = shape.num_scales(self.most_tokens)
         tokens = [scale.num_tokens for scale in shape.schedule.scales[:count]]
-        capacities = [sum(tokens[: shape.num_stored])] * model.shape.num_blocks
-        cache = KVCache(model.shape, len(shape.rows), capacities, max(tokens), shape.dtype, model.device)
-        return Prefix(shape=shape, num_scales=count, prepared=held_copy(prepared), cache=cache, capture=self.capture)
+        key = (len(shape.rows), sum(tokens[: shape.num_stored]), max(tokens), shape.dtype)
+        cache = self._caches.get(key)
+        if cache is None:
+            rows, stored, most, dtype = key
+            cache = KVCache(model.shape, rows, [stored] * model.shape.num_blocks, most, dtype, model.device)
+            self._caches[key] = cache
+        return Prefix(owner=self, shape=shape, num_scales=count, prepared=held_copy(prepared), cache=cache)
 
-    def _remember(self, shape: PrefixShape, prefix: Prefix | None) -> None:
-        self._prefixes[shape] = prefix
-        self._prefixes.move_to_end(shape)
-        while len(self._prefixes) > self.most_shapes:
-            self._prefixes.popitem(last=False)
+
+def _remember(shapes: "OrderedDict[PrefixShape, T]", shape: PrefixShape, value: T, most: int) -> None:
+    """Puts an entry behind all others and forgets those in front."""
+    shapes[shape] = value
+    shapes.move_to_end(shape)
+    while len(shapes) > most:
+        shapes.popitem(last=False)

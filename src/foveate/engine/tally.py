@@ -33,10 +33,10 @@ class Tally:
     def count(self, num_blocks: int) -> None:
         """Notes which tokens ran each block."""
         for block in range(num_blocks):
-            active = self.layout.active(block)
-            self.counts.append(active.rows.counts)
+            self.counts.append(self.layout.block_counts[block])
             if self.depth_n is not None:
-                self.depth_n[slice(None) if active.index_n is None else active.index_n] += 1
+                index_n = self.layout.active(block).index_n
+                self.depth_n[slice(None) if index_n is None else index_n] += 1
 
     def trace(self, scale: Scale, head_tokens: Mapping[Row, int]) -> ScaleTrace:
         """The scale as the trace keeps it; its time is filled in by the loop."""

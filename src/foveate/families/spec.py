@@ -15,6 +15,14 @@ _BUDGET_OF_SIDE = {256: "0.06M", 512: "0.25M", 1024: "1M"}
 """Pixel budgets as squares of models that draw one size."""
 
 
+def per_scale(value: float | tuple[float, ...], count: int) -> tuple[float, ...]:
+    """A default at every scale: of a list that is too short the last value goes on, one that is too long is cut."""
+    values = value if isinstance(value, tuple) else (value,)
+    if not values:
+        raise FoveateError("a default per scale needs at least one value, got none")
+    return tuple(float(values[min(scale, len(values) - 1)]) for scale in range(count))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Defaults:
     """How a model is sampled unless asked otherwise; a tuple holds one value per scale, and its last one goes on.

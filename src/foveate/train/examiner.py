@@ -98,7 +98,7 @@ class Examiner:
     def draw(
         self, prompts: Sequence[str], guidance_scale: PerScale | None = None, temperature: PerScale | None = None
     ) -> Images:
-        """Pictures of prompts; the i-th has the seed `seed + i`. What is None is the model's default."""
+        """Pictures of prompts, in batches; that of prompt i on has the seed `seed + i`. None is the model's default."""
         parts = [
             self.pipe.generate(
                 list(prompts[i : i + BATCH]),

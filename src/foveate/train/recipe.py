@@ -30,17 +30,18 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request
-from foveate.families.spec import Defaults, ModelSpec
+from foveate.families.spec import Defaults, ModelSpec, per_scale
 from foveate.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder
 from foveate.models.checkpoint_infinity import load_autoencoder, load_transformer
 from foveate.models.infinity import Infinity, InfinityConfig
+from foveate.models.weight_files import weights_sha256
 from foveate.policies.full import Full
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.train.contrast import rim_contrast
 from foveate.train.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
-from foveate.train.loop import Limits, Optimisation
-from foveate.train.sampling import SamplingSearch, choose_sampling, require_scorer
+from foveate.train.loop import Limits, Optimisation, PauseError
+from foveate.train.sampling import SamplingSearch, ScoreBook, choose_sampling, require_scorer
 from foveate.train.scenes import SceneConfig
 from foveate.train.texts import bundled_encoder
 from foveate.train.tokenizer import TokenizerRecipe, composite, psnr_of, reconstruct, train_tokenizer
@@ -114,7 +115,10 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
         sections = {name: data.pop(name, {}) for name in ("cpu", "cuda")}
         _lay_over(data, sections[device])
         if route.is_dry:
-            _lay_over(data, {"tokenizer": _DRY, "transformer": _DRY | {"window": 1, "compiles": False}})
+            _lay_over(
+                data,
+                {"tokenizer": _DRY | {"trains_encoder": True}, "transformer": _DRY | {"window": 1, "compiles": False}},
+            )
             data["sheet"] = data["sheet"][:2]
             data["sampling"] = {"guidance": [1.5], "temperatures": [0.5], "factors": [], "prompts": 2}
         corpus = CorpusConfig.from_dict(_read_yaml(path.parent / data["corpus"]))
@@ -147,12 +151,12 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
             tokenizer=tokenizer,
             transformer=transformer,
             defaults=Defaults(**_tuples(data["defaults"])),
-            sampling=SamplingSearch(**_tuples(data["sampling"])),
+            sampling=SamplingSearch(**_tuples(data.get("sampling", {}))),
             sheet=tuple(data["sheet"]),
             notice=notice,
             card=card,
         )
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, RecursionError, yaml.YAMLError, KeyError, TypeError) as error:
         raise FoveateError(f"cannot read the training file {path}: {error!r}") from None
 
 
@@ -293,7 +297,9 @@ class TrainingFolder:
         path = self.out / "autoencoder.safetensors"
         if path.exists():
             return path
-        recipe = self.recipe.tokenizer
+        recipe, checkpoint = self.recipe.tokenizer, self.out / "tokenizer.ckpt"
+        if not recipe.trains_encoder and self.start_from is None and not checkpoint.exists():
+            raise FoveateError("this recipe trains the decoder of a model that is there; name it with --start-from")
         corpus = load_corpus(self.corpus())
         sequence = self.sequence(corpus, recipe.device)
         preview = sequence.pixels(sequence.scenes(0, 8)).cpu()
@@ -309,7 +315,7 @@ class TrainingFolder:
         weights = train_tokenizer(
             recipe,
             sequence,
-            self.out / "tokenizer.ckpt",
+            checkpoint,
             self.log,
             draw,
             initial=initial,
@@ -393,25 +399,40 @@ class TrainingFolder:
             notice=self.recipe.notice,
             model_card=self.recipe.card,
         )
-        self._log_rounding(folder)
         return folder
 
     def sampling(self) -> Path:
         """Chooses guidance and temperature of every scale, unless that was done, and exports the model with them."""
-        path = self.out / SAMPLING
-        if not path.exists():
+        folder = self.out / self.recipe.name
+        if self._chosen() is None:
+            weights = self._weights()
+            book = ScoreBook(path=self.out / "sampling_scores.json", weights=weights, may_go_on=self._check_deadline)
             corpus, device = load_corpus(self.corpus()), self.recipe.transformer.device
-            found = choose_sampling(self.out / self.recipe.name, corpus, self.recipe.sampling, device, self.log)
-            chosen = {"guidance_scale": found.guidance_scale, "temperature": found.temperature}
-            write_text(path, json.dumps(chosen, indent=1) + "\n")
-        return self.export()
+            best = choose_sampling(folder, corpus, self.recipe.sampling, device, book, self.log)
+            chosen = {"weights": weights, "guidance_scale": best.guidance, "temperature": best.temperature}
+            write_text(self.out / SAMPLING, json.dumps(chosen, indent=1) + "\n")
+            self.export()
+        self._log_rounding(folder)
+        return folder
 
     def defaults(self) -> Defaults:
         """How the model is sampled: as the recipe says, until the validation scenes have chosen."""
+        return replace(self.recipe.defaults, **(self._chosen() or {}))
+
+    def _chosen(self) -> dict[str, Any] | None:
+        """What was chosen for these weights, if they are there and it was."""
         path = self.out / SAMPLING
-        if not path.exists():
-            return self.recipe.defaults
-        return replace(self.recipe.defaults, **_tuples(json.loads(path.read_text(encoding="utf-8"))))
+        if not path.exists() or not (self.out / "transformer.safetensors").exists():
+            return None
+        data = _tuples(json.loads(path.read_text(encoding="utf-8")))
+        return data if data.pop("weights") == self._weights() else None
+
+    def _weights(self) -> str:
+        return weights_sha256([self.out / "transformer.safetensors", self.out / "autoencoder.safetensors"])
+
+    def _check_deadline(self) -> None:
+        if time.perf_counter() > self.deadline:
+            raise PauseError("paused while sampling was chosen; run it again to go on")
 
     def autoencoder(self) -> Autoencoder:
         """The trained autoencoder, on the CPU."""
@@ -440,11 +461,10 @@ class TrainingFolder:
         prompts, defaults = self.recipe.sheet, self.defaults()
         schedule = self.recipe.transformer.schedule
         tokenizer = BSQTokenizer(autoencoder)
-        heat = defaults.temperature
         request = Request(
             schedule=schedule,
-            guidance=GuidanceSchedule.from_infinity(defaults.guidance_scale, len(schedule)),
-            temperatures=heat if isinstance(heat, tuple) else (heat,) * len(schedule),
+            guidance=GuidanceSchedule(weights=per_scale(defaults.guidance_scale, len(schedule))),
+            temperatures=per_scale(defaults.temperature, len(schedule)),
             filters=(Filter(top_k=defaults.top_k, top_p=defaults.top_p),) * len(schedule),
             sampler=KeyedSampler(seeds=tuple(range(len(prompts)))),
             conditions=tuple(text.cpu() for text in encoder.encode(list(prompts))),

@@ -1,21 +1,26 @@
 """Chooses guidance and temperature of every scale by what the model draws of validation scenes.
 
-All candidates draw the same scenes with the same seeds, so what differs is the setting. The search is greedy: first one
-value for all scales, from a grid, then a factor for the coarse, the middle and the fine third of the scales.
+The scenes are composed of the drawings that were trained on; they themselves were not. All settings draw them with the
+same seeds, so what differs is the setting. The search is greedy: first one value for all scales, from a grid, then a
+factor for the coarse, the middle and the fine third of the scales.
 Axes: n pictures, F image features.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
+from foveate.core.atomic import write_text
 from foveate.core.errors import FoveateError
 from foveate.eval.quality import unit_rows
-from foveate.families.spec import Defaults
+from foveate.families.spec import ModelSpec, per_scale
+from foveate.folder import CONFIG_NAME
 from foveate.pipeline import Pipeline
 from foveate.train.corpus import Corpus
 from foveate.train.examiner import Examiner
@@ -35,24 +40,24 @@ class SamplingSearch:
         temperatures: As above, above 0; every pair is tried.
         factors: What each third of the scales is tried with afterwards, guidance and temperature apart.
         prompts: Validation scenes: an eighth shows several of a thing, an eighth two things, the others one.
-        least_gain: Of the score; what gains less is taken for noise.
+        least_errors: A gain counts from so many standard errors of its mean over the scenes on.
     """
 
     guidance: tuple[float, ...] = (1.5, 2.5, 4.0, 6.0)
     temperatures: tuple[float, ...] = (0.3, 0.5, 0.8)
     factors: tuple[float, ...] = (0.6, 1.6)
     prompts: int = 96
-    least_gain: float = 0.005
+    least_errors: float = 2.0
 
     def __post_init__(self) -> None:
         """Checks the fields.
 
         Raises:
-            FoveateError: A list is empty where it must not be, or a value is out of range.
+            FoveateError: There are too few scenes, or a value is out of range.
         """
-        if not self.guidance or not self.temperatures or self.prompts < 1:
-            raise FoveateError("sampling needs at least one guidance, one temperature and one prompt")
-        if min(self.guidance) < 1 or min((*self.temperatures, *self.factors)) <= 0:
+        if self.prompts < 2:
+            raise FoveateError(f"sampling needs at least two prompts, got {self.prompts}")
+        if min((1.0, *self.guidance)) < 1 or min((1.0, *self.temperatures, *self.factors)) <= 0:
             raise FoveateError("sampling needs guidance of at least 1, and temperatures and factors above 0")
 
 
@@ -62,6 +67,20 @@ class Setting:
 
     guidance: tuple[float, ...]
     temperature: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return "  ".join(
+            f"{name} {' '.join(f'{value:g}' for value in (values[:1] if len(set(values)) == 1 else values))}"
+            for name, values in (("guidance", self.guidance), ("temperature", self.temperature))
+        )
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> "Setting":
+        """What a model does unless asked otherwise."""
+        count, defaults = len(spec.default_schedule), spec.defaults
+        return cls(
+            guidance=per_scale(defaults.guidance_scale, count), temperature=per_scale(defaults.temperature, count)
+        )
 
     @classmethod
     def flat(cls, guidance: float, temperature: float, num_scales: int) -> "Setting":
@@ -78,33 +97,74 @@ class Setting:
         return replace(self, **{name: tuple(values)})
 
 
-def search(
-    score: Callable[[Setting], float], num_scales: int, options: SamplingSearch, log: Callable[[str], None]
-) -> Setting:
+Score = Callable[[Setting], Float[np.ndarray, " n"]]
+"""How good the pictures of a setting are, scene by scene; more is better."""
+
+
+def search(score: Score, start: Setting, options: SamplingSearch, log: Callable[[str], None]) -> Setting:
     """The best setting found.
 
     Args:
-        score: How good the pictures of a setting are, more is better.
-        num_scales: Values of a setting.
+        score: Judges the same scenes with the same draws for every setting.
+        start: What another one has to beat.
         options: What is tried.
-        log: Receives one line per candidate.
+        log: Receives one line per setting.
     """
-    flats = [Setting.flat(w, t, num_scales) for w in options.guidance for t in options.temperatures]
-    scores = [_logged(score, flat, log) for flat in flats]
-    best, value = max(zip(flats, scores, strict=True), key=lambda pair: pair[1])
-    for scales in _thirds(num_scales):
-        for name in ("guidance", "temperature"):
-            tried = [best.changed(name, scales, factor) for factor in options.factors]
-            for candidate in tried:
-                if candidate != best and (found := _logged(score, candidate, log)) > value + options.least_gain:
-                    best, value = candidate, found
-    log(f"chosen: {_described(best)}, score {value:.3f}")
+    num_scales = len(start.guidance)
+    best, marks_n = start, score(start)
+    log(f"{start}: {marks_n.mean():.3f}")
+
+    def challenge(candidate: Setting) -> None:
+        nonlocal best, marks_n
+        if candidate == best:
+            return
+        found_n = score(candidate)
+        gain_n = found_n - marks_n
+        is_better = gain_n.mean() > options.least_errors * gain_n.std(ddof=1) / len(gain_n) ** 0.5
+        log(f"{candidate}: {found_n.mean():.3f}{', better' if is_better else ''}")
+        if is_better:
+            best, marks_n = candidate, found_n
+
+    for guidance, temperature in product(options.guidance, options.temperatures):
+        challenge(Setting.flat(guidance, temperature, num_scales))
+    for scales, name, factor in product(_thirds(num_scales), ("guidance", "temperature"), options.factors):
+        challenge(best.changed(name, scales, factor))
+    log(f"chosen: {best}")
     return best
 
 
+@dataclass(kw_only=True, slots=True)
+class ScoreBook:
+    """Scores that are kept in a file as they come, so that a search that was stopped goes on.
+
+    Attributes:
+        path: The file; one of other weights is begun anew.
+        weights: Hash of what draws.
+        may_go_on: Raises where the time of this call is up; asked before every new score.
+    """
+
+    path: Path
+    weights: str
+    may_go_on: Callable[[], None]
+
+    def kept(self, score: Score) -> Score:
+        """The same, drawing nothing that was drawn before."""
+        data = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
+        known: dict[str, list[float]] = data["scores"] if data.get("weights") == self.weights else {}
+
+        def remembered(setting: Setting) -> Float[np.ndarray, " n"]:
+            if str(setting) not in known:
+                self.may_go_on()
+                known[str(setting)] = score(setting).tolist()
+                write_text(self.path, json.dumps({"weights": self.weights, "scores": known}) + "\n")
+            return np.array(known[str(setting)])
+
+        return remembered
+
+
 def choose_sampling(
-    folder: Path, corpus: Corpus, options: SamplingSearch, device: str, log: Callable[[str], None]
-) -> Defaults:
+    folder: Path, corpus: Corpus, options: SamplingSearch, device: str, book: ScoreBook, log: Callable[[str], None]
+) -> Setting:
     """Searches on a model's own corpus.
 
     The score of a setting is the mean over the scenes of one over a rank: how near the picture is to what it was asked
@@ -115,15 +175,15 @@ def choose_sampling(
         corpus: What it was trained on.
         options: What is tried.
         device: Where it draws.
-        log: Receives one line per candidate.
-
-    Returns:
-        The model's defaults with what was found.
+        book: Keeps the scores.
+        log: Receives one line per setting.
 
     Raises:
-        FoveateError: The extra `eval` is missing.
+        FoveateError: An extra is missing, or there is no such model.
     """
     require_scorer()
+    if not (folder / CONFIG_NAME).is_file():
+        raise FoveateError(f"no model at {folder} to choose guidance for; run --stage export first")
     pipe = Pipeline.from_pretrained(folder, device=device)
     pipe.set_progress_bar_config(disable=True)
     examiner = Examiner(pipe=pipe, corpus=corpus, seed=SEED, num_prompts=max(8, options.prompts))
@@ -135,14 +195,13 @@ def choose_sampling(
     ]
     real_nF = examiner.features(examiner.real(scenes))
 
-    def score(setting: Setting) -> float:
+    def score(setting: Setting) -> Float[np.ndarray, " n"]:
         drawn = examiner.draw(
             [scene.caption for scene in scenes], guidance_scale=setting.guidance, temperature=setting.temperature
         )
-        return float(reciprocal_ranks(examiner.features(drawn), real_nF).mean())
+        return reciprocal_ranks(examiner.features(drawn), real_nF)
 
-    best = search(score, len(pipe.model.spec.default_schedule), options, log)
-    return replace(pipe.model.spec.defaults, guidance_scale=best.guidance, temperature=best.temperature)
+    return search(book.kept(score), Setting.of(pipe.model.spec), options, log)
 
 
 def require_scorer() -> None:
@@ -170,16 +229,3 @@ def reciprocal_ranks(drawn_nF: Float[np.ndarray, "n F"], real_nF: Float[np.ndarr
 def _thirds(num_scales: int) -> tuple[range, range, range]:
     first, second = -(-num_scales // 3), -(-2 * num_scales // 3)
     return range(first), range(first, second), range(second, num_scales)
-
-
-def _logged(score: Callable[[Setting], float], setting: Setting, log: Callable[[str], None]) -> float:
-    value = score(setting)
-    log(f"{_described(setting)}: {value:.3f}")
-    return value
-
-
-def _described(setting: Setting) -> str:
-    return "  ".join(
-        f"{name} {' '.join(f'{value:g}' for value in (values[:1] if len(set(values)) == 1 else values))}"
-        for name, values in (("guidance", setting.guidance), ("temperature", setting.temperature))
-    )

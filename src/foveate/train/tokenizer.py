@@ -132,7 +132,10 @@ def train_tokenizer(
     run = Run.start(model, recipe.optimisation)
     dtype = getattr(torch, recipe.dtype)
     batch = recipe.optimisation.batch
-    step_flops = 3 * batch * flops_of(lambda: model.decode(model.encode(sequence.pixels(sequence.scenes(0, 1)))))
+    pixels = sequence.pixels(sequence.scenes(0, 1))
+    encoding = flops_of(lambda: model.encode(pixels))
+    decoding = flops_of(lambda: model.decode(model.encode(pixels))) - encoding
+    step_flops = batch * (encoding * (3 if recipe.trains_encoder else 1) + 3 * decoding)
     for step in steps(run, recipe.optimisation, checkpoint, log, limits or Limits()):
         rng = np.random.default_rng([recipe.optimisation.seed, step])
         target = sequence.pixels(sequence.scenes(step * batch, batch))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from foveate.core.errors import FoveateError
 from foveate.core.schedule import ScaleSchedule
+from foveate.core.transfer import to_device
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.bsq import Quantised, quantise
 from foveate.train.loop import Limits, Optimisation, Run, flops_of, steps
@@ -111,7 +112,8 @@ def _batch(recipe: TransformerRecipe, window: Window, model: Infinity, step: int
             text_TE = alter_text(text_TE, recipe.text_noise, rng)  # noqa: PLW2901 - the text that is taught
         is_unconditional = rng.random() < recipe.unconditional_share
         texts[row] = model.unconditional(text_TE.shape[0]) if is_unconditional else text_TE
-    flips_B = torch.from_numpy(rng.uniform(0, recipe.flip_rate, len(texts))).float().to(latents_BZHW.device)
+    drawn_B = torch.from_numpy(rng.uniform(0, recipe.flip_rate, len(texts))).float()
+    flips_B = to_device(drawn_B, latents_BZHW.device)
     generator = torch.Generator(recipe.device).manual_seed(int(rng.integers(2**62)))
     with torch.no_grad():
         quantised = quantise(latents_BZHW, recipe.schedule.grids, flips_B, generator)
@@ -127,7 +129,8 @@ def alter_text(text_TE: Float[Tensor, "T E"], noise: float, rng: np.random.Gener
     share = rng.random()
     kept = [0, *(t for t in range(1, text_TE.shape[0]) if rng.random() >= share)]
     text_TE = text_TE[kept]
-    drawn_TE = torch.from_numpy(rng.standard_normal(text_TE.shape, dtype=np.float32)).to(text_TE)
+    drawn_TE = torch.from_numpy(rng.standard_normal(text_TE.shape, dtype=np.float32))
+    drawn_TE = to_device(drawn_TE, text_TE.device, text_TE.dtype)
     return text_TE + drawn_TE * (noise * rng.random() * text_TE.square().mean(1, keepdim=True).sqrt())
 
 

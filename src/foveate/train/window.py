@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from foveate.core.transfer import to_device
 from foveate.train.captions import Drawing
 from foveate.train.scenes import Scene, SceneConfig, draw_scene, render
 
@@ -91,7 +92,7 @@ class Window:
         self._move(int(progress) // BLOCK * BLOCK)
         chosen = rng.integers(0, self.size, batch)
         assert self._latents_nZHW is not None
-        index = torch.from_numpy(chosen).to(self._latents_nZHW.device)
+        index = to_device(torch.from_numpy(chosen), self._latents_nZHW.device)
         return self._latents_nZHW[index], [self._texts[i] for i in chosen]
 
     def _move(self, first: int) -> None:
