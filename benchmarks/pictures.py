@@ -2,8 +2,8 @@
 
     python benchmarks/pictures.py
 
-Prompts are those of `forty.txt`, in order and unselected, seed 0; a policy page shows the full run above the policy,
-the same six prompts and draws, and the compute map of the first.
+Prompts are those of `forty.txt` and `composed.txt`, in order and unselected, seed 0; a policy page shows the full run
+above the policy, the first six prompts and the same draws, and the compute map of the first.
 """
 
 import argparse
@@ -50,11 +50,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "images")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    prompts = (HERE / "forty.txt").read_text(encoding="utf-8").splitlines()
+    files = [HERE / f"{name}.txt" for name in ("forty", "composed")]
+    prompts = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     pipe = Pipeline.from_pretrained(given.model)
     pipe.set_progress_bar_config(disable=True)
-    drawn = [image for i in range(0, 40, 8) for image in pipe.generate(prompts[i : i + 8], seed=0).images]
-    sheet = Image.new("RGB", (8 * CELL, 5 * CELL), "white")
+    drawn = [image for i in range(0, len(prompts), 8) for image in pipe.generate(prompts[i : i + 8], seed=0).images]
+    sheet = Image.new("RGB", (8 * CELL, -(-len(drawn) // 8) * CELL), "white")
     for i, image in enumerate(drawn):
         sheet.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (i % 8 * CELL, i // 8 * CELL))
     sheet.save(given.out / "readme.png", optimize=True)

@@ -123,6 +123,7 @@ def predict(model: str, size: str, batch: int, text_tokens: int, path: str, gpu:
 def handed_over_s(model: str, size: str, batch: int, found: list[Prediction], gpu: Gpu) -> float:
     """Seconds for moving keys and values of the captured scales: read and written, two launches per block."""
     spec = PUBLISHED[model].spec
+    assert isinstance(spec.transformer, InfinityConfig), f"{model} is no Infinity model"
     shape, _ = shape_of(spec.transformer)
     scales = ScaleSchedule.from_template(1.0, size, patch=spec.patch).scales
     tokens = sum(scale.num_tokens for scale, part in zip(scales, found, strict=True) if part.nodes_s is not None)
