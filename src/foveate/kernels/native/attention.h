@@ -77,13 +77,20 @@ static void pack_keys(const Job *job, const Number *k, uint32_t *out) {
     }
 }
 
+// Numbers of two keys in turns: sixteen words from 32 bytes of each.
+INLINE void interleave16(const void *even, const void *odd, uint32_t *out) {
+    __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(even));
+    __m512i high = odd ? _mm512_cvtepu16_epi32(_mm256_loadu_si256(odd)) : _mm512_setzero_si512();
+    _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
 static void pack_values(const Job *job, const Number *v, uint32_t *out) {
     for (int64_t key = 0; key < job->keys; key += GROUP) {
-        const Number *first = v + key * job->kv_token;
-        Number *words = (Number *)(out + key / GROUP * job->width);
-        for (int64_t g = 0; g < GROUP; g++)
-            for (int64_t d = 0; d < job->width; d++)
-                words[d * GROUP + g] = key + g < job->keys ? first[g * job->kv_token + d] : (Number)0;
+        const Number *first = v + key * job->kv_token, *second = key + 1 < job->keys ? first + job->kv_token : NULL;
+        uint32_t *words = out + key / GROUP * job->width;
+        if (GROUP == 1) memcpy(words, first, sizeof(uint32_t) * (size_t)job->width);
+        for (int64_t d = 0; GROUP == 2 && d < job->width; d += LANES)
+            interleave16(first + d, second ? second + d : NULL, words + d);
     }
 }
 
@@ -129,6 +136,7 @@ INLINE void mix_rows(const int rows, const int lanes, const Number *weights, con
                      int64_t queries, int64_t count, float *out) {
     int64_t i = 0;
     for (; i + rows <= queries; i += rows) mix(rows, lanes, weights + i * KEY_BLOCK, v, width, count, out + i * width);
+    for (; i + 4 <= queries; i += 4) mix(4, lanes, weights + i * KEY_BLOCK, v, width, count, out + i * width);
     for (; i < queries; i++) mix(1, lanes, weights + i * KEY_BLOCK, v, width, count, out + i * width);
 }
 
@@ -151,6 +159,8 @@ static void score_all(const Scratch *s, const uint32_t *k, int64_t width, int64_
         int64_t i = 0;
         for (; i + 6 <= queries; i += 6)
             score(6, s->query + i * width, k + j, width, s->scores + i * KEY_BLOCK + j, s->lane_tops + i);
+        for (; i + 4 <= queries; i += 4)
+            score(4, s->query + i * width, k + j, width, s->scores + i * KEY_BLOCK + j, s->lane_tops + i);
         for (; i < queries; i++)
             score(1, s->query + i * width, k + j, width, s->scores + i * KEY_BLOCK + j, s->lane_tops + i);
     }
