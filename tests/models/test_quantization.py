@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import FoveateError
+from foveate.kernels.linear import Linear
 from foveate.models.infinity import Infinity
 from foveate.models.quantization import (
     check_quantization,
@@ -54,6 +55,20 @@ def quantized(name: str, kind: str) -> tuple[Infinity | VAR | Switti, Infinity |
     after = copy.deepcopy(before)
     quantize_blocks(blocks_of(after), kind)
     return before, after
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_tokens", [3, 300])
+def test_layers_widened_for_many_tokens_compute_the_same(kind: str, num_tokens: int):
+    generator = torch.Generator().manual_seed(0)
+    before = Linear(64, 48).requires_grad_(requires_grad=False)
+    x = torch.randn(num_tokens, 64, generator=generator)
+    after = copy.deepcopy(before)
+    quantize_blocks([after], kind)
+    with torch.inference_mode():
+        ours, torchs = after(x), torch.nn.functional.linear(x, after.weight, after.bias)
+        assert torch.allclose(ours, torchs, atol=1e-5, rtol=1e-5)
+        assert not torch.equal(ours, before(x))
 
 
 def is_quantized(tensor: Tensor) -> bool:

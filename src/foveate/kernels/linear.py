@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from foveate.kernels import native
 
 _DTYPES = (torch.float32, torch.bfloat16)
+_WIDENED_FROM = 128
+"""Tokens from which a quantised layer in float32 is faster with its weights widened for oneDNN (docs/log.md)."""
 
 
 def linear(
@@ -19,13 +22,17 @@ def linear(
     """`torch.nn.functional.linear`, by oneDNN where no gradients are wanted; sums are float32 in both.
 
     Torch multiplies float32 matrices with MKL, which on AMD's processors reaches half of what oneDNN does. Weights of a
-    class of their own (quantised ones) and everything under autocast take torch's way.
+    class of their own (quantised ones) take torch's way but for many tokens in float32; so does everything under
+    autocast.
     """
-    is_plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in _DTYPES and x.dtype == weight.dtype
     is_traced = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    if is_plain and not is_traced and weight.device.type == "cpu" and native.allows_onednn():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    if is_traced or weight.device.type != "cpu" or x.dtype != weight.dtype or not native.allows_onednn():
+        return F.linear(x, weight, bias)
+    if is_traceable_wrapper_subclass(weight) and x.dtype is torch.float32 and x[..., 0].numel() >= _WIDENED_FROM:
+        weight = weight.dequantize()
+    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in _DTYPES:
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class Linear(nn.Linear):

@@ -96,19 +96,21 @@ static void pack_values(const Job *job, const Number *v, uint32_t *out) {
 
 INLINE __m512i broadcast_word(const Number *word) { return _mm512_set1_epi32(*(const int32_t *)word); }
 
-// Scores of `rows` queries and KEY_STEP keys, and the largest of every lane so far; `rows` is a constant after inlining.
-INLINE void score(const int rows, const Number *q, const uint32_t *k, int64_t width, float *scores, __m512 *tops) {
+// Scores of `rows` queries and `lanes` vectors of keys, and the largest of every lane so far; `rows` and `lanes` are
+// constants after inlining.
+INLINE void score(const int rows, const int lanes, const Number *q, const uint32_t *k, int64_t width, float *scores,
+                  __m512 *tops) {
     __m512 sum[6][4];
-    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < 4; j++) sum[i][j] = _mm512_setzero_ps();
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < lanes; j++) sum[i][j] = _mm512_setzero_ps();
     for (int64_t w = 0; w < width / GROUP; w++) {
         __m512i key[4];
-        UNROLL for (int j = 0; j < 4; j++) key[j] = _mm512_loadu_si512(k + w * KEY_BLOCK + j * LANES);
+        UNROLL for (int j = 0; j < lanes; j++) key[j] = _mm512_loadu_si512(k + w * KEY_BLOCK + j * LANES);
         UNROLL for (int i = 0; i < rows; i++) {
             __m512i query = broadcast_word(q + i * width + GROUP * w);
-            UNROLL for (int j = 0; j < 4; j++) sum[i][j] = MULTIPLY_ADD(sum[i][j], query, key[j]);
+            UNROLL for (int j = 0; j < lanes; j++) sum[i][j] = MULTIPLY_ADD(sum[i][j], query, key[j]);
         }
     }
-    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < 4; j++) {
+    UNROLL for (int i = 0; i < rows; i++) UNROLL for (int j = 0; j < lanes; j++) {
         _mm512_storeu_ps(scores + i * KEY_BLOCK + j * LANES, sum[i][j]);
         tops[i] = _mm512_max_ps(tops[i], sum[i][j]);
     }
@@ -153,16 +155,22 @@ static void mix_all(const Scratch *s, const uint32_t *v, int64_t width, int64_t 
     }
 }
 
+INLINE void score_rows(const int lanes, const Scratch *s, const uint32_t *k, int64_t width, int64_t queries, int64_t j) {
+    int64_t i = 0;
+    for (; i + 6 <= queries; i += 6)
+        score(6, lanes, s->query + i * width, k + j, width, s->scores + i * KEY_BLOCK + j, s->lane_tops + i);
+    for (; i + 4 <= queries; i += 4)
+        score(4, lanes, s->query + i * width, k + j, width, s->scores + i * KEY_BLOCK + j, s->lane_tops + i);
+    for (; i < queries; i++)
+        score(1, lanes, s->query + i * width, k + j, width, s->scores + i * KEY_BLOCK + j, s->lane_tops + i);
+}
+
 static void score_all(const Scratch *s, const uint32_t *k, int64_t width, int64_t queries, int64_t count) {
     for (int64_t i = 0; i < queries; i++) s->lane_tops[i] = _mm512_set1_ps(-INFINITY);
     for (int64_t j = 0; j < count; j += KEY_STEP) {
-        int64_t i = 0;
-        for (; i + 6 <= queries; i += 6)
-            score(6, s->query + i * width, k + j, width, s->scores + i * KEY_BLOCK + j, s->lane_tops + i);
-        for (; i + 4 <= queries; i += 4)
-            score(4, s->query + i * width, k + j, width, s->scores + i * KEY_BLOCK + j, s->lane_tops + i);
-        for (; i < queries; i++)
-            score(1, s->query + i * width, k + j, width, s->scores + i * KEY_BLOCK + j, s->lane_tops + i);
+        if (count - j > 2 * LANES) score_rows(4, s, k, width, queries, j);
+        else if (count - j > LANES) score_rows(2, s, k, width, queries, j);
+        else score_rows(1, s, k, width, queries, j);
     }
 }
 
