@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -18,13 +18,14 @@ from foveate.core.conditions import Condition
 from foveate.core.errors import FoveateError
 from foveate.core.plan import Bound
 from foveate.core.trace import Trace
-from foveate.engine.executor import Engine
+from foveate.engine.executor import Engine, LateBlocks
 from foveate.engine.graphs import DeviceCapture, Graphs
 from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler, SmoothSampler
 from foveate.engine.state import Request
 from foveate.families.loading import LoadedModel, Origin, Precision, load_model
 from foveate.families.offload import CODEBOOK, DECODER, TEXT_ENCODER, TRANSFORMER, Offload
 from foveate.families.residency import Residency
+from foveate.models.late import check_fp8, late_blocks
 from foveate.pipeline_options import Job, Options, Prompts, resolve, settings_of, warn_untrained
 from foveate.pipeline_output import (
     Images,
@@ -39,6 +40,7 @@ from foveate.pipeline_output import (
 
 logger = logging.getLogger("foveate")
 
+_NO_FP8_WITH_OFFLOAD = "fp8_scales needs weights that stay where they are; leave it or offload out"
 _NO_GRAPHS_WITH_OFFLOAD = "captured graphs need weights that stay where they are; leave offload or cuda graphs out"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,7 +74,7 @@ class Pipeline:
         """
         self.model = model
         self._offload = offload
-        self._engine = Engine(model.transformer, model.tokenizer)
+        self._engine = self._new_engine(None)
         self._hides_progress: bool | None = None
 
     @classmethod
@@ -86,6 +88,7 @@ class Pipeline:
         dtype: str | torch.dtype = "float32",
         decoder_dtype: str | torch.dtype | None = None,
         quantization: str | None = None,
+        fp8_scales: int = 0,
         device: str | torch.device = "cpu",
         revision: str | None = None,
         local_files_only: bool = False,
@@ -105,6 +108,9 @@ class Pipeline:
             decoder_dtype: What the decoder computes in; None takes `dtype`.
             quantization: `int8` or `fp8` holds the weights of the transformer's blocks in eight bits: less memory, no
                 less time. Needs the extra `quantize`. None keeps them in `dtype`.
+            fp8_scales: At so many of the last scales the blocks multiply in eight bits of floating point: faster on a
+                GPU of compute capability 8.9 or later, and not exact. Needs `dtype` bfloat16 and, beside the weights,
+                a byte for each one of the blocks.
             device: Where it runs.
             revision: Branch, tag or commit of a hub model; None elsewhere.
             local_files_only: Never reaches for the network: a hub model must have been fetched before.
@@ -128,9 +134,14 @@ class Pipeline:
             dtype=_dtype(dtype, "dtype"),
             decoder_dtype=None if decoder_dtype is None else _dtype(decoder_dtype, "decoder_dtype"),
             quantization=quantization,
+            fp8_scales=fp8_scales,
         )
         residency = Residency(offload=offload, release_text_encoder=release_text_encoder)
         place = _device(device)
+        if fp8_scales:
+            check_fp8(precision.dtype, place)
+            if offload:
+                raise FoveateError(_NO_FP8_WITH_OFFLOAD)
         if offload:
             _refuse_offload(place)
         pipe = cls(load_model(origin, weights=weights, precision=precision, device=place, residency=residency))
@@ -151,6 +162,8 @@ class Pipeline:
         _refuse_offload(self.model.device)
         if self._engine.graphs is not None:
             raise FoveateError(_NO_GRAPHS_WITH_OFFLOAD)
+        if self._engine.late is not None:
+            raise FoveateError(_NO_FP8_WITH_OFFLOAD)
         if self._offload is None:
             self._offload = Offload.of(self.model)
 
@@ -169,8 +182,14 @@ class Pipeline:
         if self._offload is not None:
             raise FoveateError(_NO_GRAPHS_WITH_OFFLOAD)
         if self._engine.graphs is None:
-            graphs = Graphs(DeviceCapture(self.model.device))
-            self._engine = Engine(self.model.transformer, self.model.tokenizer, graphs)
+            self._engine = self._new_engine(Graphs(DeviceCapture(self.model.device)))
+
+    def _new_engine(self, graphs: Graphs | None) -> Engine:
+        transformer, count = self.model.transformer, self.model.precision.fp8_scales
+        blocks: list[Any] = [transformer.block(index) for index in range(transformer.shape.num_blocks)]
+        twins: tuple[Any, ...] = late_blocks(blocks) if count else ()
+        late = LateBlocks(num_scales=count, blocks=twins) if count else None
+        return Engine(transformer, self.model.tokenizer, graphs, late)
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""

@@ -193,13 +193,14 @@ def processor_name(device: torch.device) -> str:
     return f"{name} + {torch.cuda.get_device_name(device)}" if device.type == "cuda" else name
 
 
-def describe_precision(precision: Precision) -> dict[str, str | None]:
+def describe_precision(precision: Precision) -> dict[str, str | int | None]:
     """Number formats by name; None where a part has none of its own."""
     decoder = precision.decoder_dtype
     return {
         "dtype": str(precision.dtype).removeprefix("torch."),
         "decoder_dtype": None if decoder is None else str(decoder).removeprefix("torch."),
         "quantization": precision.quantization,
+        "fp8_scales": precision.fp8_scales,
     }
 
 

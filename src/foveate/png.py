@@ -166,6 +166,7 @@ def _own_model(path: str | Path, config: Mapping[str, Any]) -> Pipeline:
         dtype=config["dtype"],
         decoder_dtype=config.get("decoder_dtype"),
         quantization=config.get("quantization"),
+        fp8_scales=config.get("fp8_scales", 0),
         device=config["device"],
     )
 

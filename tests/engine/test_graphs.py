@@ -79,22 +79,25 @@ def equal(ours: list[Tensor], theirs: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("most_tokens", [40, 10_000], ids=["the first scales", "all scales"])
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("name", list(TOYS))
+CASES = [(name, spec, (40, 10_000)[(i + j) % 2]) for i, name in enumerate(TOYS) for j, spec in enumerate(SPECS)]
+"""Every policy on every toy; in turns the first scales or all of them are few tokens enough."""
+
+
+@pytest.mark.parametrize(("name", "spec", "most_tokens"), CASES)
 def test_a_replayed_prefix_is_the_plain_loop(name: str, spec: str, most_tokens: int):
     subject = TOYS[name]()
     capture = Counted()
     graphed = Engine(subject.model, subject.tokenizer, Graphs(capture, most_tokens))
     plain = Engine(subject.model, subject.tokenizer)
     captures = []
-    for seed in (3, 11, 19, 19):
+    for seed in (3, 11, 19):
         request = request_of(subject, seed)
         assert equal(latents(graphed, spec, subject, request), latents(plain, spec, subject, request))
         captures.append(capture.captures)
     assert captures[0] == 0, "a shape that may never come again is not captured"
     assert captures[1] > 0, "the second request captures"
-    assert captures[2] == captures[3], "content may decide that another scale is captured, and never twice"
+    if load_policy(spec).bind(subject.schedule, subject.model.shape).is_static:
+        assert captures[2] == captures[1], "and the third one finds all of it"
     assert capture.replays > 2 * capture.captures
 
 

@@ -28,6 +28,7 @@ class ModelOptions:
         dtype: What the model computes in, whatever its files hold.
         decoder_dtype: What the decoder computes in, if not in that.
         quantization: Hold the weights of the blocks in eight bits: less memory, no less time. Needs the extra quantize.
+        fp8_scales: Multiply in eight bits at so many of the last scales: faster on GPUs from Ada and Hopper on.
         device: Where it runs, such as cpu or cuda:0.
         threads: Threads of the processor; by default what torch chooses.
         revision: Revision of a model from a hub.
@@ -44,6 +45,7 @@ class ModelOptions:
     dtype: Dtype = "float32"
     decoder_dtype: Dtype | None = None
     quantization: Quantization | None = None
+    fp8_scales: int = 0
     device: str = "cpu"
     threads: int | None = None
     revision: str | None = None

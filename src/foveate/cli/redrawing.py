@@ -48,6 +48,7 @@ def _pipeline(config: dict[str, Any], model: ModelOptions, options: GenerateOpti
         dtype=config["dtype"],
         decoder_dtype=config.get("decoder_dtype"),
         quantization=config.get("quantization"),
+        fp8_scales=config.get("fp8_scales", 0),
         device=config["device"],
     )
     return open_pipeline(stored, is_quiet=options.quiet)

@@ -14,7 +14,7 @@ from torch import Tensor
 from foveate.core.cost import Row
 from foveate.core.errors import PlanConflictError, UnsupportedError
 from foveate.core.plan import Base, Bound, Fill, ScalePlan
-from foveate.core.protocols import BlockContext, NextScaleModel, Prepared, ScaleTokenizer
+from foveate.core.protocols import Block, BlockContext, NextScaleModel, Prepared, ScaleTokenizer
 from foveate.core.rows import Rows
 from foveate.core.schedule import Scale
 from foveate.core.signals import Signal, Signals
@@ -40,18 +40,33 @@ class ScaleStep:
     trace: Trace
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LateBlocks:
+    """Blocks that run in place of the model's own at the last `num_scales` scales, in another number format."""
+
+    num_scales: int
+    blocks: tuple[Block, ...]
+
+
 class Engine:
     """A model and a tokenizer that obey a bound policy; holds no state of any request."""
 
-    def __init__(self, model: NextScaleModel, tokenizer: ScaleTokenizer, graphs: Graphs | None = None) -> None:
+    def __init__(
+        self,
+        model: NextScaleModel,
+        tokenizer: ScaleTokenizer,
+        graphs: Graphs | None = None,
+        late: LateBlocks | None = None,
+    ) -> None:
         """Takes the parts.
 
         Args:
             model: On its device; with graphs it stays there.
             tokenizer: Of the same family.
             graphs: Replays the first scales; None launches everything.
+            late: Blocks of the last scales; None takes the model's own at all of them.
         """
-        self.model, self.tokenizer, self.graphs = model, tokenizer, graphs
+        self.model, self.tokenizer, self.graphs, self.late = model, tokenizer, graphs, late
 
     def run(self, bound: Bound, request: Request) -> Generator[ScaleStep, None, None]:
         """Generates, handing out the latent after every scale.
@@ -178,7 +193,7 @@ class Engine:
                     rotation_nD=rotation_nD if active.index_n is None else rotation_nD[active.index_n],
                     slot=state.cache.slot(index, active.rows, scale.index < state.num_stored),
                 )
-                block = self.model.block(index)
+                block = self._block(index, len(request.schedule) - scale.index)
                 for sublayer in range(block.num_sublayers):
                     change = block.change(sublayer, part_nC, context)
                     add_gated_(part_nC, change.value_nC, change.gate_RC, active.rows)
@@ -191,6 +206,12 @@ class Engine:
             if index in request.guidance.hidden_blocks:
                 x_nC = combine_hidden(x_nC, state.live, layout.rows, request.guidance.weights[scale.index])
         return x_nC
+
+    def _block(self, index: int, scales_left: int) -> Block:
+        """The block of this index at a scale; `scales_left` counts it and those behind it."""
+        if self.late is not None and scales_left <= self.late.num_scales:
+            return self.late.blocks[index]
+        return self.model.block(index)
 
     def _enter(self, state: RequestState, scale: Scale, layout: TokenLayout) -> Float[Tensor, "n C"]:
         """Hidden states that enter the first block; both branches of an image share the embedding."""

@@ -15,7 +15,7 @@ _BUDGET_OF_SIDE = {256: "0.06M", 512: "0.25M", 1024: "1M"}
 """Pixel budgets as squares of models that draw one size."""
 
 
-def per_scale(value: float | tuple[float, ...], count: int) -> tuple[float, ...]:
+def per_scale(value: float | int | tuple[float | int, ...], count: int) -> tuple[float, ...]:
     """A default at every scale: of a list that is too short the last value goes on, one that is too long is cut."""
     values = value if isinstance(value, tuple) else (value,)
     if not values:

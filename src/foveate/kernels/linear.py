@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from foveate.kernels import native
+from foveate.kernels.fp8 import Fp8Weight
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _WIDENED_FROM = 128
@@ -17,14 +18,16 @@ _WIDENED_FROM = 128
 
 
 def linear(
-    x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None = None
+    x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"] | Fp8Weight, bias: Float[Tensor, " o"] | None = None
 ) -> Float[Tensor, "*n o"]:
     """`torch.nn.functional.linear`, by oneDNN where no gradients are wanted; sums are float32 in both.
 
     Torch multiplies float32 matrices with MKL, which on AMD's processors reaches half of what oneDNN does. Weights of a
     class of their own (quantised ones) take torch's way but for many tokens in float32; so does everything under
-    autocast.
+    autocast. See `Fp8Weight` for those.
     """
+    if isinstance(weight, Fp8Weight):
+        return weight.product(x, bias)
     is_traced = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     if is_traced or weight.device.type != "cpu" or x.dtype != weight.dtype or not native.allows_onednn():
         return F.linear(x, weight, bias)
