@@ -4,6 +4,7 @@ No machine of these tests has a GPU, so work is captured by its twin, which call
 a place that another request has left, the twin reads there too.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from foveate.core.held import copy_held_, held_bytes, held_copy
 from foveate.engine.executor import Engine
-from foveate.engine.graphs import Graphs, Recalled
+from foveate.engine.graphs import DeviceCapture, Graphs, Recalled
 from foveate.engine.state import Request
 from foveate.policies.registry import load_policy
 from tests.engine.test_uncached import forgetful
@@ -218,6 +219,20 @@ def test_the_shape_that_was_used_longest_ago_is_forgotten():
     assert new_captures(3, 2) == scales
     assert new_captures(1, 1) == 0, "known: 2 was used longest ago"
     assert new_captures(2, 2) == scales, "forgotten, so it is captured at its second request again"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("spec", ["full", "ld-pruning", "drop-branch:count=2"])
+def test_graphs_of_a_device_replay_the_plain_loop(spec: str):
+    there, subject = torch.device("cuda:0"), toy("square")
+    tokenizer = copy.copy(subject.tokenizer)
+    tokenizer.autoencoder = copy.deepcopy(tokenizer.autoencoder).to(there)
+    model = copy.deepcopy(subject.model).to(there)
+    graphed, plain = Engine(model, tokenizer, Graphs(DeviceCapture(there))), Engine(model, tokenizer)
+    for seed in (3, 11, 19):
+        request = request_of(subject, seed)
+        request = replace(request, conditions=tuple(text.to(there) for text in request.conditions))
+        assert equal(latents(graphed, spec, subject, request), latents(plain, spec, subject, request))
 
 
 @dataclass(frozen=True, slots=True)
