@@ -46,6 +46,8 @@ def row_of(tokens: int, width: int, dtype: torch.dtype, runs: int) -> str:
     torch.manual_seed(0)
     torch._dynamo.reset()
     rows = Rows((tokens // 2,) * 2)
+    # Dynamo cannot compute a cached property, and finds these in place.
+    assert (rows.total, rows.uniform, rows.starts[-1]) == (tokens // 2 * 2, tokens // 2, tokens // 2 * 2)
     layer = FeedForward(width, 4 * width).to(dtype).requires_grad_(requires_grad=False)
     x_nC, modulation_R3C = torch.randn(rows.total, width), torch.randn(2, 3, width)
     compiled = torch.compile(
