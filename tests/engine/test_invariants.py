@@ -254,7 +254,8 @@ def assert_nothing_stays(subject: Toy, policy: Policy, request: Request, fresh: 
     steps.close()
     assert len(left_over()) == others
     assert attributes(subject.model) == before
-    assert vars(engine).keys() == {"model", "tokenizer"}
+    assert vars(engine).keys() == {"model", "tokenizer", "graphs", "late"}
+    assert engine.graphs is engine.late is None
     assert same_bits(run(subject, bound, request), fresh)
 
 
