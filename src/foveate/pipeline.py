@@ -186,9 +186,11 @@ class Pipeline:
 
     def _new_engine(self, graphs: Graphs | None) -> Engine:
         transformer, count = self.model.transformer, self.model.precision.fp8_scales
-        blocks: list[Any] = [transformer.block(index) for index in range(transformer.shape.num_blocks)]
-        twins: tuple[Any, ...] = late_blocks(blocks) if count else ()
-        late = LateBlocks(num_scales=count, blocks=twins) if count else None
+        late = None
+        if count:
+            blocks: list[Any] = [transformer.block(index) for index in range(transformer.shape.num_blocks)]
+            twins: tuple[Any, ...] = late_blocks(blocks)
+            late = LateBlocks(num_scales=count, blocks=twins)
         return Engine(transformer, self.model.tokenizer, graphs, late)
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:

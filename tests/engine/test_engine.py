@@ -235,7 +235,7 @@ def test_tally_counts_what_ran():
     )
     layout = lay_out(plan, [(0, True)], 1, 4)
     tally = Tally.start(layout, True, torch.device("cpu"))
-    tally.count(2)
+    tally.count()
     trace = tally.trace(Scale(index=2, grid=(2, 2)), {(0, True): 3})
     assert trace.work.rows[(0, True)].block_tokens == (2, 3)
     assert trace.keep_Bl.tolist() == [[True, True, True, False]]

@@ -124,7 +124,7 @@ class Engine:
         weight = request.guidance.weights[scale.index] if request.guidance.on_logits else 1.0
         has_uncond = weight != 1.0 or Signal.LOGITS in wanted
         logits = self._logits(state, plan, scale, request, recorder, has_uncond)
-        tally.count(self.model.shape.num_blocks)
+        tally.count()
         guided = combine_logits(logits, weight, request.temperatures[scale.index])
         symbols = request.sampler.choose(
             scale.index,

@@ -30,10 +30,10 @@ class Tally:
         depth_n = torch.zeros(layout.rows.total, dtype=torch.long, device=device) if wants_maps else None
         return cls(layout=layout, depth_n=depth_n)
 
-    def count(self, num_blocks: int) -> None:
+    def count(self) -> None:
         """Notes which tokens ran each block."""
-        for block in range(num_blocks):
-            self.counts.append(self.layout.block_counts[block])
+        for block, counts in enumerate(self.layout.block_counts):
+            self.counts.append(counts)
             if self.depth_n is not None:
                 index_n = self.layout.active(block).index_n
                 self.depth_n[slice(None) if index_n is None else index_n] += 1

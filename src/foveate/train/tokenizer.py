@@ -85,7 +85,7 @@ def psnr_of(out: Tensor, target: Tensor) -> Float[Tensor, " B"]:
 
 def _loss(
     model: Autoencoder, target: Tensor, recipe: TokenizerRecipe, rng: np.random.Generator
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     grids = recipe.grids
     if rng.random() < recipe.early_exit_share:
         grids = grids[: -int(rng.integers(1, 4))]
@@ -95,9 +95,9 @@ def _loss(
     commitment = (latent - f_hat).square().mean()
     out = model.decode(latent + (f_hat - latent).detach()).float()
     loss = pixel_loss(out, target)
-    figures = {"loss": float(loss.detach()), "commitment": float(commitment.detach())}
+    figures = {"loss": loss.detach(), "commitment": commitment.detach()}
     if grids == recipe.grids:
-        figures["psnr"] = float(psnr_of(out.detach(), target).mean())
+        figures["psnr"] = psnr_of(out.detach(), target).mean()
     return loss + recipe.commitment * commitment, figures
 
 
