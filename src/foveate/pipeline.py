@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
@@ -280,12 +280,12 @@ class Pipeline:
         try:
             yield
         finally:
-            self._bring()
+            with self._working():
+                pass
 
-    def _bring(self, *parts: str) -> None:
-        """Makes exactly these parts be on the device, where parts are moved at all."""
-        if self._offload is not None:
-            self._offload.bring(*parts)
+    def _working(self, *parts: str) -> AbstractContextManager[None]:
+        """Has exactly these parts on the device, where parts are moved at all."""
+        return nullcontext() if self._offload is None else self._offload.working(*parts)
 
     def _steps(self, job: Job, previews: int, times_scales: bool = False) -> Generator[BatchStep, None, None]:
         """Runs the requests of a call side by side, scale by scale; closing it frees all of them.
@@ -299,8 +299,8 @@ class Pipeline:
         """
         bound = job.policy.bind(job.schedule, self.model.transformer.shape)
         began = time.perf_counter()
-        self._bring(TEXT_ENCODER)
-        requests = self._requests(job, times_scales)
+        with self._working(TEXT_ENCODER):
+            requests = self._requests(job, times_scales)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         text_ms = 1e3 * (time.perf_counter() - began)
@@ -309,8 +309,8 @@ class Pipeline:
             runs = [stack.enter_context(closing(self._engine.run(bound, request))) for request in requests]
             bar = stack.enter_context(tqdm(total=num_scales, disable=self._hides_progress, unit="scale", leave=False))
             for scale in range(num_scales):
-                self._bring(TRANSFORMER, CODEBOOK, *((DECODER,) if scale > num_scales - previews else ()))
-                steps = [next(run) for run in runs]
+                with self._working(TRANSFORMER, CODEBOOK, *((DECODER,) if scale > num_scales - previews else ())):
+                    steps = [next(run) for run in runs]
                 latents = [step.f_hat_BZHW for step in steps]
                 f_hat_BZHW = latents[0] if len(latents) == 1 else torch.cat(latents)
                 bar.set_description(f"scale {scale + 1}/{num_scales}")
@@ -376,8 +376,7 @@ class Pipeline:
         """Pictures of a latent; the parts in `beside` stay on the device."""
         if output_type == "latent":
             return f_hat_BZHW
-        self._bring(*beside, DECODER)
-        with torch.inference_mode():
+        with self._working(*beside, DECODER), torch.inference_mode():
             return to_images(self.model.tokenizer.decode(f_hat_BZHW), output_type)
 
     def _finish(self, job: Job, step: BatchStep, began: float) -> PipelineOutput:

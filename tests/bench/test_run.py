@@ -127,8 +127,16 @@ def test_nothing_measured_is_nothing_reported(toy_pipe: Pipeline, monkeypatch: p
     stop_at(monkeypatch, 0, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         run_bench(toy_pipe, make_plan("latency", "full"), hides_progress=True)
-    stop_at(monkeypatch, 0, torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(FoveateError, match="smaller --size or --batch"):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError("no memory for packed keys and values"),
+    ):
+        stop_at(monkeypatch, 0, error)
+        with pytest.raises(FoveateError, match="smaller --size or --batch"):
+            run_bench(toy_pipe, make_plan("latency", "full"), hides_progress=True)
+    stop_at(monkeypatch, 0, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
         run_bench(toy_pipe, make_plan("latency", "full"), hides_progress=True)
 
 

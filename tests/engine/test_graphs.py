@@ -5,6 +5,9 @@ a place that another request has left, the twin reads there too.
 """
 
 import copy
+import gc
+import inspect
+import weakref
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -133,6 +136,45 @@ def test_what_cannot_be_captured_runs_without_graphs(fails_at: int, caplog: pyte
         assert equal(latents(graphed, "full", subject, request), latents(plain, "full", subject, request))
     (warning,) = [record.message for record in caplog.records if "could not be captured" in record.message]
     assert warning.endswith("when stream is capturing")
+
+
+def test_what_a_graph_reads_lives_as_long_as_the_graph():
+    """A device's graph holds no tensor: what only the recorded function held would be somebody else's memory."""
+    subject = toy("square")
+    kept: list[weakref.ref[Tensor]] = []
+
+    def remember(work: Callable[[], Tensor]) -> Recalled:
+        cells = [cell.cell_contents for cell in inspect.unwrap(work).__closure__ or ()]
+        read = [weakref.ref(held) for held in cells if isinstance(held, Tensor)]
+        assert len(read) == 2, "hidden states and positions"
+        out = work()
+        kept.extend(read)
+        return Recalled(work=lambda: out, out=out)
+
+    graphed = Engine(subject.model, subject.tokenizer, Graphs(remember))
+    for seed in (3, 5):
+        latents(graphed, "full", subject, request_of(subject, seed))
+    gc.collect()
+    assert kept
+    assert all(tensor() is not None for tensor in kept)
+
+
+def test_a_shape_without_memory_for_its_buffers_takes_the_plain_loop(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    subject = toy("square")
+    graphs = Graphs(Counted())
+
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 600 MiB\nmore")
+
+    monkeypatch.setattr(graphs, "_build", full)
+    graphed = Engine(subject.model, subject.tokenizer, graphs)
+    plain = Engine(subject.model, subject.tokenizer)
+    for seed in (3, 5):
+        request = request_of(subject, seed)
+        assert equal(latents(graphed, "full", subject, request), latents(plain, "full", subject, request))
+    assert "no memory for them: CUDA out of memory. Tried to allocate 600 MiB" in caplog.text
 
 
 def test_traces_count_what_was_replayed():

@@ -10,7 +10,7 @@ from torchmetrics.image.kid import poly_mmd
 
 from foveate.core.errors import FoveateError
 from foveate.eval.features import features, load_network
-from foveate.eval.quality import TextMatch, TextMatchTraining, kid, nearest, nearest_drawing_accuracy, train_text_match
+from foveate.eval.quality import TextMatch, TextMatchTraining, kid, nearest, train_text_match
 
 
 def drawings(seed: int) -> np.ndarray:
@@ -70,17 +70,6 @@ def test_features_agree_with_the_package_classifier() -> None:
         expected = network((planes - mean[:, None, None]) / std[:, None, None])
         ours = network._fc(torch.from_numpy(features(images, network=network)))
     np.testing.assert_allclose(ours.numpy(), expected.numpy(), atol=1e-3)
-
-
-def test_nearest_drawing_accuracy_counts_hits() -> None:
-    network = load_network()
-    labels = ["disc", "square", "stripes", "cross"]
-    corpus, images = drawings(2), drawings(3)
-    assert nearest_drawing_accuracy(images, labels, corpus, labels, network=network) == 1.0
-    wrong = ["disc", "square", "cross", "stripes"]
-    assert nearest_drawing_accuracy(images, wrong, corpus, labels, network=network) == 0.5
-    with pytest.raises(FoveateError, match="one label each"):
-        nearest_drawing_accuracy(images, labels[:3], corpus, labels, network=network)
 
 
 def test_kid_equals_plain_twin_and_torchmetrics() -> None:

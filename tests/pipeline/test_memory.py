@@ -15,6 +15,7 @@ from foveate.families.memory import memory_need
 from foveate.families.published import PUBLISHED
 from foveate.families.residency import Residency
 from foveate.pipeline import Pipeline
+from foveate.policies.depthvar import DepthVAR
 from foveate.policies.full import Full
 from foveate.policies.skip_scales import SkipScales
 
@@ -109,6 +110,18 @@ def test_text_and_keys_are_what_a_request_holds(toy_pipe: Pipeline) -> None:
     assert memory_need(spec, torch.float32, Full(), text_tokens=features.shape[0]).text == held
     report = toy_pipe.generate([prompt] * 2, seed=1).report
     assert memory_need(spec, torch.float32, Full(), num_images=2).kv == report.kv_bytes_bound
+
+
+def test_block_changes_count_where_a_policy_fills_from_them(toy_pipe: Pipeline) -> None:
+    spec, shape = toy_pipe.model.spec, toy_pipe.model.transformer.shape
+    tokens = [scale.num_tokens for scale in spec.default_schedule.scales]
+    need = memory_need(spec, torch.float32, DepthVAR(reference_scale=-3))
+    # The scale before the last is recorded while the one before that is still read; the last one is not recorded.
+    assert need.changes == 2 * shape.num_blocks * shape.width * 4 * (tokens[-3] + tokens[-2])
+    assert need.phases["transformer"] - need.changes == need.transformer + need.autoencoder + need.text_encoder + (
+        need.text + need.kv + max(need.blocks, need.logits)
+    )
+    assert memory_need(spec, torch.float32, DepthVAR(fill="identity")).changes == 0
 
 
 @pytest.mark.parametrize("name", ["infinity-2b", "var-d30", "switti-1024", "infinity-125m"])

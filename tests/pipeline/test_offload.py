@@ -4,6 +4,7 @@ There is no second device here, so moving home takes the weights out of a module
 back: whatever works while it should be at home cannot go unnoticed.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +180,31 @@ def test_two_streams_of_one_pipeline_do_not_disturb_each_other(toy_folder: Path,
         assert event.output is not None
         assert torch.equal(event.output.images, pixels(toy_pipe, text))  # type: ignore[arg-type]
     assert not parked.there
+
+
+def test_a_part_stays_where_it_works_while_another_thread_wants_the_device() -> None:
+    parts = {"one": [nn.Linear(1, 1)], "other": [nn.Linear(1, 1)]}
+    there: list[str] = []
+
+    def move(module: nn.Module, device: torch.device) -> None:
+        name = next(name for name, modules in parts.items() if module in modules)
+        there.remove(name) if device.type == "cpu" and name in there else there.append(name)
+
+    offload = Offload(parts, torch.device("meta"), move)
+    there.clear()
+
+    def take() -> None:
+        with offload.working("other"):
+            assert there == ["other"]
+
+    with offload.working("one"):
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert there == ["one"]
+    thread.join()
+    assert there == ["other"]
 
 
 def test_moves_inside_inference_mode_leave_ordinary_weights(toy_folder: Path, toy_pipe: Pipeline) -> None:

@@ -164,6 +164,13 @@ def test_a_friendly_name_is_fetched_in_parts(tmp_path: Path, monkeypatch: pytest
         pipe.generate("a cat", more_smooth=True)
 
 
+@pytest.mark.parametrize("repo", ["FoundationVision/Infinity", "FoundationVision/var"])
+def test_a_repository_of_many_models_is_not_fetched_whole(repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_args, **_kwargs: pytest.fail("fetched"))
+    with pytest.raises(FoveateError, match=r"is known by model name.*ask for one of (infinity|var)-"):
+        Pipeline.from_pretrained(repo)
+
+
 def test_the_hub_says_why_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> str:
         raise OSError("401 Client Error\nmore")

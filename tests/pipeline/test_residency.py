@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from foveate.bench.memory import weights_bytes
+from foveate.conditioning.on_demand import OnDemand
+from foveate.core.conditions import ClassLabel
 from foveate.core.errors import CheckpointError
 from foveate.families import loading
 from foveate.models.infinity import Infinity
@@ -64,6 +66,28 @@ def test_only_the_prompts_of_the_last_call_are_kept(toy_folder: Path, encoders: 
     for prompt in ("a cat", "a dog", "a cat"):
         pipe.generate(prompt, seed=1, output_type="latent")
     assert len(encoders) == 4
+
+
+def test_a_call_that_another_thread_overtakes_gets_its_own_conditions() -> None:
+    inner = OnDemand(Lengths)
+
+    class Overtaken(OnDemand):
+        """Another call ends whenever this one has noted its own."""
+
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            if name == "_last" and value:
+                super().__setattr__("_last", {})
+
+    assert Overtaken(Lengths).encode(["a", "bcd"]) == inner.encode(["a", "bcd"])
+
+
+class Lengths:
+    """A conditioner that says how long a prompt is."""
+
+    def encode(self, prompts: list[str]) -> list[ClassLabel]:
+        """One label per prompt."""
+        return [ClassLabel(index=len(prompt)) for prompt in prompts]
 
 
 @pytest.mark.parametrize("name", ["text_encoder.safetensors", "tokenizer.json"])

@@ -101,6 +101,10 @@ def test_plans_are_pure_and_nest_in_the_ceiling(name: str, schedule: ScaleSchedu
             if bound.is_static:
                 assert counts == limits
             assert all(count <= limit for count, limit in zip(counts, limits, strict=True))
+        for depth in plan.depths:
+            # The engine cuts its lists at these numbers, and the trace reports them.
+            for place, count in enumerate(depth.counts or ()):
+                assert ((depth.depth_Bl > place).sum(-1) == count).all()
 
 
 def counts_of(plan: ScalePlan, num_tokens: int) -> list[list[int]]:
@@ -174,7 +178,8 @@ def test_uniform_depth_runs_the_same_blocks_for_all():
     "spec",
     [
         "skip-scales:count=-1", "drop-branch:count=-1", "random-tokens:keep_ratio=0", "random-tokens:num_scales=-1",
-        "random-tokens:key=-1", "uniform-depth:keep_ratio=1.01", "uniform-depth:num_scales=-1",
+        "random-tokens:key=-1", "random-tokens:key=18446744073709551616",
+        "uniform-depth:keep_ratio=1.01", "uniform-depth:num_scales=-1",
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused_by_name(spec: str):

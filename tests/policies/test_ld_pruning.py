@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate.core.errors import FoveateError
-from foveate.core.plan import Base, Directive
+from foveate.core.plan import Base, Directive, keep_by_mass
 from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import BranchLogits, Signal, Signals
-from foveate.policies.ld_pruning import LDPruning, branch_gap, detail_energy, haar_energy, keep_by_energy
+from foveate.policies.ld_pruning import LDPruning, branch_gap, detail_energy, haar_energy
 from foveate.policies.registry import load_policy
 from tests.engine.naive import codes_of
 from tests.toys import SEEDS, Result, cached_run, checked, make_request, run, same_bits, toy
@@ -141,30 +141,30 @@ def test_repeated_areas_look_flatter_at_every_scale():
 @given(seed=st.integers(0, 1000), size=st.integers(1, 60), share=st.floats(0.01, 0.99))
 def test_kept_tokens_equal_the_loop_and_stay_under_the_share(seed: int, size: int, share: float):
     energy = noise(seed, 1, size).square().double()
-    kept = keep_by_energy(energy, share)[0].tolist()
+    kept = keep_by_mass(energy, share)[0].tolist()
     assert kept == loop_kept(energy[0].tolist(), share)
     assert 1 <= sum(kept) <= math.ceil(share * size)
 
 
 def test_repeated_energies_tie_and_are_all_kept():
     energy = torch.tensor([[3.0, 1.0]]).repeat_interleave(4, -1)
-    assert keep_by_energy(energy, 0.3)[0].tolist() == [True] * 4 + [False] * 4
-    assert int(keep_by_energy(energy, 0.3).sum()) > math.ceil(0.3 * 8)
+    assert keep_by_mass(energy, 0.3)[0].tolist() == [True] * 4 + [False] * 4
+    assert int(keep_by_mass(energy, 0.3).sum()) > math.ceil(0.3 * 8)
 
 
 def test_textured_half_is_kept():
     residual = torch.full((1, 8, 8, 8), 8**-0.5)
     residual[..., 4:] = signs(3, 8, 8, 4)
     energy = detail_energy(residual, (12, 12))
-    kept = keep_by_energy(energy.flatten(1), 0.5)[0].view(12, 12)
+    kept = keep_by_mass(energy.flatten(1), 0.5)[0].view(12, 12)
     assert not kept[:, :4].any()
     assert kept[:, 6:].sum() > 20
 
 
 def test_everything_is_kept_of_a_flat_map_and_at_share_one():
     flat = detail_energy(torch.ones(1, 8, 4, 4), (6, 6)).flatten(1)
-    assert keep_by_energy(flat, 0.1).all()
-    assert keep_by_energy(noise(0, 2, 9).square(), 1.0).all()
+    assert keep_by_mass(flat, 0.1).all()
+    assert keep_by_mass(noise(0, 2, 9).square(), 1.0).all()
 
 
 # In the engine

@@ -29,6 +29,7 @@ from foveate.train.corpus import CorpusConfig, build_corpus, choose_test_pairs, 
 from foveate.train.packages import FLUENT_3D, CorpusError, Package, fetch_package, verify_package
 from foveate.train.recipe import load_corpus_config, train
 from foveate.train.sources import svg_of_icon
+from tests.toy_corpus import write_corpus
 
 APPLE = Drawing(
     index=0,
@@ -292,6 +293,15 @@ def test_failed_build_leaves_nothing(toy_cache: Path, tmp_path: Path, wrong: Cor
 def test_load_names_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match=r"must hold images\.npy"):
         load_corpus(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["drawings.jsonl", "images.npy", "manifest.json"])
+@pytest.mark.parametrize("left", [b"", b'{"label": "a"', b"[1]\n"])
+def test_a_damaged_corpus_is_one_line(name: str, left: bytes, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", 32)
+    (tmp_path / "corpus" / name).write_bytes(left)
+    with pytest.raises(CorpusError, match=r"is damaged|as many images as drawings"):
+        load_corpus(tmp_path / "corpus")
 
 
 def test_framed_captions_name_the_thing_and_repeat_themselves() -> None:

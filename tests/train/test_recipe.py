@@ -57,7 +57,10 @@ def test_a_call_pauses_and_the_same_call_goes_on(tmp_path: Path) -> None:
         train(file, tmp_path / "run", log=lines.append, route=Route(device="cpu"), stop_after=0.0)
     assert (tmp_path / "run" / "tokenizer.ckpt").exists() or (tmp_path / "run" / "transformer.ckpt").exists()
     folder = train(file, tmp_path / "run", log=lines.append, route=Route(device="cpu"))
-    assert (folder / "config.json").exists()
+    written = (folder / "config.json").read_bytes()
+    (folder / "config.json").unlink()
+    train(file, tmp_path / "run", "sampling", log=lines.append, route=Route(device="cpu"))
+    assert (folder / "config.json").read_bytes() == written, "a choice that was not exported is exported now"
 
 
 def test_sections_of_a_device_go_over_the_rest() -> None:
@@ -78,6 +81,20 @@ def test_a_recipe_lies_over_its_base() -> None:
     assert over.corpus.image_size == 2 * base.corpus.image_size
     assert over.tokenizer.trains_encoder is False
     assert over.sheet == base.sheet
+
+
+@pytest.mark.parametrize("text", [b"", b"plain words", b"[1, 2]", b"a: [", b"\xff\xfe\x00", b"weights:\ndtype: x"])
+def test_what_is_no_recipe_is_one_line(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(text)
+    with pytest.raises(FoveateError, match="cannot read the training file"):
+        load_recipe(tmp_path / "bad.yaml", Route(device="cpu"))
+
+
+def test_a_dtype_that_nothing_is_trained_in_is_refused_at_once(tmp_path: Path) -> None:
+    path = CONFIGS / "emoji_tiny.yaml"
+    (tmp_path / "toy.yaml").write_text(f"base: {path}\ndtype: bf16\ncorpus: {CONFIGS / 'emoji_corpus.yaml'}\n")
+    with pytest.raises(FoveateError, match="no dtype for training 'bf16'; did you mean bfloat16"):
+        load_recipe(tmp_path / "toy.yaml", Route(device="cpu"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")

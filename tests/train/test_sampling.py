@@ -67,13 +67,16 @@ def test_a_search_that_was_stopped_draws_nothing_twice(tmp_path: Path) -> None:
 
     options = SamplingSearch(guidance=(3.0, 4.0), temperatures=(0.5,), factors=())
     with pytest.raises(PauseError):
-        search(book("a").kept(score), START, options, silent)
+        search(book("a").kept(score, "x"), START, options, silent)
     left[0] = 1
-    assert search(book("a").kept(score), START, options, silent).guidance == (4.0,) * 7
+    assert search(book("a").kept(score, "x"), START, options, silent).guidance == (4.0,) * 7
     assert len(drawn) == len(set(drawn)) == 3
     left[0] = 3
-    search(book("b").kept(score), START, options, silent)
+    search(book("b").kept(score, "x"), START, options, silent)
     assert len(drawn) == 6, "other weights draw anew"
+    left[0] = 3
+    search(book("b").kept(score, "y"), START, options, silent)
+    assert len(drawn) == 9, "and so do other scenes"
 
 
 def test_guidance_stays_at_least_one_and_every_scale_is_in_one_third() -> None:

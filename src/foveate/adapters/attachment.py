@@ -87,7 +87,7 @@ class Attachment:
         self.detach()
 
     def draw(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
-        """One call of the method; an exception leaves everything as it was before.
+        """One call of the method; an exception leaves the object as it was, save for a generator that was read.
 
         Args:
             signature: Of the official method.

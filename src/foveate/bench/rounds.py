@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, TypeVar
 
-import torch
+from foveate.core.errors import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -53,6 +53,8 @@ def alternate(
             after_round()
     except KeyboardInterrupt:
         stopped = Stop.INTERRUPTED
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         stopped = Stop.OUT_OF_MEMORY
     return Rounds(rounds=tuple(counted), stopped=stopped)

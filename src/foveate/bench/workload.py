@@ -83,8 +83,7 @@ def check_workload(pipe: Pipeline, workload: Workload, policies: Sequence[Policy
     Raises:
         FoveateError: A size, seed or class that does not exist, or a policy that does not fit the schedule.
     """
-    for text in dict.fromkeys(text for index in range(num_rounds) for text in workload.texts(index)):
-        pipe.model.text.encode([text])
+    pipe.model.text.encode(list(dict.fromkeys(text for index in range(num_rounds) for text in workload.texts(index))))
     # Seeds only grow, so the last round has the largest ones.
     last = num_rounds - 1
     settings = settings_of(workload.options(last, policies[0]))

@@ -30,5 +30,7 @@ class OnDemand:
         last = self._last
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in last]
         found = dict(zip(new, self._load().encode(new), strict=True)) if new else {}
-        self._last = {prompt: found[prompt] if prompt in found else last[prompt] for prompt in prompts}
-        return [self._last[prompt] for prompt in prompts]
+        # One assignment: calls of several threads may end between each other's lines.
+        kept = {prompt: found[prompt] if prompt in found else last[prompt] for prompt in prompts}
+        self._last = kept
+        return [kept[prompt] for prompt in prompts]

@@ -34,5 +34,13 @@ def unknown(kind: str, name: str, known: Sequence[str], rest: str = "") -> Fovea
     return FoveateError(f"no {kind} {name!r}; {hint}there are {', '.join(known)}{rest}")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on any device; torch's class for it is known by name, as importing torch takes long."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    signs = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 class Cancelled(Exception):  # noqa: N818 - a request to stop is not an error
     """A callback asked the engine to stop; the request's state is gone and nothing else changed."""

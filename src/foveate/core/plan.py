@@ -19,6 +19,7 @@ import yaml
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from foveate.core.atomic import write_text
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError, PlanConflictError
 from foveate.core.schedule import ScaleSchedule
@@ -172,6 +173,7 @@ class ScalePlan:
             selections=tuple(replace(s, score_Bl=to_device(s.score_Bl, device)) for s in self.selections),
             depths=tuple(replace(d, depth_Bl=to_device(d.depth_Bl, device)) for d in self.depths),
             weight_Bl=None if self.weight_Bl is None else to_device(self.weight_Bl, device),
+            guided_B=None if self.guided_B is None else to_device(self.guided_B, device),
         )
 
     def meet(self, other: "ScalePlan") -> "ScalePlan":
@@ -284,7 +286,7 @@ class Policy(ABC):
     def to_yaml(self, path: str | Path) -> None:
         """Writes the policy with every field, so that later defaults cannot change it."""
         parts = [{"policy": part.name, **part.settings()} for part in self.parts_of()]
-        Path(path).write_text(yaml.safe_dump(parts if len(parts) > 1 else parts[0], sort_keys=False), encoding="utf-8")
+        write_text(path, yaml.safe_dump(parts if len(parts) > 1 else parts[0], sort_keys=False))
 
     def replace(self: P, **changes: Any) -> P:
         """The same policy with some fields changed and checked again."""

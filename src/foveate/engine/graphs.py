@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core.cost import Row
+from foveate.core.errors import is_out_of_memory
 from foveate.core.held import copy_held_, held_copy
 from foveate.core.protocols import NextScaleModel, Prepared
 from foveate.core.schedule import Scale, ScaleSchedule
@@ -146,6 +147,15 @@ class PrefixShape:
         return next((s for s, count in enumerate(counts) if count > most_tokens), len(counts))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Recorded:
+    """A captured scale and the tensors it reads besides what a prefix holds: a graph does not keep them alive."""
+
+    x_nC: Tensor
+    rotation_nD: Tensor
+    captured: Captured
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class Prefix:
     """Buffers and graphs of one shape; `owner` leases one prefix to one request at a time, as they share a cache."""
@@ -155,7 +165,7 @@ class Prefix:
     num_scales: int
     prepared: Prepared
     cache: KVCache
-    graphs: dict[tuple[int, int], tuple[Tensor, Captured]] = field(default_factory=dict)
+    graphs: dict[tuple[int, int], "Recorded"] = field(default_factory=dict)
     is_broken: bool = False
     done: int = 0
 
@@ -187,22 +197,22 @@ class Prefix:
                 out_kV = run(x_nC, rotation_nD, self.prepared, self.cache)
                 self.done = scale.index + 1
                 return out_kV
-        own_x_nC, captured = self.graphs[key]
+        recorded = self.graphs[key]
         # The blocks add to what they are given, so it is filled anew every time.
-        own_x_nC.copy_(x_nC)
-        captured.replay()
+        recorded.x_nC.copy_(x_nC)
+        recorded.captured.replay()
         self.done = scale.index + 1
         self._fill(self.done)
-        return captured.out.clone()
+        return recorded.captured.out.clone()
 
-    def _captured(self, scale: int, x_nC: Tensor, rotation_nD: Tensor, run: Blocks) -> tuple[Tensor, Captured]:
+    def _captured(self, scale: int, x_nC: Tensor, rotation_nD: Tensor, run: Blocks) -> Recorded:
         own_x_nC, own_rotation_nD = x_nC.clone(), rotation_nD.clone()
 
         def work() -> Tensor:
             self._fill(scale)
             return run(own_x_nC, own_rotation_nD, self.prepared, self.cache)
 
-        return own_x_nC, self.owner.capture(work)
+        return Recorded(x_nC=own_x_nC, rotation_nD=own_rotation_nD, captured=self.owner.capture(work))
 
     def hand_over(self, cache: KVCache) -> None:
         """Moves keys and values of the scales that ran into a request's own, empty cache, and ends the prefix."""
@@ -256,10 +266,10 @@ class Graphs:
             if shape not in self._prefixes and shape not in self._seen:
                 _remember(self._seen, shape, None, MOST_SEEN)
                 return None
-            prefix = self._prefixes.get(shape) or self._build(shape, model, prepared)
-            _remember(self._prefixes, shape, prefix, self.most_shapes)
-            if prefix.is_broken:
+            prefix = self._prefixes.get(shape) or self._built(shape, model, prepared)
+            if prefix is None or prefix.is_broken:
                 return None
+            _remember(self._prefixes, shape, prefix, self.most_shapes)
             self._leased = prefix
         copy_held_(prefix.prepared, prepared)
         prefix.done = 0
@@ -270,6 +280,16 @@ class Graphs:
         with self._lock:
             if self._leased is prefix:
                 self._leased = None
+
+    def _built(self, shape: PrefixShape, model: NextScaleModel, prepared: Prepared) -> Prefix | None:
+        """A new prefix, or None if there is no memory for its buffers: the plain loop needs none of them."""
+        try:
+            return self._build(shape, model, prepared)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("graphs of one shape are off, there is no memory for them: %s", str(error).split("\n")[0])
+            return None
 
     def _build(self, shape: PrefixShape, model: NextScaleModel, prepared: Prepared) -> Prefix:
         """Makes the buffers of a shape; the cache is that of all shapes of equal counts, whatever their texts."""

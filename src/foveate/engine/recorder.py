@@ -15,6 +15,7 @@ from foveate.core.schedule import Grid
 from foveate.core.signals import BranchLogits, Signal
 from foveate.engine.deltas import DeltaStore
 from foveate.engine.select import TokenLayout
+from foveate.kernels.residual import add_gated_
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,7 +42,7 @@ class Recorder:
             return None
         fill_nC = self._fill(block)
         if fill_nC is not None:
-            x_nC += fill_nC
+            add_gated_(x_nC, fill_nC, None, self.layout.rows)
         return fill_nC
 
     def _fill(self, block: int) -> Float[Tensor, "n C"] | None:

@@ -195,7 +195,8 @@ class RequestState:
             self.trace.stopped = frozenset(self.dropped)
         stopped = images - asked if is_needed else images
         keep = [r for r, (image, is_cond) in enumerate(self.live) if is_cond or image not in stopped]
-        if len(keep) < len(self.live):
+        # A scale that does not run reads no row: what may be the last one would only move memory.
+        if plan.runs and len(keep) < len(self.live):
             self._keep(keep)
 
     def cache_bytes(self) -> int:

@@ -12,21 +12,20 @@ all images at once instead of an average over random subsets: it needs no random
 other, not with published KID.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, UInt8
+from jaxtyping import Float, Float32, Int
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
-from foveate.eval import features as lite0
 
 TEXT_MATCH_FORMAT = "foveate-text-match-1"
 JOINT_WIDTH = 256
@@ -51,43 +50,6 @@ def nearest(
     if len(corpus_features) == 0:
         raise FoveateError("nearest needs at least one corpus row, got none")
     return np.asarray((unit_rows(features) @ unit_rows(corpus_features).T).argmax(axis=1))
-
-
-def nearest_drawing_accuracy(
-    images: UInt8[np.ndarray, "n Y X 3"],
-    labels: Sequence[str],
-    corpus_images: UInt8[np.ndarray, "c V U 3"],
-    corpus_labels: Sequence[str],
-    *,
-    network: nn.Module | None = None,
-) -> float:
-    """Share of the images whose nearest corpus drawing has the label that was asked for.
-
-    Args:
-        images: Generated images, RGB.
-        labels: What each of them should show.
-        corpus_images: Real drawings, RGB on the same background as the generated ones.
-        corpus_labels: What each of them shows.
-        network: What `features.load_network` gave; loaded for this call if None.
-
-    Returns:
-        A share in [0, 1].
-
-    Raises:
-        FoveateError: If images and labels do not pair up, or there are none.
-    """
-    for name, num_images, num_labels in (
-        ("images", len(images), len(labels)),
-        ("corpus_images", len(corpus_images), len(corpus_labels)),
-    ):
-        if num_images != num_labels or num_images == 0:
-            raise FoveateError(
-                f"{name} must have one label each and not be empty, got {num_images} images and {num_labels} labels"
-            )
-    network = lite0.load_network() if network is None else network
-    found = nearest(lite0.features(images, network=network), lite0.features(corpus_images, network=network))
-    hits = [corpus_labels[index] == label for index, label in zip(found, labels, strict=True)]
-    return float(np.mean(hits))
 
 
 def kid(features: Float[np.ndarray, "n F"], reference_features: Float[np.ndarray, "c F"]) -> float:
@@ -175,7 +137,8 @@ class TextMatch:
         """
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: np.ascontiguousarray(getattr(self, name), dtype=np.float16) for name in self.__slots__}
-        save_file(tensors, path, metadata={"format": TEXT_MATCH_FORMAT})
+        with replace_file(path) as partial:
+            save_file(tensors, partial, metadata={"format": TEXT_MATCH_FORMAT})
 
     def similarity(
         self,

@@ -19,7 +19,7 @@ from foveate.core.errors import CheckpointError, FoveateError, unknown
 from foveate.core.protocols import NextScaleModel, ScaleTokenizer
 from foveate.families.published import PUBLISHED
 from foveate.families.residency import Residency
-from foveate.families.sources import Sources, fetch_folder, fetch_published, local_sources
+from foveate.families.sources import Sources, fetch_model, fetch_published, local_sources
 from foveate.families.spec import ModelSpec
 from foveate.folder import (
     AUTOENCODER,
@@ -94,8 +94,9 @@ class Precision:
 class LoadedModel:
     """A model in memory; nothing here changes while it generates.
 
-    `weights` is `pretrained` or `random`; `sha256` identifies the weights (`folder.weights_sha256`). `device` is where
-    it runs; an offloaded model (`offload`) lies in main memory between calls.
+    `weights` is `pretrained` or `random`; `sha256` identifies the weights (`folder.weights_sha256`), those of a text
+    encoder only where it lies in the model's own folder: `text_encoders` names the others by folder or repository.
+    `device` is where it runs; an offloaded model (`offload`) lies in main memory between calls.
     """
 
     spec: ModelSpec
@@ -106,6 +107,7 @@ class LoadedModel:
     sha256: str
     precision: Precision
     device: torch.device
+    text_encoders: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -202,7 +204,7 @@ def _own_folder(origin: Origin) -> Path | None:
     if not path.is_dir():
         if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
             raise unknown("model", name, model_names(), ", or a folder, a file of weights, or owner/name on the hub")
-        path = fetch_folder(name, origin.revision, origin.local_files_only)
+        path = fetch_model(name, origin.revision, origin.local_files_only)
     return path if _is_ours(path) else None
 
 
@@ -222,7 +224,7 @@ def _find_sources(origin: Origin) -> Sources:
         )
     path = Path(origin.name_or_path)
     if not path.exists():
-        path = fetch_folder(name, origin.revision, origin.local_files_only)
+        path = fetch_model(name, origin.revision, origin.local_files_only)
     return local_sources(path, origin.autoencoder, origin.text_encoder, origin.local_files_only)
 
 
@@ -254,7 +256,8 @@ def _from_sources(sources: Sources, precision: Precision, device: torch.device, 
     text = read()
     if residency.release_text_encoder and sources.text_encoders:
         text = OnDemand(read)
-    return _assemble(spec, paths, text, digest, precision, device, residency)
+    model = _assemble(spec, paths, text, digest, precision, device, residency)
+    return replace(model, text_encoders=sources.text_encoders)
 
 
 def _assemble(

@@ -13,8 +13,9 @@ from torch import nn
 from foveate.conditioning.clip import CLIP_TOKENS
 from foveate.core.conditions import ClassLabel
 from foveate.core.guidance import GuidanceSchedule
-from foveate.core.plan import Policy
+from foveate.core.plan import Bound, Policy
 from foveate.core.schedule import ScaleSchedule
+from foveate.core.signals import Signal
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request, bounds_of
 from foveate.families.residency import Residency
@@ -56,6 +57,7 @@ class MemoryNeed:
         text_encoder: Its weights. What it works with is not counted: tens of megabytes for the longest prompt.
         text: What the transformer holds of the longest prompts it reads: keys, values and modulation of every block.
         kv: Keys and values of the scales, at their bound.
+        changes: What blocks added to tokens, where the policy fills skipped blocks with it.
         blocks: What a block holds for a moment at the largest scale.
         logits: What a scale's outputs take while they are sampled.
         decoder: What the decoder holds for a moment, one picture at a time.
@@ -67,6 +69,7 @@ class MemoryNeed:
     text_encoder: int
     text: int
     kv: int
+    changes: int
     blocks: int
     logits: int
     decoder: int
@@ -75,7 +78,7 @@ class MemoryNeed:
     @property
     def phases(self) -> dict[str, int]:
         """Bytes at the most while prompts are encoded, while the transformer runs and while pictures are decoded."""
-        drawing = self.text + self.kv + max(self.blocks, self.logits)
+        drawing = self.text + self.kv + self.changes + max(self.blocks, self.logits)
         return {
             "encoding": self._weights("text_encoder"),
             "transformer": self._weights("transformer") + drawing,
@@ -135,7 +138,8 @@ def memory_need(
     shape = networks["transformer"].shape
     schedule, size = schedule or spec.default_schedule, dtype.itemsize
     rows, tokens = 2 * num_images, 2 * num_images * schedule.scales[-1].num_tokens
-    bounds = bounds_of(policy.bind(schedule, shape), _request(schedule, num_images), shape)
+    bound = policy.bind(schedule, shape)
+    bounds = bounds_of(bound, _request(schedule, num_images), shape)
     read = _longest_prompt(spec) if text_tokens is None else min(text_tokens, _longest_prompt(spec))
     return MemoryNeed(
         transformer=transformer_bytes(spec, dtype, quantization),
@@ -143,11 +147,22 @@ def memory_need(
         text_encoder=_text_encoder_bytes(spec.conditioner, dtype),
         text=rows * shape.num_blocks * shape.width * (2 * read * size + _MODULATION_VALUES * 4),
         kv=bounds.kv_bytes(shape.num_heads * shape.head_width, size),
+        changes=_most_recorded(bound, schedule) * rows * shape.num_blocks * shape.width * size,
         blocks=tokens * shape.width * (_STREAM_BYTES + _COMPUTE_VALUES * size),
         logits=tokens * shape.head_outputs * 3 * 4,
         decoder=decoder_bytes(spec, dtype, schedule),
         residency=residency,
     )
+
+
+def _most_recorded(bound: Bound, schedule: ScaleSchedule) -> int:
+    """Tokens of a row whose block changes are held at once, at the most: those stored, and those being recorded."""
+    stored = most = 0
+    for scale in schedule.scales:
+        if Signal.BLOCK_DELTAS in bound.record(scale.index):
+            most = max(most, stored + scale.num_tokens)
+            stored = scale.num_tokens
+    return most
 
 
 def _networks(spec: ModelSpec) -> dict[str, Any]:

@@ -4,7 +4,9 @@ The hooks of accelerate do this around `forward`; engine and tokenizers here cal
 pipeline says which part works next.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -36,12 +38,20 @@ class Offload:
         """
         self._parts, self._device, self._move = dict(parts), device, move
         self._there = list(self._parts)
+        self._lock = threading.RLock()
         self.bring()
 
     @classmethod
     def of(cls, model: LoadedModel) -> "Offload":
         """That of a loaded model, wherever its parts are."""
         return cls(parts_of(model), model.device)
+
+    @contextmanager
+    def working(self, *names: str) -> Iterator[None]:
+        """Has exactly these parts on the device while they work; calls of other threads wait, and bring theirs then."""
+        with self._lock:
+            self.bring(*names)
+            yield
 
     # A tensor that is made in inference mode could not be changed outside of it any more.
     @torch.inference_mode(mode=False)

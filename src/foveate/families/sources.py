@@ -60,6 +60,20 @@ def fetch_folder(repo: str, revision: str | None, local_files_only: bool, part: 
     return Path(folder) / part if part else Path(folder)
 
 
+def fetch_model(repo: str, revision: str | None, local_files_only: bool) -> Path:
+    """The local copy of a hub repository that holds one model.
+
+    Raises:
+        FoveateError: The repository is one that holds many published models, or the hub gave nothing.
+    """
+    names = [name for name, entry in PUBLISHED.items() if repo in (entry.transformer.repo, entry.autoencoder.repo)]
+    if names:
+        raise FoveateError(
+            f"{repo} is known by model name, and is not fetched as a whole; ask for one of {', '.join(names)}"
+        )
+    return fetch_folder(repo, revision, local_files_only)
+
+
 def fetch_published(
     entry: Published,
     autoencoder: str | Path | None,

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core.cost import ModelShape
@@ -30,7 +30,6 @@ from foveate.core.plan import (
     Rule,
     ScalePlan,
     TokenSelection,
-    keep_by_mass,
     require,
 )
 from foveate.core.schedule import Grid, ScaleSchedule
@@ -71,11 +70,6 @@ def detail_energy(residual_BZhw: Float[Tensor, "B Z h w"], grid: Grid) -> Float[
     else:
         smooth_B1hw = smooth_energy(residual_BZhw)[:, None]
     return F.interpolate(smooth_B1hw, size=grid, mode="bilinear", align_corners=False)[:, 0]
-
-
-def keep_by_energy(energy_Bl: Float[Tensor, "B l"], share: float) -> Bool[Tensor, "B l"]:
-    """Keeps the fewest tokens that hold `share` of the energy, and those that tie with the last of them (Eq. 11)."""
-    return keep_by_mass(energy_Bl, share)
 
 
 def branch_gap(logits: BranchLogits, norm: Literal["rms", "l2"]) -> Float[Tensor, ""]:

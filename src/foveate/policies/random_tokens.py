@@ -62,7 +62,7 @@ class RandomTokens(Policy):
         require(0 < self.keep_ratio <= 1, "keep_ratio", "in (0, 1]", self.keep_ratio)
         require(self.num_scales >= 0, "num_scales", "0 or more", self.num_scales)
         require(self.fill in ("base", "zero"), "fill", "base or zero", self.fill)
-        require(self.key >= 0, "key", "0 or more", self.key)
+        require(0 <= self.key < 2**64, "key", "in [0, 2**64)", self.key)
 
     @classmethod
     def neutral(cls) -> "RandomTokens":

@@ -172,17 +172,22 @@ def load_corpus(folder: Path) -> Corpus:
     """Opens a corpus folder; images stay on disk until they are read.
 
     Raises:
-        CorpusError: If a file is missing, or the images and the table disagree.
+        CorpusError: If a file is missing or damaged, or the images and the table disagree.
     """
     for name in (IMAGES_FILE, DRAWINGS_FILE, MANIFEST_FILE):
         if not (folder / name).is_file():
             raise CorpusError(f"{folder} must hold {name}, it does not")
-    images_NYXc = np.load(folder / IMAGES_FILE, mmap_mode="c")
-    lines = (folder / DRAWINGS_FILE).read_text(encoding="utf-8").splitlines()
-    drawings = tuple(_parse_drawing(json.loads(line)) for line in lines)
+    try:
+        images_NYXc = np.load(folder / IMAGES_FILE, mmap_mode="c")
+        lines = (folder / DRAWINGS_FILE).read_text(encoding="utf-8").splitlines()
+        drawings = tuple(_parse_drawing(json.loads(line)) for line in lines)
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict):
+            raise TypeError(f"{MANIFEST_FILE} holds no mapping")
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise CorpusError(f"{folder} is damaged ({error}); remove it and build it again with --stage corpus") from None
     if len(images_NYXc) != len(drawings):
         raise CorpusError(f"{folder} must hold as many images as drawings, got {len(images_NYXc)} and {len(drawings)}")
-    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
     return Corpus(images_NYXc=images_NYXc, drawings=drawings, manifest=manifest)
 
 

@@ -5,7 +5,6 @@ another machine goes on where it was. No step counts for more than `MAX_STEP_S`,
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
 
 
@@ -63,7 +63,6 @@ class Run:
     model: nn.Module
     average: dict[str, Tensor]
     optimiser: torch.optim.Optimizer
-    generator: torch.Generator
     clock_s: float = 0.0
     step: int = 0
     samples: int = 0
@@ -82,16 +81,14 @@ class Run:
             fused=True,
         )
         average = {name: value.detach().float().clone() for name, value in model.state_dict().items()}
-        generator = torch.Generator().manual_seed(optimisation.seed)
-        return cls(model=model, average=average, optimiser=optimiser, generator=generator)
+        return cls(model=model, average=average, optimiser=optimiser)
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint by atomic rename."""
+        """Writes a checkpoint, whole or not at all."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average,
             "optimiser": self.optimiser.state_dict(),
-            "generator": self.generator.get_state(),
             "clock_s": self.clock_s,
             "step": self.step,
             "samples": self.samples,
@@ -99,18 +96,16 @@ class Run:
             "recent": {name: float(value) for name, value in self.recent.items()},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, path)
+        with replace_file(path) as partial:
+            torch.save(state, partial)
 
     def load(self, path: Path) -> None:
-        """Continues from a checkpoint; the clock, the random state and the optimiser go on where they stopped."""
+        """Continues from a checkpoint; the clock and the optimiser go on where they stopped."""
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         device = next(self.model.parameters()).device
         self.average = {name: value.to(device) for name, value in state["average"].items()}
-        self.generator.set_state(state["generator"])
         self.clock_s, self.step, self.samples = state["clock_s"], state["step"], state["samples"]
         self.flops, self.recent = state["flops"], state["recent"]
 

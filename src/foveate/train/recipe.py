@@ -24,7 +24,7 @@ from torch import Tensor
 from foveate.bench.peak import matmul_peak
 from foveate.conditioning.minilm import TextEncoder
 from foveate.core.atomic import replace_file, write_text
-from foveate.core.errors import FoveateError
+from foveate.core.errors import FoveateError, unknown
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.schedule import ScaleSchedule
 from foveate.engine.executor import Engine
@@ -102,6 +102,13 @@ class Route:
         return device
 
 
+_DTYPES = ("float32", "bfloat16")
+"""Gradients in float16 would need a scaled loss."""
+
+_UNREADABLE = (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, KeyError, TypeError, AttributeError)
+"""What a file raises that is none, is no YAML, or holds other things than a recipe does."""
+
+
 def load_recipe(path: Path, route: Route | None = None) -> Recipe:
     """Reads a training file; `corpus` in it names another file beside it.
 
@@ -123,6 +130,8 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
             data["sampling"] = {"guidance": [1.5], "temperatures": [0.5], "factors": [], "prompts": 2}
         corpus = CorpusConfig.from_dict(_read_yaml(path.parent / data["corpus"]))
         schedule = ScaleSchedule.from_template(1.0, data["budget"])
+        if data["dtype"] not in _DTYPES:
+            raise unknown("dtype for training", str(data["dtype"]), _DTYPES)
         run = {"device": device, "dtype": data["dtype"]}
         shape = data["autoencoder"] | {"channel_multipliers": tuple(data["autoencoder"]["channel_multipliers"])}
         tokenizer = TokenizerRecipe(
@@ -156,7 +165,7 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
             notice=notice,
             card=card,
         )
-    except (OSError, RecursionError, yaml.YAMLError, KeyError, TypeError) as error:
+    except _UNREADABLE as error:
         raise FoveateError(f"cannot read the training file {path}: {error!r}") from None
 
 
@@ -185,7 +194,7 @@ def load_corpus_config(path: Path, route: Route | None = None) -> CorpusConfig:
             return CorpusConfig.from_dict(data)
         _lay_over(data, data.get((route or Route()).chosen_device(), {}))
         return CorpusConfig.from_dict(_read_yaml(path.parent / data["corpus"]))
-    except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+    except _UNREADABLE as error:
         raise FoveateError(f"cannot read the corpus file {path}: {error!r}") from None
 
 
@@ -411,7 +420,8 @@ class TrainingFolder:
             best = choose_sampling(folder, corpus, self.recipe.sampling, device, book, self.log)
             chosen = {"weights": weights, "guidance_scale": best.guidance, "temperature": best.temperature}
             write_text(self.out / SAMPLING, json.dumps(chosen, indent=1) + "\n")
-            self.export()
+        # Also where it was chosen before: a call that was stopped may have left a folder without it.
+        self.export()
         self._log_rounding(folder)
         return folder
 
@@ -491,10 +501,9 @@ class TrainingFolder:
 
 
 def _save(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Writes weights by atomic rename: a file that exists is whole."""
-    partial = path.with_suffix(".partial")
-    save_file({name: value.contiguous() for name, value in weights.items()}, partial)
-    partial.replace(path)
+    """Writes weights; a file that exists is whole."""
+    with replace_file(path) as partial:
+        save_file({name: value.contiguous() for name, value in weights.items()}, partial)
 
 
 def _drawings(corpus: Corpus, split: str) -> UInt8[np.ndarray, "n Y X 4"]:

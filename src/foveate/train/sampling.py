@@ -6,6 +6,7 @@ factor for the coarse, the middle and the fine third of the scales.
 Axes: n pictures, F image features.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -138,7 +139,7 @@ class ScoreBook:
     """Scores that are kept in a file as they come, so that a search that was stopped goes on.
 
     Attributes:
-        path: The file; one of other weights is begun anew.
+        path: The file; one of other weights or other scenes is begun anew.
         weights: Hash of what draws.
         may_go_on: Raises where the time of this call is up; asked before every new score.
     """
@@ -147,16 +148,18 @@ class ScoreBook:
     weights: str
     may_go_on: Callable[[], None]
 
-    def kept(self, score: Score) -> Score:
-        """The same, drawing nothing that was drawn before."""
+    def kept(self, score: Score, scenes: str) -> Score:
+        """The same, drawing nothing that was drawn before; `scenes` is a hash of what is judged."""
         data = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
-        known: dict[str, list[float]] = data["scores"] if data.get("weights") == self.weights else {}
+        subject = {"weights": self.weights, "scenes": scenes}
+        is_same = all(data.get(name) == value for name, value in subject.items())
+        known: dict[str, list[float]] = data["scores"] if is_same else {}
 
         def remembered(setting: Setting) -> Float[np.ndarray, " n"]:
             if str(setting) not in known:
                 self.may_go_on()
                 known[str(setting)] = score(setting).tolist()
-                write_text(self.path, json.dumps({"weights": self.weights, "scores": known}) + "\n")
+                write_text(self.path, json.dumps({**subject, "scores": known}) + "\n")
             return np.array(known[str(setting)])
 
         return remembered
@@ -201,7 +204,8 @@ def choose_sampling(
         )
         return reciprocal_ranks(examiner.features(drawn), real_nF)
 
-    return search(book.kept(score), Setting.of(pipe.model.spec), options, log)
+    judged = hashlib.sha256(repr(scenes).encode()).hexdigest()[:12]
+    return search(book.kept(score, judged), Setting.of(pipe.model.spec), options, log)
 
 
 def require_scorer() -> None:
