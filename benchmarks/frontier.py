@@ -1,24 +1,28 @@
 """What every method costs and loses on the bundled model: the tables and the plot of the README and the policy pages.
 
-    python benchmarks/frontier.py --out docs/results
+    python benchmarks/frontier.py                   # measures, prints, and writes into out/frontier
+    python benchmarks/frontier.py --update-pages    # writes into docs/results, and fills the tables of README and docs
 
 Fidelity: all prompts, keyed randomness, one seed, against the full run in the same batches. Time: batch 1, the full run
-and the setting alternating, medians. Text match: how often the drawing's own label is the nearest of all labels. The
-trivial controls stand in the same table, and so does the yardstick, the full run with another seed.
+and the setting in turns. A ratio is formed per prompt, and rows are compared by these ratios, never by milliseconds.
+`full` is timed in the same way against itself, which shows the noise. Text match: how often the drawing's own label is
+the nearest of all labels. The controls stand in the same table, and so does the yardstick: the full run, another seed.
 """
 
 import argparse
 import json
-import platform
-import statistics
+import shlex
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from pages import ROOT, fill_pages
 
+from foveate.bench.machine import describe_machine
+from foveate.bench.spread import Spread
 from foveate.conditioning.minilm import TextEncoder
 from foveate.eval.fidelity import fidelity_report
 from foveate.families.loading import Origin, find_folder
@@ -26,6 +30,7 @@ from foveate.pipeline import Pipeline, stack_uint8
 from foveate.policies.registry import load_policy
 
 HERE = Path(__file__).parent
+BATCH = 8
 SETTINGS: dict[str, tuple[str, ...]] = {
     "full": ("full",),
     "skip-scales": ("skip-scales", "skip-scales:count=2"),
@@ -51,7 +56,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """One setting."""
+    """One setting; a speed-up is full over setting, one ratio per timed prompt."""
 
     family: str
     spec: str
@@ -60,51 +65,68 @@ class Result:
     foreground_psnr: dict[str, float]
     identical: int
     flops_ratio: float
-    transformer_ms: float
-    total_ms: float
-    transformer_speedup: float
-    end_to_end_speedup: float
+    transformer_speedup: Spread
+    end_to_end_speedup: Spread
     text_match: float | None
 
     def row(self) -> str:
         """A line of the Markdown table."""
         match = "-" if self.text_match is None else f"{100 * self.text_match:.0f} %"
         return (
-            f"| `{self.spec.replace('|', chr(92) + '|')}` | {self.transformer_ms:.0f} | "
-            f"{self.transformer_speedup:.2f}x | {self.end_to_end_speedup:.2f}x | {100 * self.flops_ratio:.0f} % | "
+            f"| `{self.spec.replace('|', chr(92) + '|')}` | {_times(self.transformer_speedup)} | "
+            f"{_times(self.end_to_end_speedup)} | {100 * self.flops_ratio:.0f} % | "
             f"{self.psnr['mean']:.1f} | {self.psnr['p10']:.1f} | {self.foreground_psnr['mean']:.1f} | "
             f"{self.ssim['mean']:.3f} | {match} |"
         )
 
 
+def _times(ratio: Spread) -> str:
+    return f"{ratio.median:.2f}x ({ratio.p10:.2f}-{ratio.p90:.2f})"
+
+
 HEADER = (
-    "| policy | transformer ms | speed-up | end to end | FLOPs | PSNR dB | p10 | drawing only | SSIM | text match |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| policy | speed-up (p10-p90) | end to end (p10-p90) | FLOPs | PSNR dB | PSNR p10 | drawing only | SSIM | "
+    "text match |\n"
+    "|---|---|---|---|---|---|---|---|---|"
 )
+HEADLINE = (
+    "full",
+    "ld-pruning",
+    "ld-pruning:sats=false,lhep_scales=1",
+    "depthvar",
+    "depthvar:reference_scale=-2",
+    "skip-scales",
+    "drop-branch:count=1",
+    "drop-branch",
+    "random-tokens:num_scales=1",
+    "uniform-depth:num_scales=1",
+)
+"""Settings of the README's table."""
 
 
-def draw(pipe: Pipeline, prompts: Sequence[str], spec: str, seed: int, batch: int = 8) -> tuple[np.ndarray, float]:
+def draw(pipe: Pipeline, prompts: Sequence[str], spec: str, seed: int) -> tuple[np.ndarray, float]:
     """All prompts in batches; uint8 pictures and run / full FLOPs."""
     images, run, full = [], 0, 0
-    for i in range(0, len(prompts), batch):
-        out = pipe.generate(prompts[i : i + batch], seed=seed, policy=load_policy(spec), output_type="np")
+    for i in range(0, len(prompts), BATCH):
+        out = pipe.generate(prompts[i : i + BATCH], seed=seed, policy=load_policy(spec), output_type="np")
         images.append(stack_uint8(out.images))
         run, full = run + out.report.flops_run, full + out.report.flops_full
     return np.concatenate(images), run / full
 
 
-def clock(pipe: Pipeline, prompts: Sequence[str], spec: str) -> tuple[float, float, float, float]:
-    """Medians at batch 1, alternating with the full run: transformer ms, total ms, and both speed-ups."""
-    own_t, own_e, ratio_t, ratio_e = [], [], [], []
-    for prompt in prompts:
-        full = pipe.generate(prompt, seed=0, policy="full").report.ms
-        own = pipe.generate(prompt, seed=0, policy=load_policy(spec)).report.ms
-        own_t.append(own.transformer)
-        own_e.append(own.total)
-        ratio_t.append(full.transformer / own.transformer)
-        ratio_e.append(full.total / own.total)
-    median = statistics.median
-    return median(own_t), median(own_e), median(ratio_t), median(ratio_e)
+def clock(pipe: Pipeline, prompts: Sequence[str], spec: str) -> tuple[Spread, Spread]:
+    """Speed-up of the transformer and of the whole call at batch 1: each prompt in full and with the setting.
+
+    Every second prompt goes the other way round, as the later of two runs of a prompt tends to be the faster one.
+    """
+    transformer, total = [], []
+    for i, prompt in enumerate(prompts):
+        order = ("full", spec) if i % 2 == 0 else (spec, "full")
+        both = [pipe.generate(prompt, seed=0, policy=load_policy(policy)).report.ms for policy in order]
+        full, own = both if i % 2 == 0 else reversed(both)
+        transformer.append(full.transformer / own.transformer)
+        total.append(full.total / own.total)
+    return Spread.of(transformer), Spread.of(total)
 
 
 class Matcher:
@@ -135,7 +157,7 @@ def plot(results: Sequence[Result], yardstick: float, path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(7.5, 4.6), dpi=120)
     for family in SETTINGS:
-        points = sorted((r.transformer_speedup, r.psnr["mean"]) for r in results if r.family == family)
+        points = sorted((r.transformer_speedup.median, r.psnr["mean"]) for r in results if r.family == family)
         if family == "full" or not points:
             continue
         control = family in (
@@ -165,7 +187,7 @@ def measure(pipe: Pipeline, prompts: Sequence[str], timed: Sequence[str], matche
         for spec in specs:
             images, ratio = (reference, 1.0) if spec == "full" else draw(pipe, prompts, spec, 0)
             report = fidelity_report(images, reference).to_json()
-            transformer_ms, total_ms, speedup, end_to_end = clock(pipe, timed, spec)
+            speedup, end_to_end = clock(pipe, timed, spec)
             results.append(
                 Result(
                     family=family,
@@ -175,8 +197,6 @@ def measure(pipe: Pipeline, prompts: Sequence[str], timed: Sequence[str], matche
                     foreground_psnr=report["foreground_psnr"],
                     identical=report["identical"],
                     flops_ratio=ratio,
-                    transformer_ms=transformer_ms,
-                    total_ms=total_ms,
                     transformer_speedup=speedup,
                     end_to_end_speedup=end_to_end,
                     text_match=matcher.score(images, prompts) if matcher else None,
@@ -186,60 +206,84 @@ def measure(pipe: Pipeline, prompts: Sequence[str], timed: Sequence[str], matche
     return results
 
 
-def main() -> None:
-    """Measures, writes JSON, tables and the plot, and fills the pages."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="emoji")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
-    parser.add_argument("--timed", type=int, default=12, help="prompts that are timed at batch 1")
-    parser.add_argument("--labels", type=Path, default=HERE / "labels.txt")
-    given = parser.parse_args()
-    prompts = (HERE / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    pipe = Pipeline.from_pretrained(given.model)
-    pipe.set_progress_bar_config(disable=True)
-    matcher = Matcher(given.model, given.labels.read_text(encoding="utf-8").splitlines())
-    pipe(prompts[:2], seed=0)
-    results = measure(pipe, prompts, prompts[: given.timed], matcher)
-    reference, other = draw(pipe, prompts, "full", 0)[0], draw(pipe, prompts, "full", 1000)[0]
-    yardstick = fidelity_report(other, reference).to_json()
-    data = {
-        "model": given.model,
-        "prompts": len(prompts),
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "torch": torch.__version__,
-        "dtype": "float32",
-        "yardstick": yardstick,
-        "results": [{name: getattr(r, name) for name in Result.__slots__} for r in results],
-    }
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "frontier.json").write_text(json.dumps(data, indent=1), encoding="utf-8")
-    plot(results, yardstick["psnr"]["mean"], given.out / "frontier.png")
-    decibel = yardstick["psnr"]
+def tables(results: Sequence[Result], yardstick: dict[str, Any]) -> dict[str, str]:
+    """The table of every page by its name; each ends with the yardstick, another seed of the full run."""
     seed_row = (
-        f"| *another seed* | - | - | - | 100 % | {decibel['mean']:.1f} | {decibel['p10']:.1f} | "
+        f"| *another seed* | - | - | 100 % | {yardstick['psnr']['mean']:.1f} | {yardstick['psnr']['p10']:.1f} | "
         f"{yardstick['foreground_psnr']['mean']:.1f} | {yardstick['ssim']['mean']:.3f} | - |"
     )
     controls = ("full", "skip-scales", "drop-branch")
-    tables = {
-        name: "\n".join([HEADER, *(r.row() for r in results if r.family in (*controls, name)), seed_row])
-        for name in SETTINGS
+    chosen = {name: [r for r in results if r.family in (*controls, name)] for name in SETTINGS}
+    chosen |= {"readme": [r for r in results if r.spec in HEADLINE], "all": list(results)}
+    return {name: "\n".join([HEADER, *(r.row() for r in rows), seed_row]) for name, rows in chosen.items()}
+
+
+def page(data: dict[str, Any], table: str) -> str:
+    """`frontier.md`: what was measured, on what, by which command; and every setting."""
+    machine = data["machine"]
+    cpu, versions = machine["cpu"], machine["versions"]
+    return f"""# Every setting on the {data["model"]} model
+
+```text
+{data["command"]}
+```
+
+- model: {data["model"]}, {data["size"]}, {data["tokens"]} tokens, {data["dtype"]}, CPU
+- machine: {cpu["name"]}, {cpu["threads"]} threads; kernels: {cpu["kernels"]}
+- versions: foveate {versions["foveate"]}, python {versions["python"]}, torch {versions["torch"]}
+- fidelity: {data["prompts"]} prompts, seed 0, batches of {BATCH}, against the full run with the same draws; PSNR is a
+  mean, beside its tenth percentile; equal pictures get 100 dB; "drawing only" leaves out pixels that are white in both
+- time: batch 1, the first {data["timed"]} prompts, each drawn in full and with the setting, in changing order;
+  median and p10-p90 of full over setting. The row of `full` is `full` against itself: what noise alone gives
+- FLOPs: of the transformer, counted while it ran, as a share of the full run
+- text match: how often the label that was asked for is the nearest of all {data["labels"]} labels to the picture
+
+{table}
+
+![PSNR to the full run against measured speed-up](frontier.png)
+"""
+
+
+def main() -> None:
+    """Measures, writes JSON, the page and the plot, and fills other pages if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="emoji")
+    parser.add_argument("--out", type=Path, help="folder for frontier.json, .md and .png")
+    parser.add_argument("--update-pages", action="store_true", help="also fill the tables of the README and docs")
+    parser.add_argument("--timed", type=int, default=12, help="prompts that are timed at batch 1")
+    parser.add_argument("--labels", type=Path, default=HERE / "labels.txt")
+    given = parser.parse_args()
+    out: Path = given.out or ROOT / ("docs/results" if given.update_pages else "out/frontier")
+    prompts = (HERE / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    pipe = Pipeline.from_pretrained(given.model)
+    pipe.set_progress_bar_config(disable=True)
+    labels = given.labels.read_text(encoding="utf-8").splitlines()
+    pipe(prompts[:2], seed=0)
+    timed = prompts[: given.timed]
+    results = measure(pipe, prompts, timed, Matcher(given.model, labels))
+    reference, other = draw(pipe, prompts, "full", 0)[0], draw(pipe, prompts, "full", 1000)[0]
+    yardstick = fidelity_report(other, reference).to_json()
+    schedule = pipe.model.spec.default_schedule
+    data = {
+        "command": shlex.join(["python", "benchmarks/frontier.py", *sys.argv[1:]]),
+        "model": given.model,
+        "size": f"{reference.shape[2]}x{reference.shape[1]}",
+        "tokens": schedule.num_tokens,
+        "prompts": len(prompts),
+        "timed": len(timed),
+        "labels": len(labels),
+        "machine": describe_machine(),
+        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "yardstick": yardstick,
+        "results": [asdict(result) for result in results],
     }
-    headline = (
-        "full",
-        "ld-pruning",
-        "ld-pruning:sats=false,lhep_scales=1",
-        "depthvar",
-        "depthvar:reference_scale=-2",
-        "skip-scales",
-        "drop-branch:count=1",
-        "drop-branch",
-        "random-tokens:num_scales=1",
-        "uniform-depth:num_scales=1",
-    )
-    tables["readme"] = "\n".join([HEADER, *(r.row() for r in results if r.spec in headline), seed_row])
-    tables["all"] = "\n".join([HEADER, *(r.row() for r in results), seed_row])
-    (given.out / "frontier.md").write_text(tables["all"] + "\n", encoding="utf-8")
-    fill_pages(tables)
+    found = tables(results, yardstick)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "frontier.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (out / "frontier.md").write_text(page(data, found["all"]), encoding="utf-8")
+    plot(results, yardstick["psnr"]["mean"], out / "frontier.png")
+    if given.update_pages:
+        fill_pages(found)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,15 @@
     python benchmarks/pictures.py
 
 Prompts are those of `forty.txt` and `composed.txt`, in order and unselected, seed 0; a policy page shows the full run
-above the policy, the first six prompts and the same draws, and the compute map of the first.
+above the policy, the first six prompts and the same draws, and the compute map of the first. Every setting shown stands
+in the tables of `frontier.py`, so that a picture has its figures.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from frontier import SETTINGS
 from PIL import Image, ImageDraw, ImageFont
 
 from foveate.pipeline import Pipeline
@@ -17,14 +19,15 @@ from foveate.viz.maps import compute_map
 
 HERE = Path(__file__).parent
 PAGES = {
-    "ld-pruning": ("full", "ld-pruning", "ld-pruning:energy_share=0.3", "ld-pruning-draft"),
-    "depthvar": ("full", "depthvar:reference_scale=-2", "depthvar", "depthvar:fill=identity"),
+    "ld-pruning": ("full", "ld-pruning", "ld-pruning:sats=false,lhep_scales=1", "ld-pruning-draft"),
+    "depthvar": ("full", "depthvar:reference_scale=-2", "depthvar", "depthvar:reference_scale=-2,fill=identity"),
     "skip-scales": ("full", "skip-scales", "skip-scales:count=2"),
-    "drop-branch": ("full", "drop-branch", "drop-branch:count=4"),
-    "random-tokens": ("full", "random-tokens", "ld-pruning:sats=false"),
-    "uniform-depth": ("full", "uniform-depth", "depthvar"),
-    "composition": ("full", "ld-pruning|depthvar:reference_scale=-2"),
+    "drop-branch": ("full", "drop-branch:count=1", "drop-branch", "drop-branch:count=4"),
+    "random-tokens": ("full", "random-tokens", "random-tokens:num_scales=1", "ld-pruning:sats=false,lhep_scales=1"),
+    "uniform-depth": ("full", "uniform-depth:num_scales=1", "depthvar:reference_scale=-2"),
+    "composition": ("full", "drop-branch:count=1|depthvar:reference_scale=-2", "drop-branch"),
 }
+"""Rows of every page's picture; the compute map is that of the second one."""
 CELL, TEXT = 128, 16
 
 
@@ -49,6 +52,10 @@ def main() -> None:
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "images")
     given = parser.parse_args()
+    measured = {spec for specs in SETTINGS.values() for spec in specs}
+    unmeasured = sorted({spec for specs in PAGES.values() for spec in specs} - measured)
+    if unmeasured:
+        parser.error(f"no table has {', '.join(unmeasured)}; add what is shown to SETTINGS of frontier.py")
     given.out.mkdir(parents=True, exist_ok=True)
     files = [HERE / f"{name}.txt" for name in ("forty", "composed")]
     prompts = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]

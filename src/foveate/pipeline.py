@@ -108,9 +108,9 @@ class Pipeline:
             decoder_dtype: What the decoder computes in; None takes `dtype`.
             quantization: `int8` or `fp8` holds the weights of the transformer's blocks in eight bits: less memory, no
                 less time. Needs the extra `quantize`. None keeps them in `dtype`.
-            fp8_scales: At so many of the last scales the blocks multiply in eight bits of floating point: faster on a
-                GPU of compute capability 8.9 or later, and not exact. Needs `dtype` bfloat16 and, beside the weights,
-                a byte for each one of the blocks.
+            fp8_scales: At so many of the last scales the blocks multiply in fp8, which is not exact. Needs `dtype`
+                bfloat16 and, beside the weights, a byte for each one of the blocks. Meant for GPUs from compute
+                capability 8.9 on, untested there; slower on a CPU.
             device: Where it runs.
             revision: Branch, tag or commit of a hub model; None elsewhere.
             local_files_only: Never reaches for the network: a hub model must have been fetched before.

@@ -3,10 +3,12 @@
 import logging
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from fractions import Fraction
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, SupportsFloat, SupportsIndex, TypedDict, TypeGuard
 
 import torch
 
@@ -20,10 +22,10 @@ from foveate.policies.registry import load_policy
 
 logger = logging.getLogger("foveate")
 
-Prompts = str | int | Sequence[str | int]
-"""One text or several; an index where a model draws classes."""
+Prompts = str | SupportsIndex | Sequence[str | SupportsIndex]
+"""One text or several; an index where a model draws classes. Numbers of NumPy do, here and below."""
 
-PerScale = float | int | Sequence[float | int]
+PerScale = SupportsFloat | Sequence[SupportsFloat]
 """One value for all scales, or one per scale."""
 
 StepCallback = Callable[[Any, int, int, dict[str, Any]], object]
@@ -31,24 +33,27 @@ StepCallback = Callable[[Any, int, int, dict[str, Any]], object]
 
 MAX_SEED = 2**63 - 1
 
+_LARGEST_SIDE, _RATIO_ERROR = 7, 1e-3
+"""Of a published ratio, and how far a number may be from it: 1.333 is 4:3."""
+
 
 class Options(TypedDict, total=False):
     """Keyword arguments of `Pipeline.__call__` and `Pipeline.stream`; `Settings` says what each one means."""
 
     negative_prompt: str | Sequence[str] | None
-    height: int | None
-    width: int | None
-    aspect_ratio: str | None
+    height: SupportsIndex | None
+    width: SupportsIndex | None
+    aspect_ratio: str | SupportsFloat | None
     pixels: str | None
     guidance_scale: PerScale | None
     cfg: PerScale | None
     temperature: PerScale | None
     tau: PerScale | None
-    top_k: int | Sequence[int] | None
+    top_k: SupportsIndex | Sequence[SupportsIndex] | None
     top_p: PerScale | None
     more_smooth: bool | None
-    num_images_per_prompt: int
-    seed: int | Sequence[int] | None
+    num_images_per_prompt: SupportsIndex
+    seed: SupportsIndex | Sequence[SupportsIndex] | None
     generator: torch.Generator | None
     rng: str
     policy: str | Path | Policy
@@ -67,7 +72,8 @@ class Settings:
         negative_prompt: What to move away from; one for all prompts or one for each.
         height: Pixels, together with `width`; a size that the published schedules know.
         width: Pixels, together with `height`.
-        aspect_ratio: Width:height, one of the 15 published ratios; together with `pixels` instead of a size.
+        aspect_ratio: Width:height, one of the 15 published ratios, or width over height as a number; together with
+            `pixels` instead of a size.
         pixels: Pixel budget: 0.06M, 0.25M, 0.60M or 1M.
         guidance_scale: The family's published `cfg`; one number or one per scale. 1 switches guidance off for Infinity,
             0 for VAR and Switti, whose guidance grows from nothing to this over the scales.
@@ -92,19 +98,19 @@ class Settings:
     """
 
     negative_prompt: str | Sequence[str] | None = None
-    height: int | None = None
-    width: int | None = None
-    aspect_ratio: str | None = None
+    height: SupportsIndex | None = None
+    width: SupportsIndex | None = None
+    aspect_ratio: str | SupportsFloat | None = None
     pixels: str | None = None
     guidance_scale: PerScale | None = None
     cfg: PerScale | None = None
     temperature: PerScale | None = None
     tau: PerScale | None = None
-    top_k: int | Sequence[int] | None = None
+    top_k: SupportsIndex | Sequence[SupportsIndex] | None = None
     top_p: PerScale | None = None
     more_smooth: bool | None = None
-    num_images_per_prompt: int = 1
-    seed: int | Sequence[int] | None = None
+    num_images_per_prompt: SupportsIndex = 1
+    seed: SupportsIndex | Sequence[SupportsIndex] | None = None
     generator: torch.Generator | None = None
     rng: str = "keyed"
     policy: str | Path | Policy = "full"
@@ -117,18 +123,24 @@ class Settings:
     def __post_init__(self) -> None:
         """Refuses what does not depend on a model."""
         num = self.num_images_per_prompt
-        _require(num >= 1, f"num_images_per_prompt must be 1 or more, got {num}")
+        _require(
+            _is_whole(num) and int(num) >= 1, f"num_images_per_prompt must be a whole number, 1 or more, got {num!r}"
+        )
         _require(self.rng in ("keyed", "reference"), f"rng must be keyed or reference, got {self.rng!r}")
         kinds = ("pil", "np", "pt", "latent")
         _require(self.output_type in kinds, f"output_type must be one of {', '.join(kinds)}, got {self.output_type!r}")
         _require(self.guidance_scale is None or self.cfg is None, "give guidance_scale or its alias cfg, not both")
         _require(self.temperature is None or self.tau is None, "give temperature or its alias tau, not both")
+        sides = (self.width, self.height)
+        _require(all(side is None or _is_whole(side) for side in sides), f"width and height are pixels, got {sides}")
         _require((self.height is None) == (self.width is None), "give both height and width, or an aspect_ratio")
         has_shape = self.aspect_ratio is not None or self.pixels is not None
         _require(self.height is None or not has_shape, "give height and width or aspect_ratio and pixels, not both")
-        is_reference = self.rng == "reference"
-        _require(self.generator is None or is_reference, 'generator needs rng="reference"; use seed with rng="keyed"')
-        _require(self.generator is None or self.seed is None, "give a seed or a generator, not both")
+        generator, is_reference = self.generator, self.rng == "reference"
+        is_torch = generator is None or isinstance(generator, torch.Generator)
+        _require(is_torch, f"generator must be a torch.Generator, got {type(generator).__name__}")
+        _require(generator is None or is_reference, 'generator needs rng="reference"; use seed with rng="keyed"')
+        _require(generator is None or self.seed is None, "give a seed or a generator, not both")
         _require(not (is_reference and self.batch_invariant), 'batch_invariant needs rng="keyed"')
 
 
@@ -169,13 +181,18 @@ class Job:
     policy: Policy
 
     @property
+    def images_per_prompt(self) -> int:
+        """Images of each prompt."""
+        return int(self.settings.num_images_per_prompt)
+
+    @property
     def num_images(self) -> int:
         """Images of all prompts."""
-        return len(self.prompts) * self.settings.num_images_per_prompt
+        return len(self.prompts) * self.images_per_prompt
 
     def per_image(self, per_prompt: Sequence[Any]) -> tuple[Any, ...]:
         """Repeats entries per prompt for each of its images."""
-        return tuple(entry for entry in per_prompt for _ in range(self.settings.num_images_per_prompt))
+        return tuple(entry for entry in per_prompt for _ in range(self.images_per_prompt))
 
 
 def resolve(prompts: Prompts, settings: Settings, spec: ModelSpec) -> Job:
@@ -193,7 +210,6 @@ def resolve(prompts: Prompts, settings: Settings, spec: ModelSpec) -> Job:
     temperatures = _per_scale("temperature", tau, defaults.temperature, count)
     top_k = _per_scale("top_k", settings.top_k, defaults.top_k, count)
     top_p = _per_scale("top_p", settings.top_p, defaults.top_p, count)
-    _require(all(math.isfinite(w) for w in guidance), f"guidance_scale must be finite, got {guidance}")
     for t in temperatures:
         _require(t > 0, f"temperature must be above 0, got {t}; top_k=1 takes the best value always")
     for k, p in zip(top_k, top_p, strict=True):
@@ -231,6 +247,26 @@ def _require(ok: bool, message: str) -> None:
         raise FoveateError(message)
 
 
+def _is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is an int, or one of NumPy's, which behave alike."""
+    return isinstance(value, Integral)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a float or an int, or one of NumPy's."""
+    return isinstance(value, Real)
+
+
+def _entries(name: str, value: object, what: str) -> list[Any]:
+    """The entries of a sequence; a text is none."""
+    try:
+        if isinstance(value, Iterable) and not isinstance(value, str):
+            return list(value)
+    except TypeError:  # An array without axes says that it can be iterated, but it cannot.
+        pass
+    raise FoveateError(f"{name} must be {what}, got {value!r}")
+
+
 def _first(value: PerScale | None, alias: PerScale | None) -> PerScale | None:
     return alias if value is None else value
 
@@ -244,11 +280,16 @@ def _prompts(texts: list[str], name: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
+def draws_classes(spec: ModelSpec) -> bool:
+    """Whether prompts name classes, by an index too."""
+    return spec.conditioner == "imagenet"
+
+
 def _listed(prompts: Prompts, spec: ModelSpec) -> list[Any]:
     """Prompts as a list; where they name classes, an index may also come as a number."""
-    texts: list[Any] = [prompts] if isinstance(prompts, str | int) else list(prompts)
-    is_class = spec.conditioner == "imagenet"
-    return [str(text) if is_class and isinstance(text, int) else text for text in texts]
+    is_one = isinstance(prompts, str) or _is_whole(prompts)
+    texts: list[Any] = [prompts] if is_one else _entries("prompt", prompts, "a text, or a list of texts")
+    return [str(int(text)) if draws_classes(spec) and _is_whole(text) else text for text in texts]
 
 
 def _smooth_scales(asked: bool | None, spec: ModelSpec, count: int) -> tuple[int, int] | None:
@@ -265,7 +306,8 @@ def _negatives(negative: str | Sequence[str] | None, num_prompts: int, spec: Mod
     if negative is None:
         return None
     _require(spec.kind.has_negatives, f"{spec.name} is guided by classes and takes no negative_prompt; leave it out")
-    texts = [negative] * num_prompts if isinstance(negative, str) else list(negative)
+    one = [negative] * num_prompts if isinstance(negative, str) else None
+    texts = one or _entries("negative_prompt", negative, "a text, or one per prompt")
     _require(len(texts) == num_prompts, f"negative_prompt needs one text per prompt, {num_prompts}, got {len(texts)}")
     return _prompts(texts, "negative_prompt")
 
@@ -274,45 +316,53 @@ def _size(settings: Settings, spec: ModelSpec) -> tuple[float, str]:
     """Template ratio and budget."""
     if settings.height is not None and settings.width is not None:
         known = spec.sizes()
-        wanted = (settings.width, settings.height)
+        wanted = (int(settings.width), int(settings.height))
         if wanted not in known:
             possible = ", ".join(f"{w}x{h}" for w, h in sorted(known))
             raise FoveateError(f"size must be one of {possible} (width x height), got {wanted[0]}x{wanted[1]}")
         ratio, budget = known[wanted]
     else:
-        ratio = parse_ratio(_or(settings.aspect_ratio, spec.ratios[0]))
-        budget = _or(settings.pixels, spec.budgets[0])
+        ratio = _ratio(spec.ratios[0] if settings.aspect_ratio is None else settings.aspect_ratio)
+        budget = spec.budgets[0] if settings.pixels is None else settings.pixels
     return ratio, budget
 
 
-def _or(value: str | None, default: str) -> str:
-    return default if value is None else value
+def _ratio(value: object) -> float:
+    """Template key of an aspect ratio, as text or as a number."""
+    text = str(value)
+    if _is_number(value) and math.isfinite(value):
+        near = Fraction(float(value)).limit_denominator(_LARGEST_SIDE)
+        text = str(near) if abs(near - float(value)) < _RATIO_ERROR else text
+    return parse_ratio(text)
 
 
-def _per_scale(name: str, value: PerScale | None, default: PerScale, count: int) -> tuple[float, ...]:
+def _per_scale(
+    name: str, value: object, default: float | int | tuple[float | int, ...], count: int
+) -> tuple[float, ...]:
     """One value per scale; only a default may have more or fewer values, see `families.spec.per_scale`."""
     if value is None:
-        values: list[float] = list(per_scale(default if isinstance(default, int | float) else tuple(default), count))
+        values: list[Any] = list(per_scale(default, count))
     else:
-        values = [value] * count if isinstance(value, int | float) else list(value)
+        values = [value] * count if _is_number(value) else _entries(name, value, "a number, or one per scale")
     _require(len(values) == count, f"{name} needs one number or {count}, one per scale, got {len(values)}")
-    numbers = tuple(float(v) for v in values)
-    _require(all(math.isfinite(v) for v in numbers), f"{name} must be finite, got {value}")
-    return numbers
+    for entry in values:
+        _require(_is_number(entry) and math.isfinite(entry), f"{name} must be finite numbers, got {entry!r}")
+    return tuple(float(entry) for entry in values)
 
 
 def _seeds(settings: Settings, num_prompts: int) -> tuple[int, ...]:
     if settings.generator is not None:
         return ()
-    per_prompt = settings.num_images_per_prompt
+    per_prompt = int(settings.num_images_per_prompt)
     seed = secrets.randbelow(2**32) if settings.seed is None else settings.seed
-    if settings.rng == "reference" and not isinstance(seed, int):
-        raise FoveateError('rng="reference" takes one integer seed for the whole batch, got a list')
-    starts = [seed] * num_prompts if isinstance(seed, int) else list(seed)
+    if settings.rng == "reference" and not _is_whole(seed):
+        raise FoveateError(f'rng="reference" takes one integer seed for the whole batch, got {seed!r}')
+    starts = [seed] * num_prompts if _is_whole(seed) else _entries("seed", seed, "an integer, or one per prompt")
     _require(len(starts) == num_prompts, f"seed needs one integer or one per prompt, {num_prompts}, got {len(starts)}")
     for start in starts:
-        is_ok = isinstance(start, int) and 0 <= start <= MAX_SEED - per_prompt
-        _require(is_ok, f"seed must be an integer in [0, 2^63 - {per_prompt}), got {start}")
+        is_ok = _is_whole(start) and 0 <= int(start) <= MAX_SEED - per_prompt
+        _require(is_ok, f"seed must be an integer in [0, 2^63 - {per_prompt}), got {start!r}")
+    starts = [int(start) for start in starts]
     if settings.rng == "reference":
         return (starts[0],) * (num_prompts * per_prompt)
     return tuple(start + j for start in starts for j in range(per_prompt))

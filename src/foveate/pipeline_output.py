@@ -3,11 +3,12 @@
 Axes: B images, Y pixel rows, X columns.
 """
 
+import functools
 import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from foveate.engine.forecast import full_cost
 from foveate.engine.state import Request, bounds_of
 from foveate.families.loading import LoadedModel, Precision
 from foveate.kernels import native
+from foveate.kernels.gpu import launch
 from foveate.pipeline_options import Job
 
 Images = list[Image.Image] | np.ndarray | Tensor
@@ -204,16 +206,41 @@ def describe_precision(precision: Precision) -> dict[str, str | int | None]:
     }
 
 
+def describe_kernels(device: torch.device) -> str:
+    """Whose kernels run: `native` or `triton`, or `torch` alone."""
+    if device.type == "cpu":
+        return native.describe()
+    return "triton" if launch.has_triton() else "torch"
+
+
+@functools.cache
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, None without it."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _names(places: Sequence[str]) -> list[str]:
+    """Repositories as they are, and of folders the name alone: where they lie is nobody's business."""
+    return [Path(place).name if Path(place).is_dir() else place for place in places]
+
+
 def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
     """Everything that decides the bits of a batch, defaults included, as plain JSON data."""
-    grid, stride = job.schedule.grids[-1], model.spec.stride
+    grid, stride, kernels = job.schedule.grids[-1], model.spec.stride, describe_kernels(model.device)
     return {
         "format": 1,
         "model": model.spec.name,
-        "weights": {"kind": model.weights, "sha256": model.sha256},
+        "weights": {
+            "kind": model.weights,
+            "sha256": model.sha256,
+            **({"text_encoders": _names(model.text_encoders)} if model.text_encoders else {}),
+        },
         "prompts": list(job.prompts),
         "negative_prompts": None if job.negatives is None else list(job.negatives),
-        "num_images_per_prompt": job.settings.num_images_per_prompt,
+        "num_images_per_prompt": job.images_per_prompt,
         "seeds": list(job.seeds),
         "rng": job.settings.rng,
         "width": grid[1] * stride,
@@ -239,8 +266,10 @@ def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": ".".join(map(str, sys.version_info[:3])),
-            **({} if model.precision.quantization is None else {"torchao": version("torchao")}),
+            **{name: installed_version(name) for name in ("tokenizers", "transformers")},
+            **({} if model.precision.quantization is None else {"torchao": installed_version("torchao")}),
+            **({"triton": installed_version("triton")} if kernels == "triton" else {}),
         },
         "machine": processor_name(model.device),
-        "kernels": native.describe() if model.device.type == "cpu" else "torch",
+        "kernels": kernels,
     }

@@ -90,7 +90,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def regenerate(path: str | Path, pipe: Pipeline | None = None) -> Regenerated:
+def regenerate(path: str | Path, pipe: Pipeline | None = None, *, device: str | None = None) -> Regenerated:
     """Makes the picture of a PNG again by running its whole batch as it was run.
 
     The number of threads is set to what it was and set back afterwards.
@@ -98,6 +98,7 @@ def regenerate(path: str | Path, pipe: Pipeline | None = None) -> Regenerated:
     Args:
         path: A PNG that `save_png` wrote.
         pipe: The model that made it, needed if that was a folder; None loads the registered model.
+        device: Where the registered model is loaded; None takes the device of the file. Another one may change bits.
 
     Raises:
         FoveateError: The file cannot be read, its model is not registered, or its random state was the caller's own.
@@ -106,7 +107,7 @@ def regenerate(path: str | Path, pipe: Pipeline | None = None) -> Regenerated:
     with naming_damage(path):
         if not config["seeds"]:
             raise FoveateError(f"{path} was drawn from a caller's generator, whose state is not in the file")
-        pipe = pipe or _own_model(path, config)
+        pipe = pipe or _own_model(path, config, device)
         options = _options(config)
         resolve(config["prompts"], settings_of(options), pipe.model.spec)
         row, threads = int(config.get("row", 0)), int(config["threads"])
@@ -157,7 +158,7 @@ def naming_damage(path: str | Path) -> Iterator[None]:
         raise FoveateError(f"{path}: the configuration in the file is damaged, {error!r}") from None
 
 
-def _own_model(path: str | Path, config: Mapping[str, Any]) -> Pipeline:
+def _own_model(path: str | Path, config: Mapping[str, Any], device: str | None) -> Pipeline:
     if config["model"] not in model_names():
         raise FoveateError(f"{path} was made with a local model, {config['model']}; load it and pass it as pipe")
     return Pipeline.from_pretrained(
@@ -167,7 +168,7 @@ def _own_model(path: str | Path, config: Mapping[str, Any]) -> Pipeline:
         decoder_dtype=config.get("decoder_dtype"),
         quantization=config.get("quantization"),
         fp8_scales=config.get("fp8_scales", 0),
-        device=config["device"],
+        device=device or config["device"],
     )
 
 

@@ -93,8 +93,10 @@ def test_nothing_measured(run: Callable[..., Any], toy_folder: Path, monkeypatch
 
 def test_sizes() -> None:
     assert sizes_of(None, None) == [SizeOptions()]
-    assert sizes_of(["0.06m", "256X128"], None) == [SizeOptions(pixels="0.06M"), SizeOptions(size="256X128")]
-    ratios = [SizeOptions(pixels="1M", aspect_ratio=ratio) for ratio in ("1:1", "4:3")]
+    budget, pixels = sizes_of(["0.06m", "256X128"], None)
+    assert (budget.pixels, budget.width_and_height()) == ("0.06M", None)
+    assert (pixels.pixels, pixels.width_and_height()) == (None, (256, 128))
+    ratios = [SizeOptions(size="1M", aspect_ratio=ratio) for ratio in ("1:1", "4:3")]
     assert sizes_of(["1M"], ["1:1", "4:3"]) == ratios
     assert sizes_of(None, ["2:1"]) == [SizeOptions(aspect_ratio="2:1")]
 

@@ -1,14 +1,22 @@
 """`foveate compare`: its JSON, its page, its bounds and what it refuses."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from foveate.cli.prompts import BUILT_IN_PROMPTS
+from foveate.cli.prompts import BUILT_IN_CLASSES, BUILT_IN_PROMPTS
+from foveate.conditioning.label import class_index
+from foveate.core.errors import FoveateError
 from foveate.eval.compare import FIGURES, compare
+from foveate.families.published import PUBLISHED
+from foveate.families.spec import ModelSpec
+from foveate.models.var import VARConfig
 from foveate.pipeline import Pipeline
+from foveate.tokenizers.vq_autoencoder import VQAutoencoderConfig
 
 
 def test_json_page_and_bounds(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
@@ -35,6 +43,51 @@ def test_table_for_people(run: Callable[..., Any], toy_folder: Path, tmp_path: P
     )
     assert (ran.code, ran.err) == (0, "")
     assert "1 of 1" in ran.out
+
+
+def test_size_and_sampling_hold_for_both_sides(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red cat\n")
+    data = run(
+        "compare", "-p", "skip-scales", "--prompts", "p.txt", "--runs", 1, "-m", toy_folder, "--json", "--size",
+        "0.06M", "--aspect-ratio", "3:2", "--cfg", 1, "--tau", "0.7", "--top-k", 1, "--top-p", "0.9",
+        "--negative-prompt", "a dog",
+    ).data  # fmt: skip
+    config = data["config"]
+    assert config["width"] > config["height"]
+    found = [set(config[name]) for name in ("guidance_scale", "temperature", "top_k", "top_p")]
+    assert found == [{1.0}, {0.7}, {1}, {0.9}]
+    assert config["negative_prompts"] == ["a dog"]
+    assert data["yardstick_psnr"] == 100, "the likeliest value is the same for every seed"
+
+
+def test_what_a_comparison_sets_is_not_an_option(toy_pipe: Pipeline) -> None:
+    with pytest.raises(FoveateError, match="a comparison sets policy, seed itself; leave it out of options"):
+        compare(toy_pipe, "full", ["a cat"], options={"seed": 1, "policy": "full"})
+
+
+def test_a_model_of_classes_draws_classes(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModelSpec(
+        name="small",
+        family="var",
+        transformer=VARConfig(depth=2, width=64, heads=2, codebook_size=48, latent_channels=8),
+        autoencoder=VQAutoencoderConfig(latent_channels=8, base_channels=32, num_res_blocks=1, codebook_size=48),
+        conditioner="imagenet",
+        budgets=("0.06M",),
+        ratios=("1:1",),
+        grids=VARConfig(depth=2, width=64, heads=2).grids,
+    )
+    monkeypatch.setitem(PUBLISHED, "var-d16", replace(PUBLISHED["var-d16"], spec=spec))
+    ran = run("compare", "-p", "skip-scales", "-m", "var-d16", "--weights", "random", "--runs", 1, "--json")
+    assert ran.code == 0, ran.err
+    assert [row["prompt"] for row in ran.data["images"]] == list(BUILT_IN_CLASSES)
+    assert len({class_index(name) for name in BUILT_IN_CLASSES}) == 16
+
+
+def test_help_names_every_figure_and_exit_code(run: Callable[..., Any]) -> None:
+    text = run("compare", "--help").out.partition("Figures for --fail-if:")[2]
+    figures, _, codes = text.partition("Exit codes:")
+    assert set(re.findall(r"[a-z_.0-9]+", figures)) == set(FIGURES)
+    assert re.findall(r"\d+", codes) == ["0", "1", "2", "130"]
 
 
 def test_every_figure_can_be_bounded(toy_pipe: Pipeline) -> None:

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from foveate.cli import drawing
+from foveate.cli.options import ModelOptions
+from foveate.core.errors import FoveateError
 from foveate.core.trace import Trace
 from foveate.pipeline import Pipeline
 from foveate.png import read_png_config, save_png
@@ -72,8 +75,9 @@ def test_previews_and_trace(
 
 
 def test_config_file_and_flags_that_win(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n")
     (tmp_path / "c.yaml").write_text(
-        f"prompts: [a cat]\nmodel: {toy_folder}\nseed: 5\nnum_images: 1\nguidance-scale: [1, 2, 2, 2, 2, 2, 2]\n"
+        f"prompts: p.txt\nmodel: {toy_folder}\nseed: 5\nnum_images: 1\nguidance-scale: [1, 2, 2, 2, 2, 2, 2]\n"
         "top-k: 3\njson: true\n"
     )
     data = run("generate", "--config", "c.yaml", "--seed", 9, "-o", "x.png").data
@@ -87,6 +91,60 @@ def test_config_file_and_flags_that_win(run: Callable[..., Any], toy_folder: Pat
     run("generate", "a", "--config", "c.yaml").assert_refused("must map flags to values")
     (tmp_path / "c.yaml").write_text("a: [\n")
     run("generate", "a", "--config", "c.yaml").assert_refused("is not YAML")
+
+
+def test_prompts_of_a_file_follow_those_of_the_command(
+    run: Callable[..., Any], toy_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("a red dog\n\n8\n")
+    ran = run("generate", "a cat", "--prompts", "p.txt", "--seed", "7,8,9", "-m", toy_folder, "--json")
+    assert [(i["prompt"], i["seed"]) for i in ran.data["images"]] == [("a cat", 7), ("a red dog", 8), ("8", 9)]
+
+
+@pytest.mark.parametrize("prompt", ["8", "7,8", "1.5"])
+def test_a_number_is_a_prompt_for_classes_alone(prompt: str) -> None:
+    drawing.refuse_numbers([prompt], ModelOptions(model="var-d16"))
+    drawing.refuse_numbers(["8 apples", "..."], ModelOptions(model="infinity-2b"))
+    with pytest.raises(FoveateError, match="is a number; several values of a flag have commas, as in --seed 7,8"):
+        drawing.refuse_numbers(["a cat", prompt], ModelOptions(model="infinity-2b"))
+
+
+def test_a_size_is_a_budget_or_pixels_under_both_names(
+    run: Callable[..., Any], toy_folder: Path, tmp_path: Path
+) -> None:
+    for flags in (("--size", "0.06m"), ("--size", "256x256"), ("--pixels", "0.06M", "--aspect-ratio", "1:1")):
+        assert run("generate", "a", "-m", toy_folder, *flags, "-o", "x.png").code == 0
+        config = read_png_config(tmp_path / "x.png")
+        assert (config["width"], config["height"], config["pixels"]) == (256, 256, "0.06M")
+
+
+def test_draws_in_the_published_order(
+    run: Callable[..., Any], toy_folder: Path, toy_pipe: Pipeline, tmp_path: Path
+) -> None:
+    draw = ("generate", "a cat", "-m", toy_folder, "--rng", "reference", "-o", "x.png")
+    assert run(*draw, "--seed", 7).code == 0
+    assert read_png_config(tmp_path / "x.png")["rng"] == "reference"
+    by_library = toy_pipe.generate("a cat", seed=7, rng="reference", output_type="np").images
+    assert np.array_equal(pixels_of(tmp_path / "x.png"), by_library[0])
+    run(*draw, "--seed", "7,8").assert_refused("takes one integer seed")
+
+
+def test_says_that_a_gpu_is_here(run: Callable[..., Any], toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = ("generate", "a cat", "-m", toy_folder)
+    assert run(*draw).err == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert run(*draw).err == "foveate: a GPU is here; --device cuda uses it\n"
+    assert run(*draw, "--quiet").err == run(*draw, "--device", "cpu").err == ""
+
+
+def test_from_draws_on_another_device_and_says_so(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
+    run("generate", "a cat", "-m", toy_folder, "-o", "cpu.png")
+    config = read_png_config(tmp_path / "cpu.png") | {"device": "cuda"}
+    with Image.open(tmp_path / "cpu.png") as picture:
+        save_png(picture, tmp_path / "cuda.png", config)
+    again = run("generate", "--from", "cuda.png", "-m", toy_folder, "--device", "cpu", "--quiet", "--json")
+    assert again.err == "foveate: warning: cuda.png was drawn on cuda and now on cpu: pixels may differ\n"
+    assert (again.code, again.data["differences"]) == (0, ["device: cuda then, cpu now"])
 
 
 def test_from_makes_the_same_pixels_again(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
@@ -114,8 +172,10 @@ def test_from_makes_the_same_pixels_again(run: Callable[..., Any], toy_folder: P
     save_png(Image.fromarray(other), tmp_path / "damaged.png", config)
     run("generate", "--from", "damaged.png", "-m", toy_folder).assert_refused("damaged")
     run("generate", "--from", source, "--seed", 3, "--dtype", "bfloat16", "--threads", 2).assert_refused(
-        "--from draws a stored picture as it was, so --dtype, --threads, --seed would be ignored"
+        "--from draws a stored picture as it was, so --dtype, --threads, --seed would be ignored; besides it fit "
+        "--model, --device, --output, --json, --quiet, --config, and with --model also --autoencoder, "
     )
+    run("generate", "--from", source, "--prompts", "p.txt").assert_refused("so --prompts would")
     run("generate", "a", "--from", source, "--revision", "x").assert_refused("so a prompt, --revision would")
     run("generate", "--from", source).assert_refused("local model, toy")
     run("generate", "--from", "none.png").assert_refused("cannot read none.png")
@@ -134,9 +194,14 @@ def test_from_makes_the_same_pixels_again(run: Callable[..., Any], toy_folder: P
         (["a", "--policy", "skip-scales:count=-1"], ["count must be 0 or more"]),
         (["a", "--policy", "skip-scales:count=9"], ["count must be less than"]),
         (["a", "--policy", "none.yaml"], ["cannot read policy file none.yaml"]),
-        (["a", "--size", "256"], ["WIDTHxHEIGHT"]),
+        (["a", "--size", "256"], ["--size must be one of 0.06M", "WIDTHxHEIGHT", "'256'"]),
+        (["a", "--seed", "7", "8"], ["the prompt '8' is a number", "--seed 7,8", "--prompts"]),
+        (["8", "--quiet", "b"], ["the prompt '8' is a number"]),
+        (["a", "--prompt", "b"], ["Unknown option: --prompt"]),
+        (["--prompts", "none.txt"], ["cannot read prompts from none.txt"]),
         (["a", "--size", "100x100"], ["size must be one of", "256x256"]),
-        (["a", "--size", "256x256", "--pixels", "1M"], ["leave out --aspect-ratio and --pixels"]),
+        (["a", "--size", "256x256", "--aspect-ratio", "1:1"], ["leave out --aspect-ratio"]),
+        (["a", "--size", "256x256", "--pixels", "1M"], ["--pixels specified multiple times"]),
         (["a", "--aspect-ratio", "7:1"], ["aspect ratio must be one of"]),
         (["a", "--pixels", "9M"], ["0.25M"]),
         (["a", "--temperature", "0"], ["temperature must be above 0"]),
@@ -203,9 +268,10 @@ def test_out_of_memory_is_one_line(
 
     monkeypatch.setattr(Pipeline, "stream", fail)
     run("generate", "a cat", "-m", toy_folder).assert_refused(part)
-    error = RuntimeError("a mistake of ours")
-    with pytest.raises(RuntimeError, match="of ours"):
-        run("generate", "a cat", "-m", toy_folder)
+    for text in ("a mistake of ours", "an illegal memory access was encountered", "no channels_last memory format"):
+        error = RuntimeError(text)
+        with pytest.raises(RuntimeError, match=text):
+            run("generate", "a cat", "-m", toy_folder)
 
 
 def test_what_stops_halfway_leaves_nothing(

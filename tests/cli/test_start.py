@@ -1,5 +1,7 @@
 """The program itself: how fast help comes, what it imports, and names of files."""
 
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -46,6 +48,37 @@ def test_help_imports_neither_torch_nor_numpy() -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
     for command in COMMANDS:
         assert command in ran.stdout
+
+
+def test_help_of_generate_shows_groups_in_order_and_examples_that_run(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = run("generate", "--help").out
+    groups = ["Picture", "Policy", "Output", "Model", "Number formats", "Machine"]
+    assert re.findall(r"\u256d\u2500 ([A-Z][a-z ]+) \u2500", text) == groups
+    words = " ".join(re.sub(r"[\u2502\u256d-\u2570\u2500]", " ", text).split())
+    for taught in (
+        "--seed STR... One seed, or one per prompt with commas: 7,8; default: random.",
+        "1 is off for Infinity, 0 for VAR and Switti",
+        "Keep the k likeliest values; 0 keeps all",
+        "Number format of the decoder; default: --dtype.",
+        "Multiply in fp8 at the last N scales. Needs --dtype bfloat16;",
+    ):
+        assert taught in words
+    examples = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("  foveate ")]
+    assert len(examples) == 2
+    for example in examples:
+        ran = run(*example)
+        assert ran.code == 0, ran.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_no_default_of_a_switch_and_no_flag_of_a_position(run: Callable[..., Any], command: str) -> None:
+    text = run(command, "--help").out
+    assert "[default: False]" not in text
+    assert "[default: None]" not in text
+    assert not re.search(r"--(kind|what|source|target|name|prompt)\b", text)
 
 
 def test_unknown_command_is_one_line() -> None:

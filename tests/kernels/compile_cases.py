@@ -18,7 +18,7 @@ from foveate.kernels.gpu import bits, energy, heads, norm, residual
 
 ALIGNED = [["tt.divisibility", 16]]
 FLAGS = (True, False)
-FLOATS = ("eps", "weight", "inverse_temperature", "top_p")
+FLOATS = ("eps", "top_p")
 NUMBERS = {"index_ptr": "*i64", "row_ptr": "*i64", "bits_ptr": "*i64"}
 """Pointers to something else than float32, wherever they occur."""
 
@@ -35,8 +35,7 @@ def variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     for dtype, rotates, num_heads in itertools.product(("*bf16", "*fp16", "*fp32"), FLAGS, (16, 32)):
         constants = {"HAS_ROTATION": rotates, "HEADS": num_heads, "PAIRS": 64}
         found.append(("heads", heads._unit_rotated, {"qkv_ptr": dtype}, constants))
-    for has_uncond in FLAGS:
-        found.append(("bits", bits._sample_bits, {}, {"HAS_UNCOND": has_uncond, "BLOCK": 1024}))
+    found.append(("bits", bits._sample_bits, {}, {"BLOCK": 1024}))
     found.append(("energy", energy._smooth_energy, {"out_ptr": "*fp64"}, {"BLOCK": 128}))
     return found
 

@@ -3,7 +3,11 @@
 import gc
 import json
 import logging
+import subprocess
+import sys
 import weakref
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from foveate import pipeline_output
 from foveate.core.errors import Cancelled, FoveateError
 from foveate.engine.forecast import forecast
 from foveate.engine.kv_cache import KVCache
 from foveate.engine.state import RequestState
+from foveate.families.published import PUBLISHED
 from foveate.pipeline import Pipeline, stack_uint8
 from foveate.pipeline_options import Settings, resolve
 from foveate.policies.registry import load_policy
@@ -133,7 +139,23 @@ def test_config_holds_every_default_as_json(toy_pipe: Pipeline) -> None:
     assert (config["width"], config["height"], config["pixels"], config["aspect_ratio"]) == (256, 256, "0.06M", "1:1")
     assert config["policy"]["parts"] == [{"policy": "skip-scales", "count": 1}]
     assert len(config["weights"]["sha256"]) == 64
-    assert set(config["versions"]) == {"foveate", "torch", "numpy", "python"}
+    assert set(config["versions"]) == {"foveate", "torch", "numpy", "python", "tokenizers", "transformers"}
+    assert config["versions"]["tokenizers"] == version("tokenizers")
+    assert "text_encoders" not in config["weights"]
+
+
+def test_config_names_kernels_and_text_encoders(
+    toy_pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = replace(toy_pipe.model, text_encoders=(str(tmp_path), "google/flan-t5-xl"), device=torch.device("cuda"))
+    job = resolve(PROMPTS[0], Settings(seed=1), model.spec)
+    monkeypatch.setattr(pipeline_output, "processor_name", str)
+    monkeypatch.setattr(pipeline_output, "version", lambda name: f"{name} 3")
+    for has_triton, kernels in ((True, "triton"), (False, "torch")):
+        monkeypatch.setattr(pipeline_output.launch, "has_triton", lambda found=has_triton: found)
+        config = pipeline_output.describe(job, model)
+        assert (config["kernels"], "triton" in config["versions"]) == (kernels, has_triton)
+    assert config["weights"]["text_encoders"] == [tmp_path.name, "google/flan-t5-xl"]
 
 
 def test_output_types_agree(toy_pipe: Pipeline) -> None:
@@ -166,7 +188,7 @@ def test_size_outside_of_training_warns(toy_pipe: Pipeline, caplog: pytest.LogCa
         ({"temperature": 0}, "temperature must be above 0"),
         ({"top_p": 1.5}, r"top_p must be in \[0, 1\]"),
         ({"top_k": -1}, "top_k must be a whole number"),
-        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be 1 or more"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number, 1 or more, got 0"),
         ({"guidance_scale": [1.0, 2.0]}, "guidance_scale needs one number or 7"),
         ({"guidance_scale": 2.0, "cfg": 2.0}, "alias cfg"),
         ({"guidance_scale": float("nan")}, "must be finite"),
@@ -175,6 +197,7 @@ def test_size_outside_of_training_warns(toy_pipe: Pipeline, caplog: pytest.LogCa
         ({"height": 250, "width": 250}, "size must be one of .*256x256.*got 250x250"),
         ({"height": 256, "width": 256, "pixels": "1M"}, "not both"),
         ({"aspect_ratio": "9:17"}, "aspect ratio must be one of"),
+        ({"aspect_ratio": 1.49}, "aspect ratio must be one of .*got '1.49'"),
         ({"pixels": "9M"}, "no pixel budget '9M'; there are 0.06M"),
         ({"generator": torch.Generator()}, 'generator needs rng="reference"'),
         ({"rng": "reference", "batch_invariant": True}, 'batch_invariant needs rng="keyed"'),
@@ -190,6 +213,60 @@ def test_refusals_say_the_remedy(toy_pipe: Pipeline, options: dict[str, Any], me
     with pytest.raises(FoveateError, match=message) as caught:
         resolve(PROMPTS[0], Settings(**options), toy_pipe.model.spec)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_numpy_are_numbers(toy_pipe: Pipeline) -> None:
+    options: dict[str, Any] = {
+        "seed": np.int64(3), "guidance_scale": np.float32(3), "top_k": np.int64(1), "top_p": np.float64(0.5),
+        "temperature": [np.float32(0.5)] * 7, "num_images_per_prompt": np.int64(2), "width": np.int32(256),
+        "height": np.int32(256),
+    }  # fmt: skip
+    plain = {name: value.item() for name, value in options.items() if name != "temperature"}
+    output = toy_pipe.generate(PROMPTS[0], output_type="latent", **options)
+    assert output.config == toy_pipe.generate(PROMPTS[0], output_type="latent", temperature=0.5, **plain).config
+    assert json.loads(json.dumps(output.config)) == output.config
+    assert output.seeds == (3, 4)
+
+
+@pytest.mark.parametrize(("ratio", "name"), [(1, "1:1"), (1.5, "3:2"), (4 / 3, "4:3"), (1.333, "4:3"), (4 / 7, "4:7")])
+def test_an_aspect_ratio_may_be_a_number(toy_pipe: Pipeline, ratio: float, name: str) -> None:
+    for value in (ratio, np.float32(ratio)):
+        assert resolve(PROMPTS[0], Settings(aspect_ratio=value), toy_pipe.model.spec).ratio == name
+
+
+def test_an_index_of_a_class_may_come_from_numpy() -> None:
+    spec = PUBLISHED["var-d16"].spec
+    for prompts in (207, np.int64(207), [np.int32(207)], "207"):
+        assert resolve(prompts, Settings(seed=1), spec).prompts == ("207",)
+
+
+# Runs in a process without shape checks, which would refuse these types before our own code sees them.
+WRONG_TYPES = """
+import sys, numpy as np
+from foveate.core.errors import FoveateError
+from foveate.pipeline import Pipeline
+
+pipe = Pipeline.from_pretrained(sys.argv[1])
+cases = [(None, {}), (1.5, {}), (5, {}), ([None], {}), (np.array(3), {})]
+cases += [("a", {name: value}) for name, value in (
+    ("seed", 1.5), ("seed", "7"), ("seed", [1.5]), ("seed", np.array(3.0)), ("guidance_scale", "3"), ("tau", "x"),
+    ("cfg", ["a"] * 7), ("top_k", {}), ("top_k", 1.5), ("num_images_per_prompt", 1.5), ("num_images_per_prompt", "2"),
+    ("aspect_ratio", (4, 3)), ("aspect_ratio", float("nan")), ("negative_prompt", 5), ("generator", "x"),
+    ("policy", None), ("pixels", 1),
+)]
+cases += [("a", {"width": "256", "height": "256"}), ("a", {"width": 256.0, "height": 256.0})]
+for prompts, options in cases:
+    try:
+        pipe(prompts, **options)
+    except FoveateError as error:
+        assert "\\n" not in str(error), error
+    else:
+        raise AssertionError((prompts, options))
+"""
+
+
+def test_wrong_types_are_refused_in_one_line(toy_folder: Path) -> None:
+    subprocess.run([sys.executable, "-c", WRONG_TYPES, str(toy_folder)], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("prompts", ["", "  ", [], ["a cat", ""]])

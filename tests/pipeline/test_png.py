@@ -48,6 +48,23 @@ def test_other_pixels_and_threads_are_noticed(toy_pipe: Pipeline, file: Path) ->
     assert torch.get_num_threads() == threads
 
 
+def test_the_registered_model_is_loaded_where_it_is_asked_to_be(
+    toy_pipe: Pipeline, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[object] = []
+
+    def load(name: str, *, device: str, **_: object) -> Pipeline:
+        devices.append(device)
+        return toy_pipe
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", load)
+    other = file.with_name("c.png")
+    save_png(Image.open(file), other, read_png_config(file) | {"model": "emoji", "device": "cuda"})
+    assert "device: cuda then, cpu now" in regenerate(other, device="cpu").differences
+    regenerate(other)
+    assert devices == ["cpu", "cuda"]
+
+
 def test_differences_ignore_the_row() -> None:
     then, now = {"row": 1, "a": {"b": 1}}, {"a": {"b": 2}, "c": 3}
     assert differences(then, now) == ["a.b: 1 then, 2 now", "c: None then, 3 now"]

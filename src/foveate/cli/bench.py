@@ -7,55 +7,67 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from foveate.cli.options import ModelOptions, SizeOptions, numbers
+from foveate.cli.options import (
+    MEASUREMENT,
+    OUTPUT,
+    PICTURE,
+    POLICY,
+    ConfigFlag,
+    JsonFlag,
+    ModelOptions,
+    QuietFlag,
+    SizeOptions,
+    numbers,
+)
 from foveate.core.errors import FoveateError
 from foveate.core.prompt_file import read_prompt_file
-from foveate.core.schedule import BUDGETS, parse_ratio
+from foveate.core.schedule import parse_ratio
 
 _BATCHES = {"throughput": [1, 4, 16]}
 """Where not only batch 1 is measured by default."""
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=PICTURE)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchOptions:
     """What is measured, how often, and what is reported.
 
     Attributes:
-        policy: A name, a spec such as skip-scales:count=2, or a YAML file; may be repeated. Ratios are against the
-            first one; the default is full alone.
-        size: 0.06M, 0.25M, 0.60M or 1M pixels, or WxH such as 256x256; may be repeated. By default the model's own.
-        aspect_ratio: Width to height, such as 4:3, for sizes in pixels; may be repeated.
-        batch: Pictures drawn at once; several, or with commas. By default 1, and 1,4,16 for throughput.
+        size: 0.06M, 0.25M, 0.60M or 1M pixels, or WxH such as 256x256; may be repeated. Default: the model's own.
+        aspect_ratio: Width to height, such as 4:3, for a size that is not WxH; may be repeated.
+        batch: Pictures drawn at once; several with commas. Default: 1, and 1,4,16 for throughput.
         prompts: A file with one prompt a line, which take turns; without it one built-in prompt.
+        seed: First seed; every picture of a policy has its own.
+        policy: A name, a spec such as skip-scales:count=2, or a YAML file; may be repeated.
+            Ratios are against the first one. Default: full alone.
         runs: Rounds that count; every policy runs once in each.
         warmup: Rounds before them that do not count, at every size and batch.
-        seed: First seed; every picture of a policy has its own.
         output: Folder for bench.json, bench.csv, bench.svg and bench.md; for calibrate, profile.json.
         as_json: Print one JSON object.
         quiet: Show no progress.
         config: A YAML file with values for these flags; flags win.
     """
 
-    policy: Annotated[list[str] | None, Parameter(name=["--policy", "-p"])] = None
     size: list[str] | None = None
     aspect_ratio: list[str] | None = None
     batch: list[str] | None = None
     prompts: Path | None = None
-    runs: int = 10
-    warmup: int = 1
     seed: int = 0
-    output: Annotated[Path | None, Parameter(name=["--output", "-o"])] = None
-    as_json: Annotated[bool, Parameter(name="--json")] = False
-    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"])] = False
-    config: Path | None = None
+    policy: Annotated[list[str] | None, Parameter(name=["--policy", "-p"], group=POLICY)] = None
+    runs: Annotated[int, Parameter(group=MEASUREMENT)] = 10
+    warmup: Annotated[int, Parameter(group=MEASUREMENT)] = 1
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"], group=OUTPUT)] = None
+    as_json: JsonFlag = False
+    quiet: QuietFlag = False
+    config: ConfigFlag = None
 
 
 _MODEL, _OPTIONS = ModelOptions(), BenchOptions()
 
 
 def bench(
-    kind: Literal["latency", "throughput", "memory", "calibrate"],
+    kind: Annotated[Literal["latency", "throughput", "memory", "calibrate"], Parameter(group=MEASUREMENT)],
+    /,
     *,
     options: BenchOptions = _OPTIONS,
     model: ModelOptions = _MODEL,
@@ -91,20 +103,11 @@ def sizes_of(sizes: Sequence[str] | None, ratios: Sequence[str] | None) -> list[
     """
     for ratio in ratios or []:
         parse_ratio(ratio)
-    found: list[SizeOptions] = []
     texts: Sequence[str | None] = sizes or [None]
     shapes: Sequence[str | None] = ratios or [None]
-    for text in texts:
-        budget = None if text is None else text.upper()
-        if budget is None or budget in BUDGETS:
-            found += [SizeOptions(pixels=budget, aspect_ratio=ratio) for ratio in shapes]
-            continue
-        width, _, height = budget.partition("X")
-        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-            raise FoveateError(f"--size must be one of {', '.join(BUDGETS)}, or WIDTHxHEIGHT in pixels, got {text!r}")
-        if ratios is not None:
-            raise FoveateError(f"--size {text} already fixes the picture; leave out --aspect-ratio")
-        found.append(SizeOptions(size=text))
+    found = [SizeOptions(size=size, aspect_ratio=ratio) for size in texts for ratio in shapes]
+    for picture in found:
+        picture.width_and_height()
     return found
 
 

@@ -4,15 +4,24 @@ from collections.abc import Sequence
 
 from foveate.cli.compare import CompareOptions
 from foveate.cli.console import print_facts, print_json, print_paths, warn
-from foveate.cli.loading import open_pipeline
-from foveate.cli.options import ModelOptions
+from foveate.cli.loading import call_options, open_pipeline
+from foveate.cli.options import ModelOptions, SamplingOptions, SizeOptions
+from foveate.cli.prompts import BUILT_IN_CLASSES, BUILT_IN_PROMPTS
 from foveate.cli.staging import Staging
 from foveate.eval.compare import STATISTICS, ComparisonReport, FigureBound, compare
+from foveate.families.spec import ModelSpec
+from foveate.pipeline_options import draws_classes
 from foveate.policies.registry import load_policy
 
 
-def run(prompts: Sequence[str], model: ModelOptions, options: CompareOptions) -> int:
-    """Compares, prints and writes the report.
+def run(
+    prompts: Sequence[str] | None,
+    model: ModelOptions,
+    size: SizeOptions,
+    sampling: SamplingOptions,
+    options: CompareOptions,
+) -> int:
+    """Compares, prints and writes the report; no prompts stand for the built-in ones.
 
     Returns:
         1 if a bound of `--fail-if` holds, 0 otherwise.
@@ -23,17 +32,19 @@ def run(prompts: Sequence[str], model: ModelOptions, options: CompareOptions) ->
     # A typing error must not be found after minutes of drawing.
     bounds = [(text, FigureBound.parse(text)) for text in options.fail_if or []]
     policy, against = load_policy(options.policy), load_policy(options.against)
+    call = call_options(size, sampling)
     with Staging(options.html.parent if options.html is not None else None) as staging:
         pipe = open_pipeline(model, is_quiet=options.quiet)
         report = compare(
             pipe,
             policy,
-            list(prompts),
+            built_in(pipe.model.spec) if prompts is None else list(prompts),
             options.seeds,
             against,
             runs=options.runs,
             first_seed=options.seed,
             batch_size=options.batch_size,
+            options=call,
         )
         if options.html is not None:
             report.to_html(staging.path(options.html.name))
@@ -44,6 +55,11 @@ def run(prompts: Sequence[str], model: ModelOptions, options: CompareOptions) ->
     for text, name in failed:
         warn(f"{text} holds: {name} is {figures[name]:.4g}")
     return 1 if failed else 0
+
+
+def built_in(spec: ModelSpec) -> list[str]:
+    """What a model draws where no prompts are given."""
+    return list(BUILT_IN_CLASSES if draws_classes(spec) else BUILT_IN_PROMPTS)
 
 
 def _print(report: ComparisonReport, options: CompareOptions) -> None:

@@ -56,9 +56,14 @@ def print_paths(paths: Iterable[object]) -> None:
         sys.stdout.write(f"{path}\n")
 
 
-def warn(message: str) -> None:
+def note(message: str) -> None:
     """One line on stderr."""
-    sys.stderr.write(f"foveate: warning: {' '.join(message.split())}\n")
+    sys.stderr.write(f"foveate: {' '.join(message.split())}\n")
+
+
+def warn(message: str) -> None:
+    """The same, marked as a warning."""
+    note(f"warning: {message}")
 
 
 def in_units(count: int | float, unit: str = "") -> str:

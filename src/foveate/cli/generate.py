@@ -2,42 +2,70 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from foveate.cli.options import ModelOptions, SamplingOptions, SizeOptions
+from foveate.cli.options import (
+    OUTPUT,
+    PICTURE,
+    ConfigFlag,
+    JsonFlag,
+    ModelOptions,
+    PolicyFlag,
+    QuietFlag,
+    SamplingOptions,
+    SizeOptions,
+)
 from foveate.core.errors import FoveateError
+from foveate.core.prompt_file import read_prompt_file
+
+_FIT = {
+    "model": "--model", "device": "--device", "output": "--output", "as_json": "--json", "quiet": "--quiet",
+    "config": "--config",
+}  # fmt: skip
+"""What may stand beside `--from`."""
+_FIT_A_MODEL = {
+    "autoencoder": "--autoencoder", "text_encoder": "--text-encoder", "revision": "--revision",
+    "local_files_only": "--local-files-only", "offload": "--offload", "release_text_encoder": "--release-text-encoder",
+}  # fmt: skip
+"""What may also, where a model is named."""
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=PICTURE)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateOptions:
     """What is drawn, how much of the model runs, and what is written.
 
     Attributes:
+        prompts: A file with one prompt a line, drawn behind those in the command; all of them are one batch.
+        seed: One seed, or one per prompt with commas: 7,8; default: random.
         num_images: Pictures per prompt; picture j uses the prompt's seed + j.
-        policy: Decides how much runs: a name, a spec such as skip-scales:count=2, or a YAML file.
+        rng: reference draws in the order of the published code, from one seed for the whole batch.
+        source: Draw the batch stored in this PNG once more and compare the pixels; 1 is returned if any differs.
         batch_invariant: Compute every picture as if it were alone, bit for bit; slower.
+        policy: Decides how much runs: a name, a spec such as skip-scales:count=2, or a YAML file.
         output: Folder for the pictures, or a .png file for a single one.
         preview: Also save the coarse pictures of the earlier scales.
         trace: Also save what ran where, as JSON and drawn over each picture.
-        source: Draw the batch stored in this PNG once more and compare the pixels; 1 is returned if any differs.
         as_json: Print one JSON object.
         quiet: Show no progress.
         config: A YAML file with values for these flags; flags win.
     """
 
+    prompts: Path | None = None
+    seed: list[str] | None = None
     num_images: Annotated[int, Parameter(name=["--num-images", "-n"])] = 1
-    policy: Annotated[str, Parameter(name=["--policy", "-p"])] = "full"
-    batch_invariant: bool = False
-    output: Annotated[Path, Parameter(name=["--output", "-o"])] = Path("foveate-out")
-    preview: bool = False
-    trace: bool = False
+    rng: Literal["keyed", "reference"] = "keyed"
     source: Annotated[Path | None, Parameter(name="--from")] = None
-    as_json: Annotated[bool, Parameter(name="--json")] = False
-    quiet: Annotated[bool, Parameter(name=["--quiet", "-q"])] = False
-    config: Path | None = None
+    batch_invariant: bool = False
+    policy: PolicyFlag = "full"
+    output: Annotated[Path, Parameter(name=["--output", "-o"], group=OUTPUT)] = Path("foveate-out")
+    preview: Annotated[bool, Parameter(group=OUTPUT)] = False
+    trace: Annotated[bool, Parameter(group=OUTPUT)] = False
+    as_json: JsonFlag = False
+    quiet: QuietFlag = False
+    config: ConfigFlag = None
 
     @property
     def is_one_file(self) -> bool:
@@ -49,57 +77,55 @@ _MODEL, _SIZE, _SAMPLING, _OPTIONS = ModelOptions(), SizeOptions(), SamplingOpti
 
 
 def generate(
-    prompts: list[str] | None = None,
-    *,
-    model: ModelOptions = _MODEL,
+    *prompt: Annotated[str, Parameter(group=PICTURE)],
+    options: GenerateOptions = _OPTIONS,
     size: SizeOptions = _SIZE,
     sampling: SamplingOptions = _SAMPLING,
-    options: GenerateOptions = _OPTIONS,
+    model: ModelOptions = _MODEL,
 ) -> int:
     """Draw pictures from prompts.
 
     Args:
-        prompts: What to draw; each prompt in quotes.
-        model: Which model runs, and on what.
+        prompt: What to draw: prompts, each in quotes; for VAR names or indices of classes.
+        options: What is drawn and written.
         size: How large the pictures are.
         sampling: How symbols are drawn.
-        options: What is drawn and written.
+        model: Which model runs, and on what.
     """
     if options.source is not None:
-        ignored = _ignored(prompts, model, size, sampling, options)
-        if ignored:
-            raise FoveateError(
-                f"--from draws a stored picture as it was, so {', '.join(ignored)} would be ignored; "
-                "besides it only --model, --output and --json fit"
-            )
+        _refuse_ignored(prompt, model, size, sampling, options)
         from foveate.cli import redrawing  # noqa: PLC0415 - torch is loaded when the command runs
 
         return redrawing.redraw(options.source, model, options)
-    _check(prompts or [], options)
+    prompts = [*prompt, *(read_prompt_file(options.prompts) if options.prompts is not None else [])]
+    _check(prompts, options)
     from foveate.cli import drawing  # noqa: PLC0415
 
-    return drawing.draw(prompts or [], model, size, sampling, options)
+    drawing.refuse_numbers(prompt, model)
+    return drawing.draw(prompts, model, size, sampling, options)
 
 
-def _ignored(
-    prompts: list[str] | None,
+def _refuse_ignored(
+    prompt: tuple[str, ...],
     model: ModelOptions,
     size: SizeOptions,
     sampling: SamplingOptions,
     options: GenerateOptions,
-) -> list[str]:
-    """What was asked for although the stored picture already fixes it."""
-    fit = {"source", "output", "as_json", "quiet", "config", "model"}
-    if model.model != _MODEL.model:
-        fit |= {"revision", "local_files_only", "autoencoder", "text_encoder", "offload", "release_text_encoder"}
-    found = ["a prompt"] if prompts else []
+) -> None:
+    """Says what was asked for although the stored picture already fixes it."""
+    fit = {"source", *_FIT, *(_FIT_A_MODEL if model.model != _MODEL.model else ())}
+    ignored = ["a prompt"] if prompt else []
     records: tuple[tuple[Any, Any], ...] = (
         (model, _MODEL), (size, _SIZE), (sampling, _SAMPLING), (options, _OPTIONS),
     )  # fmt: skip
     for given, default in records:
         names = [field.name for field in fields(given) if field.name not in fit]
-        found += [f"--{n.replace('_', '-')}" for n in names if getattr(given, n) != getattr(default, n)]
-    return found
+        ignored += [f"--{n.replace('_', '-')}" for n in names if getattr(given, n) != getattr(default, n)]
+    if ignored:
+        raise FoveateError(
+            f"--from draws a stored picture as it was, so {', '.join(ignored)} would be ignored; besides it fit "
+            f"{', '.join(_FIT.values())}, and with --model also {', '.join(_FIT_A_MODEL.values())}"
+        )
 
 
 def _check(prompts: list[str], options: GenerateOptions) -> None:

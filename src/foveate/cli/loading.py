@@ -1,10 +1,11 @@
-"""Flags to a loaded pipeline."""
+"""Flags to a loaded pipeline, and to the options of its calls."""
 
 import torch
 
-from foveate.cli.options import ModelOptions
+from foveate.cli.options import ModelOptions, SamplingOptions, SizeOptions, numbers
 from foveate.core.errors import FoveateError
 from foveate.pipeline import Pipeline
+from foveate.pipeline_options import Options
 
 
 def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
@@ -26,7 +27,7 @@ def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
         decoder_dtype=options.decoder_dtype,
         quantization=options.quantization,
         fp8_scales=options.fp8_scales,
-        device=options.device,
+        device=options.device or "cpu",
         revision=options.revision,
         local_files_only=options.local_files_only,
         offload=options.offload,
@@ -37,3 +38,24 @@ def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
     if is_quiet:
         pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def call_options(size: SizeOptions, sampling: SamplingOptions) -> Options:
+    """Size and sampling in the words of the pipeline.
+
+    Raises:
+        FoveateError: A flag is not written as it should be.
+    """
+    width, height = size.width_and_height() or (None, None)
+    return Options(
+        width=width,
+        height=height,
+        aspect_ratio=size.aspect_ratio,
+        pixels=size.pixels,
+        guidance_scale=numbers("--guidance-scale", sampling.guidance_scale, float),
+        temperature=numbers("--temperature", sampling.temperature, float),
+        top_k=numbers("--top-k", sampling.top_k, int),
+        top_p=numbers("--top-p", sampling.top_p, float),
+        negative_prompt=sampling.negative_prompt,
+        more_smooth=sampling.more_smooth,
+    )

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError, Parameter
 
 from foveate.cli.config_file import apply_config_file
-from foveate.core.errors import FoveateError
+from foveate.cli.console import note
+from foveate.core.errors import FoveateError, is_out_of_memory
 
 BAD_USAGE = 2
 INTERRUPTED = 130
@@ -28,6 +29,21 @@ _COMMANDS = {
     "train": "Train the bundled model again from its recipe.",
 }
 
+_EPILOGUES = {
+    "generate": """Examples:
+  foveate generate "green apple" owl --seed 7,8 --policy ld-pruning -o out/
+  foveate generate --from out/owl-8.png""",
+    # Written out, as the module that defines the figures imports torch; a test compares them.
+    "compare": """Figures for --fail-if:
+  psnr.mean, psnr.p10, psnr.min, ssim.mean, ssim.p10, ssim.min,
+  foreground_psnr.mean, foreground_psnr.p10, foreground_psnr.min,
+  speedup.transformer, speedup.decoder, speedup.end_to_end,
+  flops_ratio, yardstick_psnr, identical, n, runs
+
+Exit codes: 0, 1 if a --fail-if holds, 2 bad usage or input, 130 interrupted.""",
+}
+"""What help says below the flags."""
+
 
 def _version() -> str:
     from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415 - slow to import, rarely asked for
@@ -38,6 +54,11 @@ def _version() -> str:
         return "unknown: foveate runs from a folder and is not installed"
 
 
+def _default(value: object) -> str | None:
+    """A default as help shows it: that a switch is off says its name, and None is explained in words."""
+    return None if value is None or value is False else str(value)
+
+
 def build_app() -> App:
     """The command line without anything loaded; a new one for every call, as it keeps state while it parses."""
     app = App(
@@ -45,19 +66,20 @@ def build_app() -> App:
         help="Run next-scale image models and spend compute only where it changes the picture.",
         version=_version,
         help_format="plaintext",
-        default_parameter=Parameter(negative=()),
+        default_parameter=Parameter(negative=(), show_default=_default),
         config=apply_config_file,
         suppress_keyboard_interrupt=False,
     )
     for name, summary in _COMMANDS.items():
         # The module of a command has its name, but no function can be called eval.
         function = {"eval": "evaluate"}.get(name, name)
-        app.command(f"foveate.cli.{function}:{function}", name=name, help=summary)
+        path, epilogue = f"foveate.cli.{function}:{function}", _EPILOGUES.get(name)
+        app.command(path, name=name, help=summary, help_epilogue=epilogue)
     return app
 
 
 def _fail(message: str, code: int = BAD_USAGE) -> int:
-    sys.stderr.write(f"foveate: {' '.join(message.split())}\n")
+    note(message)
     return code
 
 
@@ -70,11 +92,9 @@ def _of_system(error: OSError | MemoryError | RuntimeError) -> str:
     if isinstance(error, OSError):
         what = error.strerror or str(error)
         return f"{error.filename}: {what}" if error.filename else what
-    # torch says so in words alone, and differently on every device.
-    text = str(error)
-    if isinstance(error, RuntimeError) and not any(word in text.lower() for word in ("memory", "allocate")):
+    if not is_out_of_memory(error):
         raise error
-    first = (text.splitlines() or ["no more could be had"])[0][:200]
+    first = (str(error).splitlines() or ["no more could be had"])[0][:200]
     return f"not enough memory ({first}); draw fewer or smaller pictures at once, or a smaller model"
 
 

@@ -23,7 +23,7 @@ class PoliciesOptions:
 _DEFAULTS = PoliciesOptions()
 
 
-def policies(name: str | None = None, *, options: PoliciesOptions = _DEFAULTS) -> int:
+def policies(name: str | None = None, /, *, options: PoliciesOptions = _DEFAULTS) -> int:
     """List the policies, their fields and presets.
 
     Args:

@@ -1,7 +1,4 @@
-"""What `foveate compare` draws if no file of prompts is given: single solid objects of all large groups.
-
-All of them are labels that the bundled model was trained on.
-"""
+"""What `foveate compare` draws if no file of prompts is given: single solid objects of all large groups."""
 
 BUILT_IN_PROMPTS = (
     "green apple",
@@ -21,3 +18,24 @@ BUILT_IN_PROMPTS = (
     "top hat",
     "backpack",
 )
+"""Labels that the bundled model was trained on, for models of texts."""
+
+BUILT_IN_CLASSES = (
+    "granny smith",
+    "pineapple",
+    "cheeseburger",
+    "bagel",
+    "killer whale",
+    "loggerhead",
+    "great grey owl",
+    "zebra",
+    "daisy",
+    "lighthouse",
+    "yawl",
+    "fire engine",
+    "soccer ball",
+    "microphone",
+    "bow tie",
+    "backpack",
+)
+"""Classes of ImageNet, for models that draw those."""

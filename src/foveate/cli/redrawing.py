@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from foveate.cli.console import print_facts, print_json, print_paths
+from foveate.cli.console import print_facts, print_json, print_paths, warn
 from foveate.cli.drawing import report_json
 from foveate.cli.generate import GenerateOptions
 from foveate.cli.loading import open_pipeline
@@ -29,17 +29,21 @@ def redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
     path = options.output if options.is_one_file else options.output / f"{source.stem}-again.png"
     with Staging(path.parent) as staging:
         with naming_damage(source):
+            then = config["device"]
             pipe = _pipeline(config, model, options)
-        again = regenerate(source, pipe)
+        again = regenerate(source, pipe, device=model.device)
         row = int(config.get("row", 0))
         save_png(again.image, staging.path(path.name), again.output.row_config(row))
         staging.publish()
+    now = again.output.config["device"]
+    if now != then:
+        warn(f"{source} was drawn on {then} and now on {now}: pixels may differ")
     _report(again, row, path, options.as_json)
     return 0 if again.is_identical else 1
 
 
 def _pipeline(config: dict[str, Any], model: ModelOptions, options: GenerateOptions) -> Pipeline | None:
-    """A model named by hand, in the number formats and on the device of the file; None takes the file's own."""
+    """A model named by hand, in the number formats of the file; None takes the file's own."""
     if model.model == _DEFAULT_MODEL:
         return None
     stored = replace(
@@ -49,7 +53,7 @@ def _pipeline(config: dict[str, Any], model: ModelOptions, options: GenerateOpti
         decoder_dtype=config.get("decoder_dtype"),
         quantization=config.get("quantization"),
         fp8_scales=config.get("fp8_scales", 0),
-        device=config["device"],
+        device=model.device or config["device"],
     )
     return open_pipeline(stored, is_quiet=options.quiet)
 

@@ -9,7 +9,7 @@ import json
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,7 @@ from foveate.core.prompt_file import read_prompt_file
 from foveate.eval.compare_page import Pair, render
 from foveate.eval.fidelity import FidelityReport, fidelity_report, missing_extra, psnr, ssim
 from foveate.pipeline import Pipeline, stack_uint8
+from foveate.pipeline_options import Options
 from foveate.pipeline_output import PipelineOutput, Report
 from foveate.policies.registry import load_policy
 
@@ -164,7 +165,20 @@ class _Side:
         return float(sum(getattr(report.ms, part) for report in self.reports))
 
 
-def compare(
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Work:
+    """What both sides draw: the batches of prompts, pictures per prompt, the first seed, and the other options."""
+
+    chunks: list[list[str]]
+    seeds: int
+    first_seed: int
+    options: Options
+
+
+_SET_HERE = ("policy", "seed", "generator", "num_images_per_prompt", "output_type")
+
+
+def compare(  # noqa: PLR0913 - what is drawn, how it is judged, and how it is timed
     pipe: Pipeline,
     policy: str | Path | Policy,
     prompts: str | Path | Sequence[str],
@@ -174,6 +188,7 @@ def compare(
     runs: int = 3,
     first_seed: int = 0,
     batch_size: int = 8,
+    options: Options | None = None,
 ) -> ComparisonReport:
     """Compares two policies on the same prompts and seeds.
 
@@ -186,26 +201,32 @@ def compare(
         runs: How often each side is timed, at least once.
         first_seed: Of every prompt.
         batch_size: Pictures drawn as one batch at most (never less than one prompt's pictures).
+        options: Other options of every call, such as width and height or guidance_scale; a negative prompt is one text.
 
     Raises:
-        FoveateError: No prompts, fewer than one run or seed, torchmetrics is missing, or what the pipeline refuses.
+        FoveateError: No prompts, an option that the comparison sets itself, fewer than one run or seed, torchmetrics is
+            missing, or what the pipeline refuses.
     """
     for name, value in (("seeds", seeds), ("runs", runs), ("batch_size", batch_size)):
         if value < 1:
             raise FoveateError(f"{name} must be 1 or more, got {value}")
+    taken = [name for name in _SET_HERE if name in (options or {})]
+    if taken:
+        raise FoveateError(f"a comparison sets {', '.join(taken)} itself; leave it out of options")
     if find_spec("torchmetrics") is None:
         raise FoveateError(missing_extra("a comparison"))
     texts = read_prompts(prompts)
     sides = (load_policy(policy), load_policy(against))
     per_batch = max(batch_size // seeds, 1)
     chunks = [texts[i : i + per_batch] for i in range(0, len(texts), per_batch)]
+    work = _Work(chunks=chunks, seeds=seeds, first_seed=first_seed, options=options or {})
     for side in sides:
-        _side(pipe, side, chunks[:1], seeds, first_seed)
+        _side(pipe, side, replace(work, chunks=chunks[:1]))
     timed: tuple[list[_Side], list[_Side]] = ([], [])
     for _ in range(runs):
         for side, passes in zip(sides, timed, strict=True):
-            passes.append(_side(pipe, side, chunks, seeds, first_seed))
-    yardstick = _yardstick(pipe, chunks, seeds, first_seed, timed[1][0] if sides[1].spec == "full" else None)
+            passes.append(_side(pipe, side, work))
+    yardstick = _yardstick(pipe, work, timed[1][0] if sides[1].spec == "full" else None)
     return _report(sides, timed, yardstick)
 
 
@@ -221,11 +242,15 @@ def read_prompts(prompts: str | Path | Sequence[str]) -> list[str]:
     return texts
 
 
-def _side(pipe: Pipeline, policy: Policy, chunks: Sequence[list[str]], seeds: int, first_seed: int) -> _Side:
-    outputs: list[PipelineOutput] = [
-        pipe.generate(texts, num_images_per_prompt=seeds, seed=first_seed, policy=policy, output_type="np")
-        for texts in chunks
-    ]
+def _side(pipe: Pipeline, policy: Policy, work: _Work) -> _Side:
+    call: Options = {
+        **work.options,
+        "num_images_per_prompt": work.seeds,
+        "seed": work.first_seed,
+        "policy": policy,
+        "output_type": "np",
+    }
+    outputs: list[PipelineOutput] = [pipe.generate(texts, **call) for texts in work.chunks]
     return _Side(
         pictures=np.concatenate([stack_uint8(output.images) for output in outputs]),
         seeds=tuple(seed for output in outputs for seed in output.seeds),
@@ -235,13 +260,14 @@ def _side(pipe: Pipeline, policy: Policy, chunks: Sequence[list[str]], seeds: in
     )
 
 
-def _yardstick(pipe: Pipeline, chunks: Sequence[list[str]], seeds: int, first_seed: int, full: _Side | None) -> float:
+def _yardstick(pipe: Pipeline, work: _Work, full: _Side | None) -> float:
     """Mean PSNR between two seeds of the full run of a prompt; uses pictures that exist where it can."""
     policy = load_policy("full")
-    first = full or _side(pipe, policy, chunks, seeds, first_seed)
-    if seeds > 1:
-        return float(psnr(first.pictures[0::seeds], first.pictures[1::seeds]).mean())
-    return float(psnr(first.pictures, _side(pipe, policy, chunks, 1, first_seed + 1).pictures).mean())
+    first = full or _side(pipe, policy, work)
+    if work.seeds > 1:
+        return float(psnr(first.pictures[0 :: work.seeds], first.pictures[1 :: work.seeds]).mean())
+    other = _side(pipe, policy, replace(work, first_seed=work.first_seed + 1))
+    return float(psnr(first.pictures, other.pictures).mean())
 
 
 def _report(sides: tuple[Policy, Policy], timed: tuple[list[_Side], list[_Side]], yardstick: float) -> ComparisonReport:

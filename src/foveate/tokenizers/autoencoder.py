@@ -82,7 +82,7 @@ class ResBlock(StripLayer):
         change = convolve(x, self.norm1, self.conv1)
         for (top, end), part in one_late(convolved(change, MapNorm.of(self.norm2, change), self.conv2)):
             straight = x[:, :, top:end]
-            change[:, :, top:end] = part.add_(self.nin_shortcut(straight) if self.has_shortcut else straight)
+            torch.add(part, self.nin_shortcut(straight) if self.has_shortcut else straight, out=change[:, :, top:end])
         return change
 
 

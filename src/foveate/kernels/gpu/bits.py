@@ -1,4 +1,4 @@
-"""Bits from logits in one pass: guidance, temperature, top-p and the comparison with the draw.
+"""Bits from logits in one pass: top-p and the comparison with the draw.
 
 Of two values the better one always stays, and top-p rules the other one out if its probability is at most 1 - top-p; so
 no sort is needed.
@@ -16,19 +16,11 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _sample_bits(
-    cond_ptr, uncond_ptr, u_ptr, bits_ptr, num_bits, weight, inverse_temperature, top_p,
-    HAS_UNCOND: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _sample_bits(logits_ptr, u_ptr, bits_ptr, num_bits, top_p, BLOCK: tl.constexpr):
     bit = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_inside = bit < num_bits
-    low = tl.load(cond_ptr + 2 * bit, mask=is_inside, other=0.0).to(tl.float32) * inverse_temperature
-    high = tl.load(cond_ptr + 2 * bit + 1, mask=is_inside, other=0.0).to(tl.float32) * inverse_temperature
-    if HAS_UNCOND:
-        free_low = tl.load(uncond_ptr + 2 * bit, mask=is_inside, other=0.0).to(tl.float32) * inverse_temperature
-        free_high = tl.load(uncond_ptr + 2 * bit + 1, mask=is_inside, other=0.0).to(tl.float32) * inverse_temperature
-        low = weight * low + (1 - weight) * free_low
-        high = weight * high + (1 - weight) * free_high
+    low = tl.load(logits_ptr + 2 * bit, mask=is_inside, other=0.0).to(tl.float32)
+    high = tl.load(logits_ptr + 2 * bit + 1, mask=is_inside, other=0.0).to(tl.float32)
     best = tl.maximum(low, high)
     share_low, share_high = tl.exp(low - best), tl.exp(high - best)
     p_high = share_high / (share_low + share_high)
@@ -39,23 +31,14 @@ def _sample_bits(
     tl.store(bits_ptr + bit, (u < p_high).to(tl.int64), mask=is_inside)
 
 
-def sample_bits(
-    cond_kd2: Float[Tensor, "k d 2"],
-    u_kd: Float[Tensor, "k d"],
-    top_p: float,
-    uncond_kd2: Float[Tensor, "k d 2"] | None = None,
-    weight: float = 1.0,
-    temperature: float = 1.0,
-) -> Int[Tensor, "k d"]:
+def sample_bits(logits_kd2: Float[Tensor, "k d 2"], u_kd: Float[Tensor, "k d"], top_p: float) -> Int[Tensor, "k d"]:
     """As `kernels.bits.sample_bits`; int64."""
-    cond_kd2, u_kd = cond_kd2.contiguous(), u_kd.contiguous()
-    uncond_kd2 = None if uncond_kd2 is None else uncond_kd2.contiguous()
-    bits_kd = cond_kd2.new_empty(u_kd.shape, dtype=torch.int64)
+    logits_kd2, u_kd = logits_kd2.contiguous(), u_kd.contiguous()
+    bits_kd = logits_kd2.new_empty(u_kd.shape, dtype=torch.int64)
     num_bits = bits_kd.numel()
     if num_bits:
-        with torch.cuda.device_of(cond_kd2):
+        with torch.cuda.device_of(logits_kd2):
             _sample_bits[(triton.cdiv(num_bits, _BLOCK),)](
-                cond_kd2, uncond_kd2, u_kd, bits_kd, num_bits, weight, 1 / temperature, top_p,
-                HAS_UNCOND=uncond_kd2 is not None, BLOCK=_BLOCK, num_warps=4,
-            )  # fmt: skip
+                logits_kd2, u_kd, bits_kd, num_bits, top_p, BLOCK=_BLOCK, num_warps=4
+            )
     return bits_kd
