@@ -22,7 +22,7 @@ class EvalOptions:
     Attributes:
         corpus: Folder of the drawings: RUN/corpus of foveate train.
         prompts: Pictures per figure; the card of the bundled model takes 100.
-        seed: Of prompts and pictures.
+        seed: Seed of prompts and pictures.
         output: Folder for model.json, model.md, and contact sheets of unselected pictures.
         as_json: Print one JSON object.
         quiet: Show no progress.

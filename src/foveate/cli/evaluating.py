@@ -73,7 +73,10 @@ def _data(what: str, model: ModelOptions, options: EvalOptions, figures: list[Fi
 def _markdown(model: ModelOptions, options: EvalOptions, figures: list[Figure]) -> str:
     name = Path(model.model).name
     lines = [
-        f"`foveate eval default-model --model {name} --dtype {model.dtype} --prompts {options.prompts}`, "
+        f"# Every figure of {name}",
+        "",
+        f"`foveate eval default-model --model {name} --dtype {model.dtype} "
+        f"--corpus RUN/corpus --prompts {options.prompts}`, "
         f'seed {options.seed}. "Real art" is the same check on drawings and composites of the corpus: its ceiling.',
         "",
         f"| {' | '.join(COLUMNS)} |",
