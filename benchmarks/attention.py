@@ -100,6 +100,8 @@ def report(
         return time.perf_counter() - began
 
     measured = alternate(once, len(names), runs=rounds, warmup=2, after_round=lambda: None)
+    if measured.stopped is not None:
+        raise SystemExit(f"stopped at scale {scale}: {measured.stopped}")
     times = {name: Spread.of([1e6 * s for s in measured.of(side)]) for side, name in enumerate(names)}
     best = min(times, key=lambda name: times[name].median)
     for side, name in enumerate(names):

@@ -70,7 +70,7 @@ def build_request(case: Case, record: Record, schedule: ScaleSchedule, num_block
     filters = filters_of(case, num_scales)
     return Request(
         schedule=schedule,
-        guidance=GuidanceSchedule.from_infinity(case["cfg"], num_scales, case.get("insertion", 0), num_blocks),
+        guidance=GuidanceSchedule.from_infinity(case["cfg"], num_scales, (case.get("insertion", 0),), num_blocks),
         temperatures=per_scale(case["tau"], num_scales),
         filters=filters,
         sampler=sampler_of(case, filters, num_images),

@@ -4,6 +4,7 @@ import logging
 import math
 import secrets
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from numbers import Integral, Real
@@ -345,9 +346,17 @@ def _per_scale(
     else:
         values = [value] * count if _is_number(value) else _entries(name, value, "a number, or one per scale")
     _require(len(values) == count, f"{name} needs one number or {count}, one per scale, got {len(values)}")
-    for entry in values:
-        _require(_is_number(entry) and math.isfinite(entry), f"{name} must be finite numbers, got {entry!r}")
-    return tuple(float(entry) for entry in values)
+    return tuple(_finite(name, entry) for entry in values)
+
+
+def _finite(name: str, entry: object) -> float:
+    """A number of any library; a text is none."""
+    if isinstance(entry, SupportsFloat):
+        with suppress(TypeError, ValueError, RuntimeError):  # An array of several numbers only looks like one.
+            number = float(entry)
+            if math.isfinite(number):
+                return number
+    raise FoveateError(f"{name} must be finite numbers, got {entry!r}")
 
 
 def _seeds(settings: Settings, num_prompts: int) -> tuple[int, ...]:

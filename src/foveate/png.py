@@ -90,7 +90,7 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def regenerate(path: str | Path, pipe: Pipeline | None = None, *, device: str | None = None) -> Regenerated:
+def regenerate(path: str | Path, pipe: Pipeline | None = None) -> Regenerated:
     """Makes the picture of a PNG again by running its whole batch as it was run.
 
     The number of threads is set to what it was and set back afterwards.
@@ -98,7 +98,6 @@ def regenerate(path: str | Path, pipe: Pipeline | None = None, *, device: str | 
     Args:
         path: A PNG that `save_png` wrote.
         pipe: The model that made it, needed if that was a folder; None loads the registered model.
-        device: Where the registered model is loaded; None takes the device of the file. Another one may change bits.
 
     Raises:
         FoveateError: The file cannot be read, its model is not registered, or its random state was the caller's own.
@@ -107,7 +106,7 @@ def regenerate(path: str | Path, pipe: Pipeline | None = None, *, device: str | 
     with naming_damage(path):
         if not config["seeds"]:
             raise FoveateError(f"{path} was drawn from a caller's generator, whose state is not in the file")
-        pipe = pipe or _own_model(path, config, device)
+        pipe = pipe or Pipeline.from_pretrained(registered_name(path, config), **loading_options(config))
         options = _options(config)
         resolve(config["prompts"], settings_of(options), pipe.model.spec)
         row, threads = int(config.get("row", 0)), int(config["threads"])
@@ -158,18 +157,27 @@ def naming_damage(path: str | Path) -> Iterator[None]:
         raise FoveateError(f"{path}: the configuration in the file is damaged, {error!r}") from None
 
 
-def _own_model(path: str | Path, config: Mapping[str, Any], device: str | None) -> Pipeline:
+def registered_name(path: str | Path, config: Mapping[str, Any]) -> str:
+    """The name of the model that made a PNG.
+
+    Raises:
+        FoveateError: It has none, as it was loaded from a folder.
+    """
     if config["model"] not in model_names():
         raise FoveateError(f"{path} was made with a local model, {config['model']}; load it and pass it as pipe")
-    return Pipeline.from_pretrained(
-        config["model"],
-        weights=config["weights"]["kind"],
-        dtype=config["dtype"],
-        decoder_dtype=config.get("decoder_dtype"),
-        quantization=config.get("quantization"),
-        fp8_scales=config.get("fp8_scales", 0),
-        device=device or config["device"],
-    )
+    return str(config["model"])
+
+
+def loading_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How the model of a PNG was loaded: weights, number formats and device, in the words of `from_pretrained`."""
+    return {
+        "weights": config["weights"]["kind"],
+        "dtype": config["dtype"],
+        "decoder_dtype": config.get("decoder_dtype"),
+        "quantization": config.get("quantization"),
+        "fp8_scales": config.get("fp8_scales", 0),
+        "device": config["device"],
+    }
 
 
 def _options(config: Mapping[str, Any]) -> Options:

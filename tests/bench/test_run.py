@@ -130,6 +130,7 @@ def test_nothing_measured_is_nothing_reported(toy_pipe: Pipeline, monkeypatch: p
     for error in (
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("unable to mmap 9 bytes from file <x.pth>: Cannot allocate memory (12)"),
         MemoryError("no memory for packed keys and values"),
     ):
         stop_at(monkeypatch, 0, error)

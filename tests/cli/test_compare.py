@@ -13,10 +13,8 @@ from foveate.conditioning.label import class_index
 from foveate.core.errors import FoveateError
 from foveate.eval.compare import FIGURES, compare
 from foveate.families.published import PUBLISHED
-from foveate.families.spec import ModelSpec
-from foveate.models.var import VARConfig
 from foveate.pipeline import Pipeline
-from foveate.tokenizers.vq_autoencoder import VQAutoencoderConfig
+from tests.pipeline.test_precision import SMALL
 
 
 def test_json_page_and_bounds(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
@@ -66,17 +64,7 @@ def test_what_a_comparison_sets_is_not_an_option(toy_pipe: Pipeline) -> None:
 
 
 def test_a_model_of_classes_draws_classes(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = ModelSpec(
-        name="small",
-        family="var",
-        transformer=VARConfig(depth=2, width=64, heads=2, codebook_size=48, latent_channels=8),
-        autoencoder=VQAutoencoderConfig(latent_channels=8, base_channels=32, num_res_blocks=1, codebook_size=48),
-        conditioner="imagenet",
-        budgets=("0.06M",),
-        ratios=("1:1",),
-        grids=VARConfig(depth=2, width=64, heads=2).grids,
-    )
-    monkeypatch.setitem(PUBLISHED, "var-d16", replace(PUBLISHED["var-d16"], spec=spec))
+    monkeypatch.setitem(PUBLISHED, "var-d16", replace(PUBLISHED["var-d16"], spec=SMALL["var"]))
     ran = run("compare", "-p", "skip-scales", "-m", "var-d16", "--weights", "random", "--runs", 1, "--json")
     assert ran.code == 0, ran.err
     assert [row["prompt"] for row in ran.data["images"]] == list(BUILT_IN_CLASSES)

@@ -87,6 +87,9 @@ def test_config_file_and_flags_that_win(run: Callable[..., Any], toy_folder: Pat
     assert config["top_k"] == [3] * 7
     (tmp_path / "c.yaml").write_text("generate: {polici: full}\n")
     run("generate", "a", "--config", "c.yaml").assert_refused("polici", "Did you mean --policy?")
+    for text in ("prompts: [a cat, a dog]\n", "prompt: a cat\n", "generate: {prompts: [a cat]}\n"):
+        (tmp_path / "c.yaml").write_text(text)
+        run("generate", "a", "--config", "c.yaml").assert_refused("prompts stand in the command, or one a line")
     (tmp_path / "c.yaml").write_text("- a\n")
     run("generate", "a", "--config", "c.yaml").assert_refused("must map flags to values")
     (tmp_path / "c.yaml").write_text("a: [\n")
@@ -173,7 +176,7 @@ def test_from_makes_the_same_pixels_again(run: Callable[..., Any], toy_folder: P
     run("generate", "--from", "damaged.png", "-m", toy_folder).assert_refused("damaged")
     run("generate", "--from", source, "--seed", 3, "--dtype", "bfloat16", "--threads", 2).assert_refused(
         "--from draws a stored picture as it was, so --dtype, --threads, --seed would be ignored; besides it fit "
-        "--model, --device, --output, --json, --quiet, --config, and with --model also --autoencoder, "
+        "--model, --device, --output, --json, --quiet, --config, and with another --model also --autoencoder, "
     )
     run("generate", "--from", source, "--prompts", "p.txt").assert_refused("so --prompts would")
     run("generate", "a", "--from", source, "--revision", "x").assert_refused("so a prompt, --revision would")

@@ -100,7 +100,7 @@ def test_guidance_is_needed_until_its_last_weight_that_is_not_one():
 def test_guidance_of_both_families():
     assert GuidanceSchedule.from_infinity(3.0, 4).weights == (3.0,) * 4
     assert GuidanceSchedule.from_infinity([1.0, 2.0, 3.0], 2).weights == (1.0, 2.0)
-    assert GuidanceSchedule.from_infinity(3.0, 4, insertion=-2, num_blocks=8).hidden_blocks == (6,)
+    assert GuidanceSchedule.from_infinity(3.0, 4, insertions=(-2,), num_blocks=8).hidden_blocks == (6,)
     assert GuidanceSchedule.from_infinity(3.0, 4).hidden_blocks == ()
     assert GuidanceSchedule.from_var(1.5, 4).weights == (1.0, 1.5, 2.0, 2.5)
     assert GuidanceSchedule.from_var(1.5, 1).weights == (1.0,)
@@ -108,8 +108,8 @@ def test_guidance_of_both_families():
 
 @pytest.mark.parametrize("insertion", [1, -8, -9])
 def test_guidance_inside_must_name_a_block(insertion: int):
-    with pytest.raises(FoveateError, match="insertion must be 0 or -1 ... -7"):
-        GuidanceSchedule.from_infinity(3.0, 4, insertion=insertion, num_blocks=8)
+    with pytest.raises(FoveateError, match="insertion_layer must be 0 or -1 ... -7"):
+        GuidanceSchedule.from_infinity(3.0, 4, insertions=(insertion,), num_blocks=8)
 
 
 def test_guidance_list_must_reach_the_last_scale():

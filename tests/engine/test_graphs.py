@@ -171,10 +171,11 @@ def test_a_shape_without_memory_for_its_buffers_takes_the_plain_loop(
     monkeypatch.setattr(graphs, "_build", full)
     graphed = Engine(subject.model, subject.tokenizer, graphs)
     plain = Engine(subject.model, subject.tokenizer)
-    for seed in (3, 5):
+    for seed in (3, 5, 7, 9):
         request = request_of(subject, seed)
         assert equal(latents(graphed, "full", subject, request), latents(plain, "full", subject, request))
-    assert "no memory for them: CUDA out of memory. Tried to allocate 600 MiB" in caplog.text
+    (warning,) = [record.message for record in caplog.records if "no memory for them" in record.message]
+    assert warning.endswith("CUDA out of memory. Tried to allocate 600 MiB")
 
 
 def test_traces_count_what_was_replayed():

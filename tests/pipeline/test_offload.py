@@ -207,6 +207,25 @@ def test_a_part_stays_where_it_works_while_another_thread_wants_the_device() -> 
     assert there == ["other"]
 
 
+def test_a_call_that_ends_inside_another_ones_work_sends_nothing_home() -> None:
+    there: set[str] = set()
+    parts = {"one": [nn.Linear(1, 1)], "other": [nn.Linear(1, 1)]}
+
+    def move(module: nn.Module, device: torch.device) -> None:
+        name = next(name for name, modules in parts.items() if module in modules)
+        (there.discard if device.type == "cpu" else there.add)(name)
+
+    offload = Offload(parts, torch.device("meta"), move)
+    with offload.working("one"):
+        with offload.working():
+            assert there == {"one"}
+        with offload.working("other"):
+            assert there == {"one", "other"}
+        assert "one" in there
+    with offload.working():
+        assert not there
+
+
 def test_moves_inside_inference_mode_leave_ordinary_weights(toy_folder: Path, toy_pipe: Pipeline) -> None:
     model = Pipeline.from_pretrained(toy_folder).model
     parts = parts_of(model)

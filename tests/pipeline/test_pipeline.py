@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from dataclasses import replace
+from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def test_config_holds_every_default_as_json(toy_pipe: Pipeline) -> None:
     assert (config["width"], config["height"], config["pixels"], config["aspect_ratio"]) == (256, 256, "0.06M", "1:1")
     assert config["policy"]["parts"] == [{"policy": "skip-scales", "count": 1}]
     assert len(config["weights"]["sha256"]) == 64
-    assert set(config["versions"]) == {"foveate", "torch", "numpy", "python", "tokenizers", "transformers"}
+    assert set(config["versions"]) == {"foveate", "torch", "numpy", "python", "tokenizers"}
     assert config["versions"]["tokenizers"] == version("tokenizers")
     assert "text_encoders" not in config["weights"]
 
@@ -150,11 +151,12 @@ def test_config_names_kernels_and_text_encoders(
     model = replace(toy_pipe.model, text_encoders=(str(tmp_path), "google/flan-t5-xl"), device=torch.device("cuda"))
     job = resolve(PROMPTS[0], Settings(seed=1), model.spec)
     monkeypatch.setattr(pipeline_output, "processor_name", str)
-    monkeypatch.setattr(pipeline_output, "version", lambda name: f"{name} 3")
+    monkeypatch.setattr(pipeline_output, "installed_version", lambda name: f"{name} 3")
     for has_triton, kernels in ((True, "triton"), (False, "torch")):
         monkeypatch.setattr(pipeline_output.launch, "has_triton", lambda found=has_triton: found)
         config = pipeline_output.describe(job, model)
         assert (config["kernels"], "triton" in config["versions"]) == (kernels, has_triton)
+        assert config["versions"]["transformers"] == "transformers 3", "it runs the text encoders"
     assert config["weights"]["text_encoders"] == [tmp_path.name, "google/flan-t5-xl"]
 
 
@@ -228,6 +230,11 @@ def test_numbers_of_numpy_are_numbers(toy_pipe: Pipeline) -> None:
     assert output.seeds == (3, 4)
 
 
+def test_a_list_may_hold_numbers_of_any_kind(toy_pipe: Pipeline) -> None:
+    for values in (torch.full((7,), 2.0), [Decimal(2)] * 7, np.full(7, 2.0), [torch.tensor(2)] * 7):
+        assert resolve(PROMPTS[0], Settings(guidance_scale=values), toy_pipe.model.spec).guidance_scale == (2.0,) * 7
+
+
 @pytest.mark.parametrize(("ratio", "name"), [(1, "1:1"), (1.5, "3:2"), (4 / 3, "4:3"), (1.333, "4:3"), (4 / 7, "4:7")])
 def test_an_aspect_ratio_may_be_a_number(toy_pipe: Pipeline, ratio: float, name: str) -> None:
     for value in (ratio, np.float32(ratio)):
@@ -250,7 +257,8 @@ pipe = Pipeline.from_pretrained(sys.argv[1])
 cases = [(None, {}), (1.5, {}), (5, {}), ([None], {}), (np.array(3), {})]
 cases += [("a", {name: value}) for name, value in (
     ("seed", 1.5), ("seed", "7"), ("seed", [1.5]), ("seed", np.array(3.0)), ("guidance_scale", "3"), ("tau", "x"),
-    ("cfg", ["a"] * 7), ("top_k", {}), ("top_k", 1.5), ("num_images_per_prompt", 1.5), ("num_images_per_prompt", "2"),
+    ("cfg", ["a"] * 7), ("cfg", ["2"] * 7), ("cfg", [np.ones(2)] * 7), ("cfg", [None] * 7),
+    ("top_k", {}), ("top_k", 1.5), ("num_images_per_prompt", 1.5), ("num_images_per_prompt", "2"),
     ("aspect_ratio", (4, 3)), ("aspect_ratio", float("nan")), ("negative_prompt", 5), ("generator", "x"),
     ("policy", None), ("pixels", 1),
 )]

@@ -48,21 +48,21 @@ def test_other_pixels_and_threads_are_noticed(toy_pipe: Pipeline, file: Path) ->
     assert torch.get_num_threads() == threads
 
 
-def test_the_registered_model_is_loaded_where_it_is_asked_to_be(
+def test_the_registered_model_is_loaded_as_it_was(
     toy_pipe: Pipeline, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    devices: list[object] = []
+    loaded: list[tuple[str, dict[str, object]]] = []
 
-    def load(name: str, *, device: str, **_: object) -> Pipeline:
-        devices.append(device)
+    def load(name: str, **options: object) -> Pipeline:
+        loaded.append((name, options))
         return toy_pipe
 
     monkeypatch.setattr(Pipeline, "from_pretrained", load)
     other = file.with_name("c.png")
     save_png(Image.open(file), other, read_png_config(file) | {"model": "emoji", "device": "cuda"})
-    assert "device: cuda then, cpu now" in regenerate(other, device="cpu").differences
-    regenerate(other)
-    assert devices == ["cpu", "cuda"]
+    assert "device: cuda then, cpu now" in regenerate(other).differences
+    formats = {"dtype": "float32", "decoder_dtype": None, "quantization": None, "fp8_scales": 0}
+    assert loaded == [("emoji", {"weights": "pretrained", "device": "cuda", **formats})]
 
 
 def test_differences_ignore_the_row() -> None:

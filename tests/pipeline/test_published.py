@@ -164,11 +164,25 @@ def test_a_friendly_name_is_fetched_in_parts(tmp_path: Path, monkeypatch: pytest
         pipe.generate("a cat", more_smooth=True)
 
 
-@pytest.mark.parametrize("repo", ["FoundationVision/Infinity", "FoundationVision/var"])
+@pytest.mark.parametrize("repo", ["FoundationVision/Infinity", "foundationvision/var"])
 def test_a_repository_of_many_models_is_not_fetched_whole(repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_args, **_kwargs: pytest.fail("fetched"))
     with pytest.raises(FoveateError, match=r"is known by model name.*ask for one of (infinity|var)-"):
         Pipeline.from_pretrained(repo)
+
+
+def test_a_repository_of_one_published_model_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def fetch(repo: str, **_options: object) -> str:
+        fetched.append(repo)
+        raise OSError("the test ends here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    repo = PUBLISHED["switti-1024"].transformer.repo
+    with pytest.raises(FoveateError, match="the test ends here"):
+        Pipeline.from_pretrained(repo)
+    assert fetched == [repo]
 
 
 def test_the_hub_says_why_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

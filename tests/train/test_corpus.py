@@ -295,6 +295,17 @@ def test_load_names_what_is_missing(tmp_path: Path) -> None:
         load_corpus(tmp_path)
 
 
+def test_a_corpus_that_cannot_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "corpus", 32)
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise PermissionError(13, "Permission denied", "images.npy")
+
+    monkeypatch.setattr(np, "load", refuse)
+    with pytest.raises(CorpusError, match=r"cannot read .*Permission denied"):
+        load_corpus(tmp_path / "corpus")
+
+
 @pytest.mark.parametrize("name", ["drawings.jsonl", "images.npy", "manifest.json"])
 @pytest.mark.parametrize("left", [b"", b'{"label": "a"', b"[1]\n"])
 def test_a_damaged_corpus_is_one_line(name: str, left: bytes, tmp_path: Path) -> None:

@@ -246,6 +246,18 @@ def test_a_pause_does_not_eat_the_schedule(tmp_path: Path, monkeypatch: pytest.M
     assert run.step == 5
 
 
+def test_a_save_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    o = Optimisation(minutes=1.0, batch=1, rate=0.1)
+    run = Run.start(torch.nn.Linear(2, 2), o)
+    for name in (".c.1234.part", ".other.1234.part"):
+        (tmp_path / name).write_bytes(b"half")
+    run.save(tmp_path / "c.ckpt")
+    assert {path.name for path in tmp_path.iterdir()} == {"c.ckpt", ".other.1234.part"}
+    again = Run.start(torch.nn.Linear(2, 2), o)
+    again.load(tmp_path / "c.ckpt")
+    assert torch.equal(again.model.weight, run.model.weight)
+
+
 def test_training_lowers_both_losses(tmp_path: Path) -> None:
     pixels = composite(_pixels())
     assert pixel_loss(pixels, pixels) == 0

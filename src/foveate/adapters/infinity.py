@@ -101,7 +101,12 @@ class OfficialInfinity(Adapter):
         top_k, top_p = (arguments[name] or attribute(self.model, name) for name in ("top_k", "top_p"))
         return Request(
             schedule=schedule,
-            guidance=_guidance(arguments, num_scales, engine.model.shape.num_blocks),
+            guidance=GuidanceSchedule.from_infinity(
+                _per_scale("cfg_list", arguments["cfg_list"], num_scales),
+                num_scales,
+                arguments["cfg_insertion_layer"],
+                engine.model.shape.num_blocks,
+            ),
             temperatures=_per_scale("tau_list", arguments["tau_list"], num_scales),
             filters=(Filter(top_k=int(top_k), top_p=float(top_p)),) * num_scales,
             sampler=ReferenceSampler(generator=seeded(self.model, arguments["g_seed"], engine.model.device)),
@@ -127,6 +132,9 @@ def _refuse_unsupported(arguments: Mapping[str, Any], num_scales: int) -> None:
     for name, (is_refused, remedy) in refused.items():
         if is_refused:
             raise UnsupportedError(f"{name}={arguments[name]} is not supported: {remedy}")
+    for item in arguments["cfg_insertion_layer"]:
+        if item > 0:
+            raise UnsupportedError(f"cfg_insertion_layer={item} is not supported; give 0 or negative numbers")
 
 
 def _grids(scale_schedule: Sequence[tuple[int, int, int]] | None) -> list[Grid]:
@@ -153,20 +161,6 @@ def _per_scale(name: str, values: Sequence[float], num_scales: int) -> tuple[flo
     if len(values) < num_scales:
         raise FoveateError(f"{name} needs {num_scales} values, one per scale, got {len(values)}")
     return tuple(float(value) for value in values[:num_scales])
-
-
-def _guidance(arguments: Mapping[str, Any], num_scales: int, num_blocks: int) -> GuidanceSchedule:
-    """Weights, and where the branches are combined: 0 is on logits, -j after block `num_blocks - j`."""
-    weights = _per_scale("cfg_list", arguments["cfg_list"], num_scales)
-    hidden = []
-    for item in arguments["cfg_insertion_layer"]:
-        if item > 0:
-            raise UnsupportedError(f"cfg_insertion_layer={item} is not supported; give 0 or negative numbers")
-        if item < 0 and num_blocks + item <= 0:
-            raise FoveateError(f"cfg_insertion_layer must be 0 or -1 ... -{num_blocks - 1}, got {item}")
-        hidden += [num_blocks + int(item)] if item < 0 else []
-    on_logits = 0 in arguments["cfg_insertion_layer"]
-    return GuidanceSchedule(weights=weights, hidden_blocks=tuple(hidden), on_logits=on_logits)
 
 
 def _share_transformer(model: nn.Module, state: State) -> Infinity:

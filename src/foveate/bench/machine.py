@@ -2,22 +2,25 @@
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from foveate.core.version import __version__
 from foveate.kernels import native
-from foveate.pipeline_output import processor_name
+from foveate.pipeline_output import installed_version, processor_name
 
-_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "pillow", "torchmetrics")
+_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "triton", "pillow", "torchmetrics")
 
 
 def describe_machine() -> dict[str, Any]:
     """Versions, processor, how torch was built, and devices."""
     return {
-        "versions": {"foveate": __version__, "python": platform.python_version(), **_versions()},
+        "versions": {
+            "foveate": __version__,
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in _PACKAGES},
+        },
         "cpu": {
             "name": processor_name(torch.device("cpu")),
             "cores": os.cpu_count(),
@@ -33,16 +36,6 @@ def describe_machine() -> dict[str, Any]:
         },
         "devices": _devices(),
     }
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _has_bf16() -> bool:

@@ -15,7 +15,7 @@ def apply_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     """Fills arguments that the command line left open, as a configuration source of cyclopts.
 
     Raises:
-        FoveateError: The file cannot be read or is no mapping.
+        FoveateError: The file cannot be read or is no mapping, or holds prompts itself.
     """
     given = [a for a in arguments if a.name == "--config" and a.field_info.name == "config" and a.tokens]
     if not given:
@@ -26,6 +26,8 @@ def apply_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     data = read_mapping(path)
     section = data.get(commands[-1]) if commands else None
     values = section if isinstance(section, dict) else data
+    if "prompt" in values or isinstance(values.get("prompts"), list):
+        raise FoveateError(f"{path}: prompts stand in the command, or one a line in a file that `prompts:` names")
     source = Dict({str(k): v for k, v in values.items() if v is not None}, source=str(path), use_commands_as_keys=False)
     source(app, commands, arguments)
 

@@ -124,7 +124,7 @@ def _refuse_ignored(
     if ignored:
         raise FoveateError(
             f"--from draws a stored picture as it was, so {', '.join(ignored)} would be ignored; besides it fit "
-            f"{', '.join(_FIT.values())}, and with --model also {', '.join(_FIT_A_MODEL.values())}"
+            f"{', '.join(_FIT.values())}, and with another --model also {', '.join(_FIT_A_MODEL.values())}"
         )
 
 

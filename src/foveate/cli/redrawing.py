@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from foveate.cli.console import print_facts, print_json, print_paths, warn
 from foveate.cli.drawing import report_json
@@ -10,8 +9,15 @@ from foveate.cli.generate import GenerateOptions
 from foveate.cli.loading import open_pipeline
 from foveate.cli.options import ModelOptions
 from foveate.cli.staging import Staging
-from foveate.pipeline import Pipeline
-from foveate.png import Regenerated, naming_damage, read_png_config, regenerate, save_png
+from foveate.png import (
+    Regenerated,
+    loading_options,
+    naming_damage,
+    read_png_config,
+    regenerate,
+    registered_name,
+    save_png,
+)
 
 _DEFAULT_MODEL = ModelOptions().model
 
@@ -30,8 +36,10 @@ def redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
     with Staging(path.parent) as staging:
         with naming_damage(source):
             then = config["device"]
-            pipe = _pipeline(config, model, options)
-        again = regenerate(source, pipe, device=model.device)
+            stored = loading_options(config) | ({"device": model.device} if model.device else {})
+            name = model.model if model.model != _DEFAULT_MODEL else registered_name(source, config)
+            asked = replace(model, model=name, **stored)
+        again = regenerate(source, open_pipeline(asked, is_quiet=options.quiet))
         row = int(config.get("row", 0))
         save_png(again.image, staging.path(path.name), again.output.row_config(row))
         staging.publish()
@@ -40,22 +48,6 @@ def redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
         warn(f"{source} was drawn on {then} and now on {now}: pixels may differ")
     _report(again, row, path, options.as_json)
     return 0 if again.is_identical else 1
-
-
-def _pipeline(config: dict[str, Any], model: ModelOptions, options: GenerateOptions) -> Pipeline | None:
-    """A model named by hand, in the number formats of the file; None takes the file's own."""
-    if model.model == _DEFAULT_MODEL:
-        return None
-    stored = replace(
-        model,
-        weights=config["weights"]["kind"],
-        dtype=config["dtype"],
-        decoder_dtype=config.get("decoder_dtype"),
-        quantization=config.get("quantization"),
-        fp8_scales=config.get("fp8_scales", 0),
-        device=model.device or config["device"],
-    )
-    return open_pipeline(stored, is_quiet=options.quiet)
 
 
 def _report(again: Regenerated, row: int, path: Path, as_json: bool) -> None:

@@ -38,7 +38,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on any device; torch's class for it is known by name, as importing torch takes long."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    signs = ("out of memory", "DefaultCPUAllocator", "ALLOC_FAILED")
+    signs = ("out of memory", "Cannot allocate memory", "DefaultCPUAllocator", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

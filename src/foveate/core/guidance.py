@@ -27,20 +27,21 @@ class GuidanceSchedule:
 
     @classmethod
     def from_infinity(
-        cls, cfg: float | Sequence[float], num_scales: int, insertion: int = 0, num_blocks: int = 0
+        cls, cfg: float | Sequence[float], num_scales: int, insertions: Sequence[int] = (0,), num_blocks: int = 0
     ) -> "GuidanceSchedule":
         """From the Infinity family's `cfg`: a number, or one per scale.
 
-        An `insertion` of -j combines the hidden states after block depth-j, and the logits no more.
+        The branches meet at every one of `insertions`: 0 is on the logits, -j after block `num_blocks - j`.
 
         Raises:
             FoveateError: A list with fewer values than scales, or an insertion outside the blocks.
         """
         values = _per_scale(cfg, num_scales)
-        if insertion > 0 or (insertion and num_blocks + insertion <= 0):
-            raise FoveateError(f"insertion must be 0 or -1 ... -{num_blocks - 1}, got {insertion}")
-        hidden = (num_blocks + insertion,) if insertion else ()
-        return cls(weights=values, hidden_blocks=hidden, on_logits=not hidden)
+        for item in insertions:
+            if item > 0 or (item and num_blocks + item <= 0):
+                raise FoveateError(f"cfg_insertion_layer must be 0 or -1 ... -{num_blocks - 1}, got {item}")
+        hidden = tuple(num_blocks + int(item) for item in insertions if item)
+        return cls(weights=values, hidden_blocks=hidden, on_logits=0 in insertions)
 
     @classmethod
     def from_var(

@@ -246,6 +246,7 @@ class Graphs:
         self.capture, self.most_tokens, self.most_shapes = capture, most_tokens, most_shapes
         self._prefixes: OrderedDict[PrefixShape, Prefix] = OrderedDict()
         self._seen: OrderedDict[PrefixShape, None] = OrderedDict()
+        self._refused: OrderedDict[PrefixShape, None] = OrderedDict()
         self._caches: WeakValueDictionary[tuple[int, int, int, torch.dtype], KVCache] = WeakValueDictionary()
         self._leased: Prefix | None = None
         self._lock = threading.Lock()
@@ -261,15 +262,17 @@ class Graphs:
         if shape.num_scales(self.most_tokens) == 0:
             return None
         with self._lock:
-            if self._leased is not None:
+            if self._leased is not None or shape in self._refused:
                 return None
             if shape not in self._prefixes and shape not in self._seen:
                 _remember(self._seen, shape, None, MOST_SEEN)
                 return None
             prefix = self._prefixes.get(shape) or self._built(shape, model, prepared)
-            if prefix is None or prefix.is_broken:
+            if prefix is None:
                 return None
             _remember(self._prefixes, shape, prefix, self.most_shapes)
+            if prefix.is_broken:
+                return None
             self._leased = prefix
         copy_held_(prefix.prepared, prepared)
         prefix.done = 0
@@ -282,13 +285,14 @@ class Graphs:
                 self._leased = None
 
     def _built(self, shape: PrefixShape, model: NextScaleModel, prepared: Prepared) -> Prefix | None:
-        """A new prefix, or None if there is no memory for its buffers: the plain loop needs none of them."""
+        """A new prefix, or None, now and later, if there is no memory for its buffers: the plain loop needs none."""
         try:
             return self._build(shape, model, prepared)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             logger.warning("graphs of one shape are off, there is no memory for them: %s", str(error).split("\n")[0])
+            _remember(self._refused, shape, None, MOST_SEEN)
             return None
 
     def _build(self, shape: PrefixShape, model: NextScaleModel, prepared: Prepared) -> Prefix:

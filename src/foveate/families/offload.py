@@ -38,6 +38,7 @@ class Offload:
         """
         self._parts, self._device, self._move = dict(parts), device, move
         self._there = list(self._parts)
+        self._held: tuple[str, ...] = ()
         self._lock = threading.RLock()
         self.bring()
 
@@ -48,10 +49,19 @@ class Offload:
 
     @contextmanager
     def working(self, *names: str) -> Iterator[None]:
-        """Has exactly these parts on the device while they work; calls of other threads wait, and bring theirs then."""
+        """Has these parts on the device while they work, and no others but those of a block around this one.
+
+        Calls of other threads wait. In one thread a block may lie in another: a call that was given up ends, and sends
+        its parts home, where the collector finds it, which may be in the middle of another call's work.
+        """
         with self._lock:
-            self.bring(*names)
-            yield
+            before = self._held
+            self._held = tuple(dict.fromkeys((*before, *names)))
+            try:
+                self.bring(*self._held)
+                yield
+            finally:
+                self._held = before
 
     # A tensor that is made in inference mode could not be changed outside of it any more.
     @torch.inference_mode(mode=False)

@@ -66,7 +66,8 @@ def fetch_model(repo: str, revision: str | None, local_files_only: bool) -> Path
     Raises:
         FoveateError: The repository is one that holds many published models, or the hub gave nothing.
     """
-    names = [name for name, entry in PUBLISHED.items() if repo in (entry.transformer.repo, entry.autoencoder.repo)]
+    shared = {name: entry.transformer for name, entry in PUBLISHED.items() if entry.transformer.path}
+    names = [name for name, source in shared.items() if source.repo.lower() == repo.lower()]
     if names:
         raise FoveateError(
             f"{repo} is known by model name, and is not fetched as a whole; ask for one of {', '.join(names)}"

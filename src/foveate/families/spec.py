@@ -1,5 +1,6 @@
 """One model: its shapes, the sizes it draws and its defaults; what `config.json` of a model folder holds."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -135,10 +136,10 @@ class ModelSpec:
             raise CheckpointError(f"config.json must be of format 1, got {version}")
         kind = family_named(rest.get("family"))
         try:
-            rest["transformer"] = kind.transformer.config(**_tuples(rest["transformer"]))
-            rest["autoencoder"] = kind.autoencoder.config(**_tuples(rest["autoencoder"]))
-            rest["defaults"] = Defaults(**_tuples(rest.get("defaults", {})))
-            return cls(**_tuples(rest))
+            rest["transformer"] = kind.transformer.config(**tuples(rest["transformer"]))
+            rest["autoencoder"] = kind.autoencoder.config(**tuples(rest["autoencoder"]))
+            rest["defaults"] = Defaults(**tuples(rest.get("defaults", {})))
+            return cls(**tuples(rest))
         except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"config.json does not describe a model: {error}") from None
 
@@ -155,7 +156,8 @@ def budget_of(grids: tuple[Grid, ...], stride: int) -> str:
     return _BUDGET_OF_SIDE[width * stride]
 
 
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+def tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields as a frozen record takes them: lists, nested ones too, become tuples."""
     return {name: _frozen(value) if isinstance(value, list) else value for name, value in values.items()}
 
 

@@ -172,7 +172,7 @@ def load_corpus(folder: Path) -> Corpus:
     """Opens a corpus folder; images stay on disk until they are read.
 
     Raises:
-        CorpusError: If a file is missing or damaged, or the images and the table disagree.
+        CorpusError: If a file is missing, unreadable or damaged, or the images and the table disagree.
     """
     for name in (IMAGES_FILE, DRAWINGS_FILE, MANIFEST_FILE):
         if not (folder / name).is_file():
@@ -184,7 +184,9 @@ def load_corpus(folder: Path) -> Corpus:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         if not isinstance(manifest, dict):
             raise TypeError(f"{MANIFEST_FILE} holds no mapping")
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise CorpusError(f"cannot read {folder}: {error}") from None
+    except (EOFError, ValueError, KeyError, TypeError) as error:
         raise CorpusError(f"{folder} is damaged ({error}); remove it and build it again with --stage corpus") from None
     if len(images_NYXc) != len(drawings):
         raise CorpusError(f"{folder} must hold as many images as drawings, got {len(images_NYXc)} and {len(drawings)}")

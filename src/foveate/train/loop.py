@@ -96,6 +96,9 @@ class Run:
             "recent": {name: float(value) for name, value in self.recent.items()},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A run that was killed while it wrote has left a whole checkpoint's bytes.
+        for left in path.parent.glob(f".{path.stem}.*.part"):
+            left.unlink()
         with replace_file(path) as partial:
             torch.save(state, partial)
 

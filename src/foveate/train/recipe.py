@@ -30,7 +30,7 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request
-from foveate.families.spec import Defaults, ModelSpec, per_scale
+from foveate.families.spec import Defaults, ModelSpec, per_scale, tuples
 from foveate.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder
 from foveate.models.checkpoint_infinity import load_autoencoder, load_transformer
 from foveate.models.infinity import Infinity, InfinityConfig
@@ -159,8 +159,8 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
             scenes=SceneConfig(**data["scenes"]),
             tokenizer=tokenizer,
             transformer=transformer,
-            defaults=Defaults(**_tuples(data["defaults"])),
-            sampling=SamplingSearch(**_tuples(data.get("sampling", {}))),
+            defaults=Defaults(**tuples(data["defaults"])),
+            sampling=SamplingSearch(**tuples(data.get("sampling", {}))),
             sheet=tuple(data["sheet"]),
             notice=notice,
             card=card,
@@ -209,10 +209,6 @@ def _read_recipe(path: Path) -> Any:  # noqa: ANN401 - see `_read_yaml`
 
 def _read_yaml(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds; its readers check it
     return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 def _optimisation(fields: dict[str, Any], minutes_scale: float) -> Optimisation:
@@ -434,7 +430,7 @@ class TrainingFolder:
         path = self.out / SAMPLING
         if not path.exists() or not (self.out / "transformer.safetensors").exists():
             return None
-        data = _tuples(json.loads(path.read_text(encoding="utf-8")))
+        data = tuples(json.loads(path.read_text(encoding="utf-8")))
         return data if data.pop("weights") == self._weights() else None
 
     def _weights(self) -> str:
