@@ -3,8 +3,8 @@
     python benchmarks/binding.py --corpus RUN/corpus
 
 Pictures of two things are encoded, and the true bits of every scale are read back under three captions: the true one,
-the same with "left" and "right" (or "above" and "below") exchanged, and that of another picture of the kind, which has
-other things and mostly another background. A model that binds things to places loses more under the exchanged caption;
+the same with "left" and "right" (or "above" and "below") exchanged, and that of another picture of the kind, nearly
+always on the same background. A model that binds things to places loses more under the exchanged caption;
 one that only knows which things there are does not notice. The first row is the loss per bit in nats, the others are
 what a false caption adds.
 """
@@ -55,7 +55,7 @@ def loss_per_scale(
 
 
 def scenes_of(kind: Kind, words: tuple[str, str], count: int, seed: int, corpus: Corpus) -> list[Scene]:
-    """Scenes of two things whose captions say which is where."""
+    """Scenes of two things whose captions say which is where, in order of their backgrounds."""
     found: list[Scene] = []
     contrast_NK = rim_contrast(corpus.images_NYXc)
     number = 0
@@ -65,7 +65,7 @@ def scenes_of(kind: Kind, words: tuple[str, str], count: int, seed: int, corpus:
         number += 1
         if any(word in scene.caption for word in words):
             found.append(scene)
-    return found
+    return sorted(found, key=lambda scene: scene.background)
 
 
 @torch.no_grad()
@@ -98,7 +98,7 @@ def main() -> None:
         true = loss(captions)
         false = {
             f'"{words[0]}" and "{words[1]}" exchanged': [exchanged(caption, words) for caption in captions],
-            "caption of another scene": [*captions[1:], captions[0]],
+            "caption of the next scene": [*captions[1:], captions[0]],
         }
         print(f"\n| {kind}, {len(scenes)} scenes | " + " | ".join(f"{h}x{w}" for h, w in grids) + " |")
         print("|---|" + "---|" * len(grids))
