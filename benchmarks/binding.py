@@ -4,9 +4,9 @@
 
 Pictures of two things are encoded, and the true bits of every scale are read back under three captions: the true one,
 the same with "left" and "right" (or "above" and "below") exchanged, and that of another picture of the kind, nearly
-always on the same background. A model that binds things to places loses more under the exchanged caption;
-one that only knows which things there are does not notice. The first row is the loss per bit in nats, the others are
-what a false caption adds.
+always on the same background. A model that binds things to places loses more under the exchanged caption; one that only
+knows which things there are does not notice. The first row is the loss per bit in nats, the others are what a false
+caption adds.
 """
 
 import argparse
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from foveate.models.infinity import Infinity
 from foveate.pipeline import Pipeline
-from foveate.tokenizers.bsq import BSQTokenizer, Quantised, quantise
+from foveate.tokenizers.bsq import BSQTokenizer, quantise
 from foveate.train.contrast import rim_contrast
 from foveate.train.corpus import Corpus, load_corpus
 from foveate.train.scenes import Kind, Scene, SceneConfig, draw_scene, render
 from foveate.train.teacher import Teacher, pad_texts
-from foveate.train.texts import bundled_encoder
 from foveate.train.transformer import bit_loss
 
 EXCHANGED: dict[Kind, tuple[str, str]] = {
@@ -48,7 +47,7 @@ def loss_per_scale(
     for first in range(0, len(texts), BATCH):
         part = slice(first, first + BATCH)
         own = latents_BZHW[part]
-        quantised: Quantised = quantise(own, grids, torch.zeros(len(own)), torch.Generator().manual_seed(0))
+        quantised = quantise(own, grids)
         logits = teacher.logits(pad_texts(texts[part], length), quantised.inputs)
         total += bit_loss(logits, quantised, 0.5)[1].numpy() * len(own)
     return total / len(texts)
@@ -57,11 +56,11 @@ def loss_per_scale(
 def scenes_of(kind: Kind, words: tuple[str, str], count: int, seed: int, corpus: Corpus) -> list[Scene]:
     """Scenes of two things whose captions say which is where, in order of their backgrounds."""
     found: list[Scene] = []
-    contrast_NK = rim_contrast(corpus.images_NYXc)
+    drawings, contrast_NK = corpus.split("train"), rim_contrast(corpus.images_NYXc)
     number = 0
     while len(found) < count:
         rng = np.random.default_rng([seed, number])
-        scene = draw_scene(corpus.split("train"), rng, SceneConfig(), kind=kind, contrast_NK=contrast_NK)
+        scene = draw_scene(drawings, rng, SceneConfig(), kind=kind, contrast_NK=contrast_NK)
         number += 1
         if any(word in scene.caption for word in words):
             found.append(scene)
@@ -93,7 +92,8 @@ def main() -> None:
         latents_BZHW = torch.cat([model.tokenizer.autoencoder.encode(part) for part in pixels])
 
         def loss(texts: list[str], latents_BZHW: Tensor = latents_BZHW) -> np.ndarray:
-            return loss_per_scale(teacher, bundled_encoder().encode(texts), latents_BZHW, grids)
+            features = [condition for condition in model.text.encode(texts) if isinstance(condition, Tensor)]
+            return loss_per_scale(teacher, features, latents_BZHW, grids)
 
         true = loss(captions)
         false = {
