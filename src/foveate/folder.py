@@ -2,7 +2,7 @@
 
 - config.json: shapes, sizes trained on, defaults (`families.spec.ModelSpec`)
 - transformer*.safetensors, autoencoder*.safetensors: float16 unless asked otherwise, in shards below 15 MiB
-- text_encoder.safetensors, tokenizer.json
+- text_encoder.safetensors, tokenizer.json; text_places.safetensors if the encoder marks places
 - NOTICE, MODEL_CARD.md
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from foveate.conditioning.minilm import TextEncoder
+from foveate.conditioning.places import PLACES_NAME
 from foveate.core.atomic import write_text
 from foveate.core.errors import CheckpointError
 from foveate.models.random_weights import empty_module
@@ -100,10 +101,23 @@ def read_network(
     return model
 
 
-def read_text_encoder(folder: Path, text_tokens: int, device: torch.device) -> TextEncoder:
-    """Reads the text encoder; it computes in float32 and cuts prompts at what the transformer takes."""
+def read_text_encoder(folder: Path, text_tokens: int, device: torch.device, *, has_places: bool) -> TextEncoder:
+    """Reads the text encoder; it computes in float32 and cuts prompts at what the transformer takes.
+
+    Args:
+        folder: The folder of the model.
+        text_tokens: What the transformer takes at most.
+        device: Where it computes.
+        has_places: Whether the transformer was taught with marks of places; without them it would draw at random.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or too many.
+    """
     encoder = TextEncoder.from_folder(folder)
-    encoder.model.to(device)
+    if has_places != (encoder.places is not None):
+        needed = "needs" if has_places else "takes no"
+        raise CheckpointError(f"{folder}: its conditioner {needed} {PLACES_NAME}, fetch the folder again")
+    encoder.to(device)
     return replace(encoder, max_tokens=min(encoder.max_tokens, text_tokens))
 
 

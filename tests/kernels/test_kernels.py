@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foveate.core.rows import Rows
 from foveate.kernels import native
@@ -19,6 +20,7 @@ from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
 from foveate.kernels.residual import add_gated_, gated
 from foveate.kernels.resize import add_resized_, resize_matrix, resize_tokens
+from foveate.pipeline import Pipeline
 
 DTYPES = (torch.float32, torch.bfloat16)
 RAGGED = Rows((3, 0, 40, 1))
@@ -279,3 +281,16 @@ def test_the_library_is_compiled_once_and_kept(tmp_path, path: str) -> None:
     # Another processor or compiler gets a library of its own.
     assert run_python(DESCRIBE, FOVEATE_CACHE=str(tmp_path), CC="gcc -O1").stdout.strip() == "native"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("wanted", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_the_switch_of_torch_chooses_the_attention_of_a_call(toy_pipe: Pipeline, wanted: SDPBackend) -> None:
+    names = {
+        SDPBackend.MATH: "aten::_scaled_dot_product_attention_math",
+        SDPBackend.FLASH_ATTENTION: "aten::_scaled_dot_product_flash_attention_for_cpu",
+    }
+    with torch.profiler.profile() as profile, sdpa_kernel(wanted):
+        toy_pipe("a red apple", seed=0)
+    ran = {event.key for event in profile.key_averages()}
+    assert ran & set(names.values()) == {names[wanted]}

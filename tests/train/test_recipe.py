@@ -25,7 +25,7 @@ def test_a_dry_run_of_every_shipped_recipe_ends_in_a_model_that_draws(name: str,
     assert {path.name for path in (tmp_path / "run" / "dry").iterdir()} >= {"tokenizer.png", "samples.png"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"corpus", "dry"}, "nothing is taken for a result"
     assert [line for line in lines if line.startswith("stage")] == [
-        f"stage {stage}" for stage in ("corpus", "tokenizer", "transformer", "export", "sampling")
+        f"stage {stage}" for stage in ("corpus", "tokenizer", "places", "transformer", "export", "sampling")
     ]
     rounding = [float(line.split()[3]) for line in lines if line.startswith("stored in float16")]
     assert min(rounding) > 0
@@ -46,6 +46,7 @@ def test_a_call_pauses_and_the_same_call_goes_on(tmp_path: Path) -> None:
         data[name] = str(CONFIGS / data[name])
     data["autoencoder"] |= {"channel_multipliers": [1, 1, 1]}
     data["tokenizer"]["optimisation"] |= {"minutes": 1e-6, "batch": 2}
+    data["places"] = {"steps": 1, "batch": 2, "checks": 2}
     data["transformer"]["shape"] |= {"depth": 2, "width": 64}
     data["transformer"] |= {"window": 32, "compiles": False}
     data["transformer"]["optimisation"] |= {"minutes": 0.05, "batch": 2}

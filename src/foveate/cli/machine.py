@@ -7,6 +7,7 @@ from foveate.bench.machine import describe_machine
 from foveate.cli.env import EnvOptions
 from foveate.cli.options import SizeOptions
 from foveate.cli.registered import file_bytes
+from foveate.families.family import OWN_CONDITIONERS
 from foveate.families.loading import BUNDLED, DATA, Origin, find_folder, find_spec
 from foveate.families.memory import count_parameters, memory_need
 from foveate.families.residency import Residency
@@ -32,7 +33,8 @@ def needs(name: str, options: EnvOptions, size: SizeOptions) -> dict[str, Any]:
     """
     origin = Origin(name_or_path=name)
     spec = find_spec(origin)
-    folder = find_folder(origin) if (name in BUNDLED or Path(name).is_dir()) and spec.conditioner == "minilm" else None
+    is_own = (name in BUNDLED or Path(name).is_dir()) and spec.conditioner in OWN_CONDITIONERS
+    folder = find_folder(origin) if is_own else None
     width, height = size.width_and_height() or (None, None)
     settings = Settings(
         width=width, height=height, aspect_ratio=size.aspect_ratio, pixels=size.pixels, policy=options.policy

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from foveate.core.errors import FoveateError
 
-Stage = Literal["corpus", "tokenizer", "transformer", "export", "sampling", "all"]
+Stage = Literal["corpus", "tokenizer", "places", "transformer", "export", "sampling", "all"]
 
 
 @Parameter(name="*")

@@ -20,6 +20,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from foveate.conditioning.bert import BertBlock
+from foveate.conditioning.places import PLACES_NAME, Places
 from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError, FoveateError
 
@@ -126,76 +128,20 @@ class _Embeddings(nn.Module):
         return x_BTE
 
 
-class _SelfAttention(nn.Module):
-    def __init__(self, config: MiniLMConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.query = nn.Linear(config.width, config.width)
-        self.key = nn.Linear(config.width, config.width)
-        self.value = nn.Linear(config.width, config.width)
-
-    def forward(self, x_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
-        q_BNTD, k_BNTD, v_BNTD = (
-            project(x_BTE).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for project in (self.query, self.key, self.value)
-        )
-        y_BNTD = F.scaled_dot_product_attention(q_BNTD, k_BNTD, v_BNTD, attn_mask=mask_BT[:, None, None, :])
-        return y_BNTD.transpose(1, 2).flatten(2)
-
-
-class _AddAndNorm(nn.Module):
-    def __init__(self, in_width: int, width: int) -> None:
-        super().__init__()
-        self.dense = nn.Linear(in_width, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
-
-    def forward(self, y_BTF: Float[Tensor, "B T F"], x_BTE: Float[Tensor, "B T E"]) -> Float[Tensor, "B T E"]:
-        z_BTE: Tensor = self.LayerNorm(x_BTE + self.dense(y_BTF))
-        return z_BTE
-
-
-class _Attention(nn.Module):
-    def __init__(self, config: MiniLMConfig) -> None:
-        super().__init__()
-        self.self = _SelfAttention(config)
-        self.output = _AddAndNorm(config.width, config.width)
-
-    def forward(self, x_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
-        z_BTE: Tensor = self.output(self.self(x_BTE, mask_BT), x_BTE)
-        return z_BTE
-
-
-class _Intermediate(nn.Module):
-    def __init__(self, config: MiniLMConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.width, config.hidden_width)
-
-    def forward(self, x_BTE: Float[Tensor, "B T E"]) -> Float[Tensor, "B T F"]:
-        return F.gelu(self.dense(x_BTE))
-
-
-class _Block(nn.Module):
-    def __init__(self, config: MiniLMConfig) -> None:
-        super().__init__()
-        self.attention = _Attention(config)
-        self.intermediate = _Intermediate(config)
-        self.output = _AddAndNorm(config.hidden_width, config.width)
-
-    def forward(self, x_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
-        x_BTE = self.attention(x_BTE, mask_BT)
-        z_BTE: Tensor = self.output(self.intermediate(x_BTE), x_BTE)
-        return z_BTE
-
-
 class _Encoder(nn.Module):
     def __init__(self, config: MiniLMConfig) -> None:
         super().__init__()
-        self.layer = nn.ModuleList(_Block(config) for _ in range(config.num_blocks))
+        self.layer = nn.ModuleList(
+            BertBlock(config.width, config.num_heads, config.hidden_width) for _ in range(config.num_blocks)
+        )
 
-    def forward(self, x_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
-        for block in self.layer:
-            x_BTE = block(x_BTE, mask_BT)
-        return x_BTE
+    def forward(
+        self, x_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"], num_blocks: int | None
+    ) -> list[Tensor]:
+        states = [x_BTE]
+        for block in self.layer[:num_blocks]:
+            states.append(block(states[-1], mask_BT))
+        return states
 
 
 class MiniLM(nn.Module):
@@ -221,8 +167,20 @@ class MiniLM(nn.Module):
         Returns:
             Features in the dtype of the weights; what stands at padded positions means nothing.
         """
-        x_BTE: Tensor = self.encoder(self.embeddings(ids_BT), mask_BT)
-        return x_BTE
+        return self.states(ids_BT, mask_BT)[-1]
+
+    def states(
+        self, ids_BT: Int[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"], num_blocks: int | None = None
+    ) -> list[Tensor]:
+        """Computes the features in front of the first block and behind each, shape (B, T, E); the last are `forward`'s.
+
+        Args:
+            ids_BT: As `forward` takes them.
+            mask_BT: As `forward` takes it.
+            num_blocks: How many blocks to run; None runs all.
+        """
+        states: list[Tensor] = self.encoder(self.embeddings(ids_BT), mask_BT, num_blocks)
+        return states
 
     def pooled(self, ids_BT: Int[Tensor, "B T"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B E"]:
         """Computes sentence embeddings: the mean over real tokens, float32, of length 1."""
@@ -240,11 +198,13 @@ class TextEncoder:
         model: The encoder; features come out on its device.
         tokenizer: Adds [CLS] in front and [SEP] behind.
         max_tokens: Longest prompt in tokens, both of them included; from 3 to the positions of the model.
+        places: Marks tokens with the places of their things, on the device of `model`; None leaves them as they are.
     """
 
     model: MiniLM
     tokenizer: Tokenizer
     max_tokens: int = 64
+    places: Places | None = None
 
     def __post_init__(self) -> None:
         max_positions = self.model.config.max_positions
@@ -255,6 +215,8 @@ class TextEncoder:
             raise FoveateError(
                 f"tokenizer must have at most vocab_size = {vocab_size} tokens, got {self.tokenizer.get_vocab_size()}"
             )
+        if self.places is not None and not self.places.fits(self.model.config.width, self.model.config.num_blocks):
+            raise FoveateError(f"places must fit the encoder, got {self.places.config} for {self.model.config}")
         self.model.requires_grad_(requires_grad=False).eval()
         # The published file cuts and pads to 128 in silence; here `encode` cuts, and says so.
         self.tokenizer.no_truncation()
@@ -262,7 +224,7 @@ class TextEncoder:
 
     @classmethod
     def from_folder(cls, path: Path, dtype: torch.dtype = torch.float32) -> "TextEncoder":
-        """Reads what `save` wrote.
+        """Reads what `save` wrote; a folder without `text_places.safetensors` has an encoder without places.
 
         Args:
             path: The folder.
@@ -272,8 +234,8 @@ class TextEncoder:
             The encoder, on the CPU.
 
         Raises:
-            CheckpointError: If one of the two files is missing or damaged, or the weights carry no configuration or do
-                not fit it.
+            CheckpointError: If weights or tokenizer are missing, or a file is damaged, or weights carry no
+                configuration or do not fit it.
         """
         for name in (WEIGHTS_NAME, TOKENIZER_NAME):
             if not (path / name).is_file():
@@ -283,10 +245,18 @@ class TextEncoder:
             tokenizer = Tokenizer.from_file(str(path / TOKENIZER_NAME))
         except Exception as error:  # the tokenizers package raises nothing narrower
             raise CheckpointError(f"{path / TOKENIZER_NAME}: not a readable tokenizer ({_one_line(error)})") from error
-        return cls(model=model.to(dtype), tokenizer=tokenizer)
+        places = Places.from_folder(path)
+        return cls(model=model.to(dtype), tokenizer=tokenizer, places=None if places is None else places.to(dtype))
+
+    def to(self, device: torch.device) -> "TextEncoder":
+        """Moves the weights to a device; the encoder itself is returned."""
+        self.model.to(device)
+        if self.places is not None:
+            self.places.to(device)
+        return self
 
     def save(self, path: Path, *, quantise: bool = True) -> None:
-        """Writes `text_encoder.safetensors` and `tokenizer.json`.
+        """Writes `text_encoder.safetensors`, `tokenizer.json` and, if it has places, `text_places.safetensors`.
 
         Args:
             path: The folder; it is made if missing, and files of these names are replaced.
@@ -299,6 +269,10 @@ class TextEncoder:
         with replace_file(path / WEIGHTS_NAME) as partial:
             save_file(_pack(weights) if quantise else weights, partial, metadata=metadata)
         write_text(path / TOKENIZER_NAME, self.tokenizer.to_str())
+        if self.places is None:
+            (path / PLACES_NAME).unlink(missing_ok=True)
+        else:
+            self.places.save(path)
 
     def encode(self, prompts: list[str]) -> list[Tensor]:
         """Computes the features of each prompt: its sentence embedding, then its tokens.
@@ -312,23 +286,14 @@ class TextEncoder:
 
         Returns:
             Per prompt a float32 tensor (tokens, width): row 0 is the mean over all tokens, [CLS] included, and the
-            others are the tokens behind [CLS], [SEP] included. A prompt longer than `max_tokens` loses the tokens
-            before [SEP], and a warning says how many.
+            others are the tokens behind [CLS], [SEP] included, with their `places`. A prompt longer than `max_tokens`
+            loses the tokens before [SEP], and a warning says how many.
         """
-        tokens = (self._token_features(prompt) for prompt in prompts)
-        return [torch.cat((x_TE.mean(0, keepdim=True), x_TE[1:])) for x_TE in tokens]
+        return [self._features([prompt])[0] for prompt in prompts]
 
-    @torch.no_grad()
     def encode_together(self, prompts: list[str]) -> list[Tensor]:
         """`encode` in one padded call, several times as fast: equal up to rounding, which depends on the company."""
-        ids = [torch.tensor(self._ids(prompt)) for prompt in prompts]
-        device = self.model.embeddings.word_embeddings.weight.device
-        ids_BT = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
-        counts_B1 = torch.tensor([[len(own)] for own in ids], device=device)
-        mask_BT = torch.arange(ids_BT.shape[1], device=device) < counts_B1
-        x_BTE: Tensor = self.model(ids_BT, mask_BT).float()
-        tokens = (x_TE[: len(own)] for x_TE, own in zip(x_BTE, ids, strict=True))
-        return [torch.cat((x_TE.mean(0, keepdim=True), x_TE[1:])) for x_TE in tokens]
+        return self._features(prompts)
 
     def pooled(self, prompts: list[str]) -> Float[Tensor, "B E"]:
         """Computes sentence embeddings: row 0 of `encode` scaled to length 1, float32."""
@@ -347,10 +312,25 @@ class TextEncoder:
         return ids
 
     @torch.no_grad()
-    def _token_features(self, prompt: str) -> Float[Tensor, "T E"]:
-        ids_BT = torch.tensor([self._ids(prompt)], device=self.model.embeddings.word_embeddings.weight.device)
-        x_BTE: Tensor = self.model(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
-        return x_BTE[0].float()
+    def _features(self, prompts: list[str]) -> list[Tensor]:
+        """The features of prompts that run in one call; one by itself has no padding."""
+        ids_BT, mask_BT = self.padded(prompts)
+        states = self.model.states(ids_BT, mask_BT)
+        x_BTE = states[-1]
+        marked_BTE = x_BTE if self.places is None else self.places.marked(x_BTE, states, mask_BT)
+        return [
+            torch.cat((x_TE[:count].mean(0, keepdim=True), marked_TE[1:count])).float()
+            for x_TE, marked_TE, count in zip(x_BTE.float(), marked_BTE, mask_BT.sum(1).tolist(), strict=True)
+        ]
+
+    def padded(self, prompts: list[str]) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+        """Token ids, padded on the right, on the device of the model, and True at those that are no padding."""
+        ids = [torch.tensor(self._ids(prompt)) for prompt in prompts]
+        counts_B1 = torch.tensor([[len(own)] for own in ids])
+        ids_BT = nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        mask_BT = torch.arange(ids_BT.shape[1]) < counts_B1
+        device = self.model.embeddings.word_embeddings.weight.device
+        return ids_BT.to(device), mask_BT.to(device)
 
 
 def _read_model(path: Path) -> MiniLM:

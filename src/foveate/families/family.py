@@ -138,6 +138,10 @@ def _codes(transformer: VARConfig | SwittiConfig, autoencoder: VQAutoencoderConf
 
 _VQ = Network(config=VQAutoencoderConfig, build=VQAutoencoder, load=load_vq, infer=_infer_vq)
 
+PLACES_CONDITIONER = "minilm-places"
+OWN_CONDITIONERS = ("minilm", PLACES_CONDITIONER)
+"""Those whose weights lie in the model's own folder; the second one marks tokens with the places of their things."""
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
@@ -150,7 +154,7 @@ FAMILIES: dict[str, Family] = {
             tokenizer=BSQTokenizer,
             symbols=_bits,
             guidance=_no_window,
-            conditioners=("minilm", "t5-xl"),
+            conditioners=(*OWN_CONDITIONERS, "t5-xl"),
             is_fixed_size=False,
             can_smooth=False,
         ),

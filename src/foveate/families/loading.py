@@ -17,6 +17,7 @@ from foveate.conditioning.t5 import T5Text
 from foveate.conditioning.text import ClassNames, Conditioner, RandomPooledText, RandomText
 from foveate.core.errors import CheckpointError, FoveateError, unknown
 from foveate.core.protocols import NextScaleModel, ScaleTokenizer
+from foveate.families.family import OWN_CONDITIONERS, PLACES_CONDITIONER
 from foveate.families.published import PUBLISHED
 from foveate.families.residency import Residency
 from foveate.families.sources import Sources, fetch_model, fetch_published, local_sources
@@ -232,9 +233,11 @@ def _from_folder(folder: Path, precision: Precision, device: torch.device, resid
     """A model in our own format."""
     spec = ModelSpec.from_json(read_config(folder))
     config = spec.transformer
-    if spec.conditioner != "minilm" or not isinstance(config, InfinityConfig):
-        raise CheckpointError(f"{folder}: a folder of ours holds the text encoder minilm, got {spec.conditioner}")
-    read = partial(read_text_encoder, folder, config.text_tokens, _text_place(device, residency))
+    if spec.conditioner not in OWN_CONDITIONERS or not isinstance(config, InfinityConfig):
+        own = " or ".join(OWN_CONDITIONERS)
+        raise CheckpointError(f"{folder}: a folder of ours holds the text encoder {own}, got {spec.conditioner}")
+    has_places = spec.conditioner == PLACES_CONDITIONER
+    read = partial(read_text_encoder, folder, config.text_tokens, _text_place(device, residency), has_places=has_places)
     encoder = read()
     if encoder.model.config.width != config.text_width:
         raise CheckpointError(

@@ -18,6 +18,7 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Signal
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request, bounds_of
+from foveate.families.family import OWN_CONDITIONERS
 from foveate.families.residency import Residency
 from foveate.families.spec import ModelSpec
 from foveate.models.infinity import InfinityConfig
@@ -27,6 +28,7 @@ from foveate.tokenizers.strips import CPU_VALUES
 
 TEXT_ENCODER_PARAMETERS = {
     "minilm": 22_565_376,
+    "minilm-places": 22_565_376 + 315_782,
     "t5-xl": 1_223_527_424,
     "clip-pair": 123_060_480 + 693_021_440,
     "imagenet": 0,
@@ -182,7 +184,7 @@ def count(network: nn.Module) -> int:
 def _text_encoder_bytes(conditioner: str, dtype: torch.dtype) -> int:
     count = TEXT_ENCODER_PARAMETERS[conditioner]
     wide = _T5_FLOAT32 if conditioner == "t5-xl" and dtype is torch.float16 else 0
-    size = 4 if conditioner == "minilm" else dtype.itemsize
+    size = 4 if conditioner in OWN_CONDITIONERS else dtype.itemsize
     return (count - wide) * size + wide * 4
 
 

@@ -28,7 +28,7 @@ _MAX_CAPTIONS = 12
 
 # What people put around the name of a thing. Colours among the qualities teach that the thing outweighs them: a corpus
 # of one drawing per concept cannot show two colours of it.
-_QUALITIES = (
+QUALITIES = (
     "big", "small", "tiny", "cute", "old", "new", "shiny", "pretty", "funny", "single", "nice", "typical",
     "red", "blue", "green", "yellow", "white", "black", "brown", "grey", "pink", "purple", "orange", "colourful",
 )  # fmt: skip
@@ -196,7 +196,7 @@ def framed_captions(drawing: Drawing, count: int = NUM_FRAMED) -> list[str]:
     found = []
     for _ in range(count):
         name = names[int(rng.integers(len(names)))]
-        quality = _QUALITIES[int(rng.integers(len(_QUALITIES)))]
+        quality = QUALITIES[int(rng.integers(len(QUALITIES)))]
         phrase = name if rng.random() < _PLAIN_SHARE else f"{quality} {name}"
         found.append(_FRAMES[int(rng.integers(len(_FRAMES)))].format(with_article(phrase)))
     return found

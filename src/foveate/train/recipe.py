@@ -23,6 +23,7 @@ from torch import Tensor
 
 from foveate.bench.peak import matmul_peak
 from foveate.conditioning.minilm import TextEncoder
+from foveate.conditioning.places import PLACES_NAME, Places
 from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import FoveateError, unknown
 from foveate.core.guidance import GuidanceSchedule
@@ -30,6 +31,7 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request
+from foveate.families.family import PLACES_CONDITIONER
 from foveate.families.spec import Defaults, ModelSpec, per_scale, tuples
 from foveate.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder
 from foveate.models.checkpoint_infinity import load_autoencoder, load_transformer
@@ -41,6 +43,7 @@ from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.train.contrast import rim_contrast
 from foveate.train.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
 from foveate.train.loop import Limits, Optimisation, PauseError
+from foveate.train.places import PlacesRecipe, placed_share, teach_places
 from foveate.train.sampling import SamplingSearch, ScoreBook, choose_sampling, require_scorer
 from foveate.train.scenes import SceneConfig
 from foveate.train.texts import bundled_encoder
@@ -49,7 +52,7 @@ from foveate.train.transformer import Length, TransformerRecipe, train_transform
 from foveate.train.weights import DrawWeights, drawing_weights
 from foveate.train.window import SceneSequence, Window
 
-Stage = Literal["corpus", "tokenizer", "transformer", "export", "sampling", "all"]
+Stage = Literal["corpus", "tokenizer", "places", "transformer", "export", "sampling", "all"]
 Log = Callable[[str], None]
 
 SAMPLING = "sampling.json"
@@ -66,6 +69,7 @@ class Recipe:
     weights: DrawWeights
     scenes: SceneConfig
     tokenizer: TokenizerRecipe
+    places: PlacesRecipe
     transformer: TransformerRecipe
     defaults: Defaults
     sampling: SamplingSearch
@@ -124,7 +128,11 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
         if route.is_dry:
             _lay_over(
                 data,
-                {"tokenizer": _DRY | {"trains_encoder": True}, "transformer": _DRY | {"window": 1, "compiles": False}},
+                {
+                    "places": {"steps": 1, "batch": 2, "checks": 2},
+                    "tokenizer": _DRY | {"trains_encoder": True},
+                    "transformer": _DRY | {"window": 1, "compiles": False},
+                },
             )
             data["sheet"] = data["sheet"][:2]
             data["sampling"] = {"guidance": [1.5], "temperatures": [0.5], "factors": [], "prompts": 2}
@@ -158,6 +166,7 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
             weights=DrawWeights.from_dict(data["weights"]),
             scenes=SceneConfig(**data["scenes"]),
             tokenizer=tokenizer,
+            places=PlacesRecipe(**data.get("places", {})),
             transformer=transformer,
             defaults=Defaults(**tuples(data["defaults"])),
             sampling=SamplingSearch(**tuples(data.get("sampling", {}))),
@@ -254,7 +263,7 @@ def train(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     run = TrainingFolder(recipe, folder, log, start_from, deadline, corpus_at=out)
-    stages = ["corpus", "tokenizer", "transformer", "export", "sampling"] if stage == "all" else [stage]
+    stages = ["corpus", "tokenizer", "places", "transformer", "export", "sampling"] if stage == "all" else [stage]
     if "sampling" in stages:
         require_scorer()
     result = out
@@ -263,6 +272,7 @@ def train(
         result = {
             "corpus": run.corpus,
             "tokenizer": run.tokenizer,
+            "places": run.places,
             "transformer": run.transformer,
             "export": run.export,
             "sampling": run.sampling,
@@ -334,14 +344,37 @@ class TrainingFolder:
                 self.log(f"tokenizer PSNR on drawings of the {name} split: {self._psnr(drawings):.2f} dB")
         return path
 
+    def places(self) -> Path:
+        """Teaches which things of a prompt stand where, unless that was done.
+
+        A model that is trained further keeps its own reader: what its features mean must not change.
+        """
+        path = self.out / PLACES_NAME
+        if path.exists():
+            return path
+        kept = None if self.start_from is None else Places.from_folder(self.start_from)
+        if kept is not None:
+            kept.save(self.out)
+            return path
+        encoder, drawings = bundled_encoder(), load_corpus(self.corpus()).split("train")
+        encoder.to(torch.device(self.recipe.transformer.device))
+        teach_places(self.recipe.places, encoder, drawings, self.log).save(self.out)
+        share = placed_share(self.encoder(), drawings, self.recipe.places.checks)
+        self.log(f"places: every token is right in {share:.1%} of new captions")
+        return path
+
+    def encoder(self) -> TextEncoder:
+        """The bundled text encoder with the places of this run, on the CPU, with the rounding that users get."""
+        return replace(bundled_encoder(), places=Places.from_folder(self.places().parent))
+
     def transformer(self) -> Path:
         """Trains the transformer, unless its weights are there; draws a sample sheet along the way."""
         path = self.out / "transformer.safetensors"
         if path.exists():
             return path
         recipe = self.recipe.transformer
-        encoder, device = bundled_encoder(), torch.device(recipe.device)
-        encoder.model.to(device)
+        device = torch.device(recipe.device)
+        encoder = self.encoder().to(device)
         autoencoder = self.autoencoder().to(device)
         window = Window(
             self.sequence(load_corpus(self.corpus()), recipe.device),
@@ -391,6 +424,7 @@ class TrainingFolder:
             name=self.recipe.name,
             transformer=self.recipe.transformer.shape,
             autoencoder=self.recipe.tokenizer.shape,
+            conditioner=PLACES_CONDITIONER,
             budgets=(self.recipe.budget,),
             ratios=("1:1",),
             defaults=self.defaults(),
@@ -400,7 +434,7 @@ class TrainingFolder:
             config=spec.to_json(),
             transformer=self._infinity(load_file(self.out / "transformer.safetensors")),
             autoencoder=self.autoencoder(),
-            text_encoder=bundled_encoder(),
+            text_encoder=self.encoder(),
             notice=self.recipe.notice,
             model_card=self.recipe.card,
         )
@@ -481,7 +515,7 @@ class TrainingFolder:
 
     def _log_rounding(self, folder: Path) -> None:
         """Says what the rounding of the stored weights changes in the pictures of the recipe's prompts."""
-        cpu, encoder = torch.device("cpu"), bundled_encoder()
+        cpu, encoder = torch.device("cpu"), self.encoder()
         shape, tokens = self.recipe.transformer.shape, self.recipe.tokenizer.shape
         stored = self._drawn(
             read_network(folder / TRANSFORMER, lambda: Infinity(shape), load_transformer, torch.float32, cpu),

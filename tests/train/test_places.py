@@ -1,0 +1,104 @@
+"""Teaching places: captions know where their things are, and a reader that was taught finds it."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from foveate.core.errors import FoveateError
+from foveate.train.captions import Drawing
+from foveate.train.places import (
+    BESIDE,
+    PLACELESS,
+    STACKED,
+    PlacedCaption,
+    PlacesRecipe,
+    draw_placed,
+    placed_share,
+    places_of,
+    places_right,
+    teach_places,
+)
+from foveate.train.texts import bundled_encoder
+
+NAMES = ("apple", "cat", "dog", "tree", "car", "guitar", "banana", "horse", "boat", "mushroom", "key", "drum")
+
+
+def drawings() -> list[Drawing]:
+    return [
+        Drawing(
+            index=index, code_point=str(index), label=name, style="fluent-3d", group="g", subgroup="s", synonyms=(),
+            keywords=(), split="train",
+        )
+        for index, name in enumerate(NAMES)
+    ]  # fmt: skip
+
+
+def test_every_template_has_its_things() -> None:
+    for template in (*BESIDE, *STACKED):
+        assert {"{a}", "{b}"} == set(re.findall(r"\{.\}", template)), template
+    assert all("{a}" in template for template in PLACELESS)
+
+
+def test_spans_are_the_things_and_signs_oppose() -> None:
+    rng = np.random.default_rng(0)
+    kinds = set()
+    for _ in range(300):
+        one = draw_placed(drawings(), rng)
+        if not one.spans:
+            continue
+        assert len(one.spans) == 2
+        (y, x), (v, u) = (place for _, _, place in one.spans)
+        assert (y, x) == (-v, -u)
+        assert abs(y) + abs(x) == 1
+        kinds.add((abs(y), abs(x)))
+        for first, end, _ in one.spans:
+            assert any(name in one.text[first:end] for name in NAMES), one
+            assert one.text[:first] == "" or one.text[first - 1] == " "
+    assert kinds == {(0, 1), (1, 0)}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_first_left"),
+    [("a cat to the left of a dog", True), ("a cat to the right of a dog", False), ("a cat left, a dog right", True)],
+)
+def test_templates_say_what_they_mean(text: str, is_first_left: bool) -> None:
+    rng = np.random.default_rng(1)
+    found = set()
+    while text not in found:
+        one = draw_placed([replace(drawings()[1]), replace(drawings()[2])], rng)
+        found.add(one.text)
+        if one.text == text:
+            first, second = sorted(one.spans)
+            assert text[first[0] : first[1]] == "a cat"
+            assert (first[2], second[2]) == (((0, -1), (0, 1)) if is_first_left else ((0, 1), (0, -1)))
+
+
+def test_tokens_of_a_span_get_its_place() -> None:
+    one = PlacedCaption(text="a cat above a toy guitar", spans=((0, 5, (-1, 0)), (12, 24, (1, 0))))
+    place_TA = places_of(bundled_encoder(), [one])[0] - 1
+    # [CLS] a cat above a toy guitar [SEP]
+    assert place_TA[:, 0].tolist() == [0, -1, -1, 0, 1, 1, 1, 0]
+    assert not place_TA[:, 1].any()
+
+
+def test_a_reader_learns_and_the_same_recipe_gives_the_same_one() -> None:
+    encoder = replace(bundled_encoder(), places=None)
+    recipe = PlacesRecipe(steps=60, batch=16, rate=2e-3, warmup_steps=10)
+    lines: list[str] = []
+    few = replace(encoder, places=teach_places(replace(recipe, steps=1), encoder, drawings(), lines.append))
+    taught = replace(encoder, places=teach_places(recipe, encoder, drawings(), lines.append))
+    again = teach_places(recipe, encoder, drawings(), lines.append)
+    assert taught.places is not None
+    assert all((w == again.state_dict()[name]).all() for name, w in taught.places.state_dict().items())
+    assert placed_share(taught, drawings(), count=64) > placed_share(few, drawings(), count=64)
+    length = taught.places.direction_AE.square().mean(1).sqrt()
+    rms = encoder.encode(["a cat to the left of a dog"])[0][1:].square().mean().sqrt()
+    assert length.min() > 0.5 * rms
+    assert length.max() < 2 * rms
+
+
+def test_an_encoder_without_places_cannot_be_judged() -> None:
+    with pytest.raises(FoveateError, match="must have places"):
+        places_right(replace(bundled_encoder(), places=None), [PlacedCaption(text="a cat", spans=())])
