@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from binding import EXCHANGED, exchanged, loss_per_scale
+from binding import EXCHANGED, exchanged, in_order, loss_per_scale, turned
 
 from foveate.core.schedule import ScaleSchedule
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.bsq import quantise
+from foveate.train.scenes import Placed, Scene, render
 from foveate.train.teacher import Teacher, pad_texts
 from foveate.train.transformer import bit_loss
 
@@ -46,3 +47,26 @@ def test_the_loss_is_the_mean_over_scenes_whatever_the_batches_and_the_padding()
         other = loss_per_scale(teacher, texts[::-1], latents_BZHW, GRIDS)
     np.testing.assert_allclose(found, np.mean(single, axis=0), rtol=1e-4)
     assert np.abs(found - other).max() > 1e-4
+
+
+def test_pictures_are_in_order_where_they_show_the_scene_and_not_the_turned_one() -> None:
+    images_NYXc = torch.randint(0, 256, (4, 32, 32, 4), dtype=torch.uint8)
+    images_NYXc[..., 3] = 255
+    scenes = [
+        Scene(
+            background="white",
+            things=(
+                Placed(drawing=index, centre=(0.5, 0.25), size=0.4),
+                Placed(drawing=index + 1, centre=(0.5, 0.75), size=0.4),
+            ),
+            caption="two things",
+            kind="beside",
+            style="fluent-3d",
+        )
+        for index in range(3)
+    ]
+    drawn = (render([scenes[0], turned(scenes[1]), scenes[2]], images_NYXc, 32) + 1) / 2
+    blurred = torch.nn.functional.avg_pool2d(drawn, 3, stride=1, padding=1, count_include_pad=False)
+    assert in_order(blurred, scenes, images_NYXc) == 2
+    assert in_order(blurred, [turned(scene) for scene in scenes], images_NYXc) == 1
+    assert turned(turned(scenes[0])) == scenes[0]

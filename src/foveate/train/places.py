@@ -7,6 +7,7 @@ model need not. Each knows the spans of its things. Axes: as in `conditioning.pl
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from foveate.eval.colours import BACKGROUNDS
 from foveate.train.captions import QUALITIES, STYLE_PHRASES, Drawing, framed_captions, with_article
 from foveate.train.plurals import plural
 
+T = TypeVar("T")
 Span = tuple[int, int, tuple[int, int]]
 """First character, the one behind the last, and the place (y, x), each -1, 0 or 1."""
 
@@ -126,7 +128,7 @@ def _name(drawings: Sequence[Drawing], rng: np.random.Generator) -> str:
     return phrase if rng.random() < _BARE_SHARE else with_article(phrase)
 
 
-def _one(choices: Sequence, rng: np.random.Generator):  # type: ignore[no-untyped-def,type-arg] # noqa: ANN202
+def _one(choices: Sequence[T], rng: np.random.Generator) -> T:
     return choices[int(rng.integers(len(choices)))]
 
 
