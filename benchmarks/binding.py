@@ -75,6 +75,13 @@ def turned(scene: Scene) -> Scene:
     return replace(scene, things=(replace(one, drawing=other.drawing), replace(other, drawing=one.drawing)))
 
 
+def draw(pipe: Pipeline, scenes: Sequence[Scene], seed: int) -> Tensor:
+    """Pictures of the captions in [0, 1], shape (scenes, 3, height, width)."""
+    images = pipe.generate([scene.caption for scene in scenes], seed=seed, output_type="pt").images
+    assert isinstance(images, Tensor)
+    return images
+
+
 def in_order(drawn_BcYX: Tensor, scenes: Sequence[Scene], images_NYXc: Tensor) -> int:
     """How many pictures in [0, 1] lie nearer to their scene than to the turned one, by mean squared error."""
     true_B, false_B = (
@@ -124,8 +131,7 @@ def main() -> None:
         print("| loss per bit | " + " | ".join(f"{x:.4f}" for x in true) + " |")
         for name, own in false.items():
             print(f"| {name} | " + " | ".join(f"{x:+.4f}" for x in loss(own) - true) + " |", flush=True)
-        drawn = (pipe([scene.caption for scene in part], seed=given.seed, output_type="pt").images for part in batches)
-        right = sum(in_order(own, part, images_NYXc) for own, part in zip(drawn, batches, strict=True))
+        right = sum(in_order(draw(pipe, part, given.seed), part, images_NYXc) for part in batches)
         print(f"\nin order as drawn: {right / len(scenes):.0%} of {len(scenes)}", flush=True)
 
 
