@@ -34,8 +34,8 @@ def encoders(monkeypatch: pytest.MonkeyPatch) -> list["weakref.ref[nn.Module]"]:
     read: list[weakref.ref[nn.Module]] = []
     real = loading.read_text_encoder
 
-    def noted(*args: Any) -> Any:
-        encoder = real(*args)
+    def noted(*args: Any, **options: Any) -> Any:
+        encoder = real(*args, **options)
         read.append(weakref.ref(encoder.model))
         return encoder
 
