@@ -3,9 +3,26 @@
 Axes: `B` rows, `T` text tokens, `E` width, `N` heads, `D` width of a head, `F` width inside the feed-forward.
 """
 
+from collections.abc import Mapping
+
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from foveate.core.errors import FoveateError
+
+
+def require_sizes(sizes: Mapping[str, int]) -> None:
+    """Checks the fields of a configuration that has `width` and `num_heads` among them.
+
+    Raises:
+        FoveateError: If one is below 1, or the heads do not divide the width.
+    """
+    for name, value in sizes.items():
+        if value < 1:
+            raise FoveateError(f"{name} must be at least 1, got {value}")
+    if sizes["width"] % sizes["num_heads"]:
+        raise FoveateError(f"width must be a multiple of num_heads = {sizes['num_heads']}, got {sizes['width']}")
 
 
 class _SelfAttention(nn.Module):

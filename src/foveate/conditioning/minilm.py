@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foveate.conditioning.bert import BertBlock
+from foveate.conditioning.bert import BertBlock, require_sizes
 from foveate.conditioning.places import PLACES_NAME, Places
 from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError, FoveateError
@@ -59,11 +59,7 @@ class MiniLMConfig:
     hidden_width: int = 1536
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise FoveateError(f"{name} must be at least 1, got {value}")
-        if self.width % self.num_heads:
-            raise FoveateError(f"width must be a multiple of num_heads = {self.num_heads}, got {self.width}")
+        require_sizes(asdict(self))
 
 
 def mean_pool(x_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B E"]:

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from foveate.conditioning.bert import BertBlock
+from foveate.conditioning.bert import BertBlock, require_sizes
 from foveate.core.atomic import replace_file
-from foveate.core.errors import CheckpointError, FoveateError
+from foveate.core.errors import CheckpointError
 
 PLACES_NAME = "text_places.safetensors"
 
@@ -48,11 +48,7 @@ class PlacesConfig:
     num_blocks: int = 2
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value < 1:
-                raise FoveateError(f"{name} must be at least 1, got {value}")
-        if self.width % self.num_heads:
-            raise FoveateError(f"width must be a multiple of num_heads = {self.num_heads}, got {self.width}")
+        require_sizes(asdict(self))
 
 
 class Places(nn.Module):
@@ -101,7 +97,7 @@ class Places(nn.Module):
             mask_BT: As `logits` takes it.
         """
         place_BTA = self.logits(states[self.config.tap], mask_BT).argmax(-1) - 1
-        marked_BTE = x_BTE + place_BTA.to(x_BTE.dtype) @ self.direction_AE.to(x_BTE.dtype)
+        marked_BTE = x_BTE + place_BTA.to(x_BTE.dtype) @ self.direction_AE
         return torch.where(place_BTA.any(-1, keepdim=True), marked_BTE, x_BTE)
 
     def save(self, path: Path) -> None:
@@ -123,7 +119,7 @@ class Places(nn.Module):
         try:
             with safe_open(file, "pt") as opened:
                 metadata: Mapping[str, str] = opened.metadata() or {}
-                weights = {name: opened.get_tensor(name).float() for name in set(opened.keys())}
+            weights = {name: w.float() for name, w in load_file(file).items()}
             places = cls(PlacesConfig(**json.loads(metadata["config"])))
             places.load_state_dict(weights)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:

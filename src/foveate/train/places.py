@@ -134,10 +134,9 @@ def _one(choices: Sequence[T], rng: np.random.Generator) -> T:
 
 def places_of(encoder: TextEncoder, captions: Sequence[PlacedCaption]) -> Int[Tensor, "B T A"]:
     """The places of all tokens, 0, 1 or 2 along y and x; what stands at padding means nothing."""
-    longest = max(len(encoder.tokenizer.encode(one.text).ids) for one in captions)
-    place_BTA = torch.ones((len(captions), longest, 2), dtype=torch.long)
-    for row, one in enumerate(captions):
-        offsets = encoder.tokenizer.encode(one.text).offsets
+    offsets_B = [encoder.tokenizer.encode(one.text).offsets for one in captions]
+    place_BTA = torch.ones((len(captions), max(map(len, offsets_B)), 2), dtype=torch.long)
+    for row, (one, offsets) in enumerate(zip(captions, offsets_B, strict=True)):
         for first, end, place in one.spans:
             for token, (start, stop) in enumerate(offsets):
                 if start >= first and first < stop <= end:
