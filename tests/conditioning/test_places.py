@@ -1,4 +1,4 @@
-"""Places of things: marks are added where a place is given, and nothing else changes."""
+"""Places and sizes of things: marks are added where one is given, and nothing else changes."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from foveate.conditioning.minilm import MiniLM, MiniLMConfig, TextEncoder
-from foveate.conditioning.places import PLACES_NAME, Places, PlacesConfig
+from foveate.conditioning.places import CLASSES, NUM_AXES, PLACES_NAME, Places, PlacesConfig
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.families.memory import TEXT_ENCODER_PARAMETERS
 from foveate.models.random_weights import fill_randomly
@@ -35,9 +35,9 @@ def encoder() -> TextEncoder:
 
 
 def say(places: Places, column: int) -> None:
-    """Lets every token have one place along both axes: 0 is left and above, 1 none, 2 right and below."""
+    """Lets every token have one class along all axes: 0 is above, left and small, 1 none, 2 below, right and big."""
     places.outward.weight.data.zero_()
-    places.outward.bias.data = torch.tensor([10.0 * (own == column) for own in range(3)] * 2)
+    places.outward.bias.data = torch.tensor([10.0 * (own == column) for own in range(CLASSES)] * NUM_AXES)
 
 
 @pytest.mark.parametrize(("column", "sign"), [(0, -1.0), (1, 0.0), (2, 1.0)])
@@ -53,7 +53,7 @@ def test_marks_are_added_to_tokens_and_never_to_the_sentence(encoder: TextEncode
 
 
 def slow_places(encoder: TextEncoder, text: str) -> Tensor:
-    """The place of every token along y and x, from the blocks one by one."""
+    """The classes of every token along y, x and size, from the blocks one by one."""
     places = encoder.places
     assert places is not None
     ids_BT = torch.tensor([encoder.tokenizer.encode(text).ids])
@@ -64,7 +64,7 @@ def slow_places(encoder: TextEncoder, text: str) -> Tensor:
     y_BTF = places.inward(x_BTE)
     for block in places.blocks:
         y_BTF = block(y_BTF, mask_BT)
-    best = [[int(scores.argmax()) - 1 for scores in row.split(3)] for row in places.outward(y_BTF)[0]]
+    best = [[int(scores.argmax()) - 1 for scores in row.split(CLASSES)] for row in places.outward(y_BTF)[0]]
     return torch.tensor(best)
 
 

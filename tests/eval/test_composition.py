@@ -5,7 +5,7 @@ import pytest
 
 from foveate.core.errors import FoveateError
 from foveate.eval.colours import BACKGROUNDS
-from foveate.eval.composition import background_of, connected, crop, is_in_order, things_of
+from foveate.eval.composition import background_of, connected, crop, is_in_order, side_of, size_of, things_of
 
 
 def picture(*squares: tuple[int, int, int], background: str = "white", side: int = 256) -> np.ndarray:
@@ -52,6 +52,27 @@ def test_crops_are_squares_around_a_thing() -> None:
     assert cut.shape[0] == cut.shape[1] == pytest.approx(62, abs=2)
     assert np.abs(cut.astype(int) - (10, 120, 130)).max(-1).min() < 10
     assert np.abs(cut[0, -1].astype(int) - BACKGROUNDS["pink"]).max() < 10, "what lies outside is background"
+
+
+@pytest.mark.parametrize(
+    ("squares", "size", "side"),
+    [
+        ((), None, None),
+        (((80, 80, 90),), "small", None),
+        (((60, 60, 128),), None, None),
+        (((20, 20, 200),), "big", None),
+        (((100, 10, 60),), "small", "left"),
+        (((90, 180, 60),), "small", "right"),
+        (((10, 80, 60),), "small", "top"),
+        (((180, 110, 60),), "small", "bottom"),
+        (((100, 10, 60), (100, 190, 60)), "big", None),
+    ],
+)
+def test_size_and_side_are_those_of_all_things_together(
+    squares: tuple[tuple[int, int, int], ...], size: str | None, side: str | None
+) -> None:
+    image = picture(*squares, background="mint")
+    assert (size_of(image), side_of(image)) == (size, side)
 
 
 @pytest.mark.parametrize("axis", ["x", "y"])

@@ -8,6 +8,7 @@ import torch
 
 from foveate.core.errors import FoveateError
 from foveate.eval.colours import BACKGROUNDS, cielab
+from foveate.eval.composition import side_at
 from foveate.train.captions import STYLE_PHRASES, Drawing
 from foveate.train.contrast import rim_contrast
 from foveate.train.plurals import plural
@@ -90,16 +91,41 @@ def test_numbers_are_what_is_there() -> None:
 
 
 def test_big_is_much_bigger_than_small() -> None:
+    seen = set()
     for scene in scenes_of("sized"):
         sizes = {name_of(thing): thing.size for thing in scene.things}
-        called = {part.split(" ", 2)[2]: part.split(" ", 2)[1] for part in words_of(scene).split(" and ")}
+        parts = re.split(r" (and|to the left of|to the right of) ", words_of(scene))
+        called = {part.split(" ", 2)[2]: part.split(" ", 2)[1] for part in parts[::2]}
         assert called.keys() == sizes.keys()
         if len(called) == 2:
             big, small = (next(name for name in called if called[name] == word) for word in ("big", "small"))
             assert sizes[big] > 1.8 * sizes[small]
+            x = {name_of(thing): thing.centre[1] for thing in scene.things}
+            first, second = called
+            assert parts[1] == "and" or (x[first] < x[second]) == (parts[1] == "to the left of")
+            seen.add(parts[1])
         else:
             ((name, word),) = called.items()
             assert sizes[name] > 0.8 if word == "big" else sizes[name] < 0.4
+    assert seen == {"and", "to the left of", "to the right of"}
+
+
+SIDE = re.compile(r"(?:an? )?(.+) (?:on|at) the (left|right|top|bottom)(?! of)")
+
+
+def test_a_side_that_is_named_is_where_the_thing_stands() -> None:
+    seen = set()
+    for scene in scenes_of("single", centred_share=0.0, placed_share=1.0):
+        found = SIDE.match(scene.caption)
+        if found is None:
+            assert "," in name_of(scene.things[0]), "inside a list it would be read with the last one"
+            continue
+        assert found[1] == name_of(scene.things[0])
+        assert side_at(scene.things[0].centre) == found[2]
+        seen.add(found[2])
+    assert seen == {"left", "right", "top", "bottom"}
+    placed = [SIDE.match(one.caption) for one in scenes_of("single", 1000, centred_share=0.5, placed_share=0.4)]
+    assert np.mean([found is not None for found in placed]) == pytest.approx(0.2 * 7 / 8, abs=0.04)
 
 
 def test_the_generator_and_the_shares_decide() -> None:

@@ -1,11 +1,11 @@
-"""Marks the tokens of a prompt with the places that the prompt gives their things.
+"""Marks the tokens of a prompt with the places and the sizes that the prompt gives their things.
 
 MiniLM knows which side "a cat to the left of a dog" gives the dog, but hardly says so in the features of "dog": a model
 of images that reads them paints a mixture of both things on both sides. A small reader of an earlier block says it out
-loud, as one direction of the features for left and right and another for above and below. A prompt that gives no places
-keeps its features bit for bit.
+loud, as one direction of the features for above and below, one for left and right and one for small and big. A prompt
+that gives neither places nor sizes keeps its features bit for bit.
 
-Axes: `B` rows, `T` text tokens, `E` text width, `F` width of the reader, `A` the two axes, y before x.
+Axes: `B` rows, `T` text tokens, `E` text width, `F` width of the reader, `A` the axes y, x and size.
 """
 
 import json
@@ -25,8 +25,9 @@ from foveate.core.errors import CheckpointError
 
 PLACES_NAME = "text_places.safetensors"
 
+NUM_AXES = 3
 CLASSES = 3
-"""Left or above, no word of it, right or below."""
+"""Above, left or small; no word of it; below, right or big."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +57,7 @@ class Places(nn.Module):
 
     Attributes:
         config: The sizes it was built with.
-        direction_AE: What a token gets for "right" and "below"; its negative for "left" and "above".
+        direction_AE: What a token gets for "below", "right" and "big"; its negative for "above", "left" and "small".
     """
 
     def __init__(self, config: PlacesConfig) -> None:
@@ -66,15 +67,15 @@ class Places(nn.Module):
         self.blocks = nn.ModuleList(
             BertBlock(config.width, config.num_heads, 2 * config.width) for _ in range(config.num_blocks)
         )
-        self.outward = nn.Linear(config.width, 2 * CLASSES)
-        self.direction_AE = nn.Parameter(torch.zeros(2, config.text_width))
+        self.outward = nn.Linear(config.width, NUM_AXES * CLASSES)
+        self.direction_AE = nn.Parameter(torch.zeros(NUM_AXES, config.text_width))
 
     def fits(self, text_width: int, num_blocks: int) -> bool:
         """Whether it can read an encoder of this width and number of blocks."""
         return self.config.text_width == text_width and self.config.tap <= num_blocks
 
     def logits(self, middle_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T A 3"]:
-        """Scores the three places of every token along both axes.
+        """Scores the three classes of every token along each axis.
 
         Args:
             middle_BTE: Features behind block `config.tap` of the encoder.
@@ -83,16 +84,16 @@ class Places(nn.Module):
         x_BTF = self.inward(middle_BTE)
         for block in self.blocks:
             x_BTF = block(x_BTF, mask_BT)
-        scores_BTAc: Tensor = self.outward(x_BTF).unflatten(-1, (2, CLASSES))
+        scores_BTAc: Tensor = self.outward(x_BTF).unflatten(-1, (NUM_AXES, CLASSES))
         return scores_BTAc
 
     def marked(
         self, x_BTE: Float[Tensor, "B T E"], states: Sequence[Tensor], mask_BT: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "B T E"]:
-        """Adds the places to token features.
+        """Adds places and sizes to token features.
 
         Args:
-            x_BTE: The features, which are returned as they are where no place is given.
+            x_BTE: The features, which are returned as they are where neither is given.
             states: What the encoder computed in front of its first block and behind each, shape (B, T, E).
             mask_BT: As `logits` takes it.
         """

@@ -1,4 +1,4 @@
-"""Checks of composed pictures that need no judge: background colour, number of things, which of two lies where.
+"""Checks of composed pictures that need no judge: background colour, number, order, size and side of things.
 
 Every check takes what any picture of the kind must show, so it can be run on real composites too: what it says of
 those is its ceiling. Axes: Y = X pixels; y = x pixels after shrinking to `_SIDE`.
@@ -25,7 +25,14 @@ _LEAST_AREA = 0.002
 _LEAST_SHARE = 0.25
 """Of the largest thing's area; what is smaller is a piece of another thing."""
 
+_BIG, _SMALL = 0.55, 0.45
+"""Shares of the picture's side that a big thing reaches and a small one does not."""
+_LEAST_SHIFT = 0.1
+"""Of the picture's side; what lies nearer to the middle is at no side."""
+
 Axis = Literal["x", "y"]
+Size = Literal["big", "small"]
+Side = Literal["left", "right", "top", "bottom"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +103,37 @@ def is_in_order(things: tuple[Thing, Thing], similarity_22: Float[np.ndarray, "2
     return first.centre[along] < second.centre[along]
 
 
+def size_of(image: UInt8[np.ndarray, "Y X 3"]) -> Size | None:
+    """Says whether all things together are big or small, by the longer side of their box; None is neither, or empty."""
+    box = _box(things_of(image))
+    if box is None:
+        return None
+    top, left, bottom, right = box
+    extent = max(bottom - top, right - left)
+    if extent >= _BIG:
+        return "big"
+    return "small" if extent <= _SMALL else None
+
+
+def side_of(image: UInt8[np.ndarray, "Y X 3"]) -> Side | None:
+    """Says at which side all things together lie, by the middle of their box; None is the middle, or empty."""
+    box = _box(things_of(image))
+    if box is None:
+        return None
+    top, left, bottom, right = box
+    return side_at(((top + bottom) / 2, (left + right) / 2))
+
+
+def side_at(centre: tuple[float, float]) -> Side | None:
+    """Names the side where a centre (y, x) lies, in shares of the picture's side; None is about the middle."""
+    y, x = centre[0] - 0.5, centre[1] - 0.5
+    if max(abs(y), abs(x)) < _LEAST_SHIFT:
+        return None
+    if abs(x) > abs(y):
+        return "left" if x < 0 else "right"
+    return "top" if y < 0 else "bottom"
+
+
 def connected(is_thing_yx: Bool[np.ndarray, "y x"]) -> Int[np.ndarray, "y x"]:
     """Labels connected regions, neighbours above, below, left and right; 0 is none, other labels are arbitrary.
 
@@ -108,6 +146,13 @@ def connected(is_thing_yx: Bool[np.ndarray, "y x"]) -> Int[np.ndarray, "y x"]:
         if torch.equal(spread_11yx, label_11yx):
             return label_11yx[0, 0].long().numpy()
         label_11yx = spread_11yx
+
+
+def _box(things: list[Thing]) -> tuple[float, float, float, float] | None:
+    if not things:
+        return None
+    top, left, bottom, right = zip(*(one.box for one in things), strict=True)
+    return min(top), min(left), max(bottom), max(right)
 
 
 def _largest(label_11yx: Tensor, window: tuple[int, int]) -> Tensor:

@@ -28,7 +28,7 @@ from foveate.tokenizers.strips import CPU_VALUES
 
 TEXT_ENCODER_PARAMETERS = {
     "minilm": 22_565_376,
-    "minilm-places": 22_565_376 + 315_782,
+    "minilm-places": 22_565_376 + 316_553,
     "t5-xl": 1_223_527_424,
     "clip-pair": 123_060_480 + 693_021_440,
     "imagenet": 0,

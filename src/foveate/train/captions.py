@@ -27,9 +27,9 @@ _MAX_LISTED_SYNONYMS = 3
 _MAX_CAPTIONS = 12
 
 # What people put around the name of a thing. Colours among the qualities teach that the thing outweighs them: a corpus
-# of one drawing per concept cannot show two colours of it.
+# of one drawing per concept cannot show two colours of it. Sizes are not among them: scenes show those.
 QUALITIES = (
-    "big", "small", "tiny", "cute", "old", "new", "shiny", "pretty", "funny", "single", "nice", "typical",
+    "cute", "old", "new", "shiny", "pretty", "funny", "single", "nice", "typical",
     "red", "blue", "green", "yellow", "white", "black", "brown", "grey", "pink", "purple", "orange", "colourful",
 )  # fmt: skip
 _FRAMES = (

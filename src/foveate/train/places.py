@@ -1,4 +1,4 @@
-"""Teaches `conditioning.places` which things of a prompt stand where.
+"""Teaches `conditioning.places` which things of a prompt stand where, and which are big or small.
 
 The captions are made here, in more phrasings than the scenes have: what the reader learns of "underneath" the image
 model need not. Each knows the spans of its things. Axes: as in `conditioning.places`.
@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from foveate.conditioning.minilm import TextEncoder
-from foveate.conditioning.places import Places, PlacesConfig
+from foveate.conditioning.places import NUM_AXES, Places, PlacesConfig
 from foveate.core.errors import FoveateError
 from foveate.eval.colours import BACKGROUNDS
 from foveate.train.captions import QUALITIES, STYLE_PHRASES, Drawing, framed_captions, with_article
 from foveate.train.plurals import plural
+from foveate.train.scenes import SIZE_WORDS
 
 T = TypeVar("T")
-Span = tuple[int, int, tuple[int, int]]
-"""First character, the one behind the last, and the place (y, x), each -1, 0 or 1."""
+Span = tuple[int, int, tuple[int, int, int]]
+"""First character, the one behind the last, and what the caption says along y, x and size, each -1, 0 or 1."""
 
 # {a} is the left or upper thing, {b} the right or lower one. The first four are those of the scenes.
 BESIDE = (
@@ -45,13 +46,24 @@ STACKED = (
     "top: {a}, bottom: {b}", "{a} with {b} below it", "{b} with {a} above it", "{b} with {a} on top",
     "{a} with {b} underneath", "{a} and below it {b}", "{b} and above it {a}",
 )  # fmt: skip
+# {a} stands at the side of {side}; the first two are those of the scenes.
+ALONE = (
+    "{a} on the {side}", "{a} at the {side}", "{a} on the {side} side", "on the {side} {a}", "at the {side} {a}",
+    "{a} in the {side} half", "{a} at the {side} edge", "{a} at the {side} of the picture", "{side}: {a}",
+)  # fmt: skip
+SIDES = {"left": (0, -1), "right": (0, 1), "top": (-1, 0), "bottom": (1, 0)}
 PLACELESS = (
     "{a} next to {b}", "{a} and {b}", "{a} beside {b}", "{a} with {b}", "{a} near {b}", "{a}, {b}",
     "{a} in front of {b}", "{a}", "a picture of {a}",
 )  # fmt: skip
 
-_PLACED_SHARE = 0.7
+BIG = ("big", "large", "huge", "giant")
+SMALL = ("small", "little", "tiny", "mini")
+
+_PAIR_SHARE = 0.6
+_ALONE_SHARE = 0.12
 _FRAMED_SHARE = 0.3
+_SIZE_SHARE = 0.25
 _QUALITY_SHARE = 0.15
 _SYNONYM_SHARE = 0.35
 _PLURAL_SHARE = 0.1
@@ -63,7 +75,7 @@ _NUMBERS = ("two", "three", "four")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacesRecipe:
-    """How the reader of places is taught: `steps` of `batch` new captions each, at a rate that falls to zero.
+    """How the reader of places and sizes is taught: `steps` of `batch` new captions each, at a rate that falls to zero.
 
     `strength` is the root mean square of a mark, as a share of that of the token features; the log's figure is taken on
     `checks` new captions.
@@ -81,51 +93,62 @@ class PlacesRecipe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacedCaption:
-    """A caption and where it puts its things; characters outside the spans have no place."""
+    """A caption, and where it puts its things and how big; nothing is said of characters outside the spans."""
 
     text: str
     spans: tuple[Span, ...]
 
 
 def draw_placed(drawings: Sequence[Drawing], rng: np.random.Generator) -> PlacedCaption:
-    """Draws a caption of one or two drawings; in most it gives them places."""
-    if rng.random() >= _PLACED_SHARE:
-        if rng.random() < _FRAMED_SHARE:
-            framed = framed_captions(_one(drawings, rng))
-            return PlacedCaption(text=_one(framed, rng), spans=())
-        return _filled(_one(PLACELESS, rng), _name(drawings, rng), _name(drawings, rng), (0, 0), rng)
-    is_beside = rng.random() < 0.5
-    template = _one(BESIDE if is_beside else STACKED, rng)
-    return _filled(template, _name(drawings, rng), _name(drawings, rng), (0, 1) if is_beside else (1, 0), rng)
+    """Draws a caption of one or two drawings; most give them places, some sizes."""
+    kind = rng.random()
+    if kind < _PAIR_SHARE:
+        is_beside = rng.random() < 0.5
+        return _filled(_one(BESIDE if is_beside else STACKED, rng), drawings, (0, -1) if is_beside else (-1, 0), rng)
+    if kind < _PAIR_SHARE + _ALONE_SHARE:
+        side = _one(tuple(SIDES), rng)
+        return _filled(_one(ALONE, rng).replace("{side}", side), drawings, SIDES[side], rng)
+    if rng.random() < _FRAMED_SHARE:
+        return PlacedCaption(text=_one(framed_captions(_one(drawings, rng)), rng), spans=())
+    return _filled(_one(PLACELESS, rng), drawings, (0, 0), rng)
 
 
-def _filled(template: str, a: str, b: str, place: tuple[int, int], rng: np.random.Generator) -> PlacedCaption:
+def _filled(
+    template: str, drawings: Sequence[Drawing], place: tuple[int, int], rng: np.random.Generator
+) -> PlacedCaption:
+    """Puts things into a template: {a} stands at the place, {b} opposite."""
     text, spans = "", []
     for part in re.split(r"(\{[ab]\})", template):
         if part not in {"{a}", "{b}"}:
             text += part
             continue
-        name, sign = (a, -1) if part == "{a}" else (b, 1)
-        spans.append((len(text), len(text) + len(name), (sign * place[0], sign * place[1])))
+        name, size = _name(drawings, rng)
+        sign = 1 if part == "{a}" else -1
+        spans.append((len(text), len(text) + len(name), (sign * place[0], sign * place[1], size)))
         text += name
     if rng.random() < _BACKGROUND_SHARE:
         text += f" on {with_article(f'{_one(tuple(BACKGROUNDS), rng)} background')}"
     if rng.random() < _STYLE_SHARE:
         text += f", {_one(tuple(STYLE_PHRASES.values()), rng)}"
-    return PlacedCaption(text=text, spans=tuple(spans) if any(place) else ())
+    return PlacedCaption(text=text, spans=tuple(spans))
 
 
-def _name(drawings: Sequence[Drawing], rng: np.random.Generator) -> str:
+def _name(drawings: Sequence[Drawing], rng: np.random.Generator) -> tuple[str, int]:
+    """A name with what stands in front of it, and the size that this says."""
     drawing = _one(drawings, rng)
-    phrase = drawing.label
+    phrase, size = drawing.label, 0
     if drawing.synonyms and rng.random() < _SYNONYM_SHARE:
         phrase = _one(drawing.synonyms, rng)
     many = plural(phrase)
     if many is not None and rng.random() < _PLURAL_SHARE:
-        return f"{_one(_NUMBERS, rng)} {many}"
+        return f"{_one(_NUMBERS, rng)} {many}", 0
     if rng.random() < _QUALITY_SHARE:
         phrase = f"{_one(QUALITIES, rng)} {phrase}"
-    return phrase if rng.random() < _BARE_SHARE else with_article(phrase)
+    # A small airplane is a kind of airplane: what a name says itself is no size.
+    if rng.random() < _SIZE_SHARE and SIZE_WORDS.isdisjoint(phrase.lower().split()):
+        size = 1 if rng.random() < 0.5 else -1
+        phrase = f"{_one(BIG if size == 1 else SMALL, rng)} {phrase}"
+    return (phrase if rng.random() < _BARE_SHARE else with_article(phrase)), size
 
 
 def _one(choices: Sequence[T], rng: np.random.Generator) -> T:
@@ -133,9 +156,9 @@ def _one(choices: Sequence[T], rng: np.random.Generator) -> T:
 
 
 def places_of(encoder: TextEncoder, captions: Sequence[PlacedCaption]) -> Int[Tensor, "B T A"]:
-    """The places of all tokens, 0, 1 or 2 along y and x; what stands at padding means nothing."""
+    """The classes of all tokens along y, x and size, 0, 1 or 2; what stands at padding means nothing."""
     offsets_B = [encoder.tokenizer.encode(one.text).offsets for one in captions]
-    place_BTA = torch.ones((len(captions), max(map(len, offsets_B)), 2), dtype=torch.long)
+    place_BTA = torch.ones((len(captions), max(map(len, offsets_B)), NUM_AXES), dtype=torch.long)
     for row, (one, offsets) in enumerate(zip(captions, offsets_B, strict=True)):
         for first, end, place in one.spans:
             for token, (start, stop) in enumerate(offsets):
@@ -183,14 +206,16 @@ def teach_places(
     ids_BT, mask_BT = encoder.padded([draw_placed(drawings, rng).text for _ in range(recipe.batch)])
     with torch.no_grad():
         rms = model(ids_BT, mask_BT)[mask_BT].square().mean().sqrt()
-    direction_AE = torch.randn(2, model.config.width, generator=torch.Generator().manual_seed(recipe.seed)).to(device)
+    direction_AE = torch.randn(NUM_AXES, model.config.width, generator=torch.Generator().manual_seed(recipe.seed)).to(
+        device
+    )
     direction_AE /= direction_AE.square().mean(1, keepdim=True).sqrt()
     places.direction_AE.data.copy_(direction_AE * rms * recipe.strength)
     return places.requires_grad_(requires_grad=False).eval()
 
 
 def placed_share(encoder: TextEncoder, drawings: Sequence[Drawing], count: int) -> float:
-    """Share of captions of which every token gets its place; no teaching has seen the captions."""
+    """Share of captions of which every token gets its classes; no teaching has seen the captions."""
     rng = np.random.default_rng([count, 1])
     captions = [draw_placed(drawings, rng) for _ in range(count)]
     parts = [captions[first : first + 64] for first in range(0, count, 64)]
@@ -199,7 +224,7 @@ def placed_share(encoder: TextEncoder, drawings: Sequence[Drawing], count: int) 
 
 @torch.no_grad()
 def places_right(encoder: TextEncoder, captions: Sequence[PlacedCaption]) -> Float[Tensor, " B"]:
-    """Whether every token of a caption gets its place, 1 or 0 per caption.
+    """Whether every token of a caption gets its classes, 1 or 0 per caption.
 
     Raises:
         FoveateError: If the encoder has no places.

@@ -39,13 +39,17 @@ _SYNONYM_SHARE = 0.3
 _NAMED_WHITE_SHARE = 0.15
 _NEXT_TO_SHARE = 0.1
 _SIZED_PAIR_SHARE = 0.6
+_SIZED_ORDER_SHARE = 0.5
 _FOUR_IN_ROW_SHARE = 0.2
 _SHIFT = 0.03
+_ACROSS = 0.12
 _MAX_TRIES = 2000
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
 # Their art is no thing that one counts, or its name is no noun.
 _UNCOUNTED = frozenset({"symbols", "flags", "time", "place-map"})
-_SIZE_WORDS = frozenset({"big", "large", "little", "medium", "medium-small", "small", "tiny"})
+SIZE_WORDS = frozenset({"big", "giant", "huge", "large", "little", "medium", "medium-small", "mini", "small", "tiny"})
+"""What a name with one of them is called is not said again."""
+_SIDES = {"on the left": (0, -1), "on the right": (0, 1), "at the top": (-1, 0), "at the bottom": (1, 0)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +62,8 @@ class SceneConfig:
         stacked_share: Share of two things one above the other.
         count_share: Share of two to four of one thing.
         sized_share: Share of things that the caption calls big or small.
-        centred_share: Share of single drawings that fill the picture as the art does; others are smaller, anywhere.
+        centred_share: Share of single drawings that fill the picture as the art does; others are smaller.
+        placed_share: Share of these others that stand at a side that the caption names; the rest stand anywhere.
         framed_share: Share of longer captions among those of centred drawings on white, see `framed_captions`.
         style_share: Share of captions with the style phrase; None is the rule of `Corpus.style_share`.
         least_contrast: Least CIELAB distance of a drawing's rim to its background, if contrasts are given.
@@ -70,6 +75,7 @@ class SceneConfig:
     count_share: float = 0.10
     sized_share: float = 0.10
     centred_share: float = 0.6
+    placed_share: float = 0.5
     framed_share: float = 0.2
     style_share: float | None = None
     least_contrast: float = 15.0
@@ -82,7 +88,7 @@ class SceneConfig:
         """
         kinds = (self.beside_share, self.stacked_share, self.count_share, self.sized_share)
         style = 0.0 if self.style_share is None else self.style_share
-        for share in (*kinds, self.white_share, self.centred_share, self.framed_share, style):
+        for share in (*kinds, self.white_share, self.centred_share, self.placed_share, self.framed_share, style):
             if not 0 <= share <= 1:
                 raise FoveateError(f"shares of a scene must be in [0, 1], got {share}")
         if sum(kinds) > 1 + 1e-9:
@@ -162,7 +168,7 @@ def draw_scene(
     if is_plain and rng.random() < config.framed_share:
         framed = framed_captions(things[0])
         text = framed[int(rng.integers(len(framed)))]
-    elif chosen == "single":
+    elif not words:
         text = caption(things[0], rng, style_share=style_share, place=place)
     else:
         text = f"{words} {place}" if place else words
@@ -250,9 +256,17 @@ _Composed = tuple[Sequence[Drawing], Sequence[Square], str]
 
 def _single(cast: _Cast, config: SceneConfig) -> _Composed:
     thing = cast.pick(lambda _: True)
-    if cast.rng.random() < config.centred_share:
+    rng = cast.rng
+    if rng.random() < config.centred_share:
         return [thing], [_WHOLE], ""
-    return [thing], [_anywhere(cast.rng.uniform(0.5, 0.95), cast.rng)], ""
+    if rng.random() >= config.placed_share or not _is_plain(thing):
+        return [thing], [_anywhere(rng.uniform(0.5, 0.95), rng)], ""
+    side, (y, x) = tuple(_SIDES.items())[int(rng.integers(len(_SIDES)))]
+    size = float(rng.uniform(0.4, 0.55))
+    outward = 0.5 - _MARGIN - size / 2 - float(rng.uniform(0, _GAP))
+    across = float(rng.uniform(-_ACROSS, _ACROSS))
+    square = (0.5 + (y * outward if y else across), 0.5 + (x * outward if x else across), size)
+    return [thing], [square], f"{cast.name(thing)} {side}"
 
 
 def _beside(cast: _Cast, _: SceneConfig) -> _Composed:
@@ -263,7 +277,7 @@ def _beside(cast: _Cast, _: SceneConfig) -> _Composed:
     if kind < _NEXT_TO_SHARE:
         words = f"{a} next to {b}" if cast.rng.random() < 0.5 else f"{b} next to {a}"
     else:
-        words = f"{a} to the left of {b}" if cast.rng.random() < 0.5 else f"{b} to the right of {a}"
+        words = _in_order(a, b, cast.rng)
     return [left, right], squares, words
 
 
@@ -292,15 +306,22 @@ def _sized(cast: _Cast, _: SceneConfig) -> _Composed:
     if rng.random() >= _SIZED_PAIR_SHARE:
         thing = cast.pick(_is_sizable)
         is_big = rng.random() < 0.5
-        size = rng.uniform(0.86, 0.96) if is_big else rng.uniform(0.22, 0.36)
+        size = rng.uniform(0.86, 0.96) if is_big else rng.uniform(0.28, 0.38)
         return [thing], [_anywhere(size, rng)], cast.name(thing, "big" if is_big else "small")
     big, small = cast.pair(_is_sizable)
-    sizes = np.array([rng.uniform(0.5, 0.62), rng.uniform(0.18, 0.27)])
+    sizes = np.array([rng.uniform(0.55, 0.62), rng.uniform(0.22, 0.3)])
     is_big_left = rng.random() < 0.5
     squares = _in_line(sizes if is_big_left else sizes[::-1], rng)
     a, b = cast.name(big, "big"), cast.name(small, "small")
-    words = f"{a} and {b}" if rng.random() < 0.5 else f"{b} and {a}"
+    if rng.random() < _SIZED_ORDER_SHARE:
+        words = _in_order(a, b, rng) if is_big_left else _in_order(b, a, rng)
+    else:
+        words = f"{a} and {b}" if rng.random() < 0.5 else f"{b} and {a}"
     return [big, small], squares if is_big_left else squares[::-1], words
+
+
+def _in_order(left: str, right: str, rng: np.random.Generator) -> str:
+    return f"{left} to the left of {right}" if rng.random() < 0.5 else f"{right} to the right of {left}"
 
 
 _COMPOSERS: dict[Kind, Callable[[_Cast, SceneConfig], _Composed]] = {
@@ -358,7 +379,7 @@ def _is_plain(drawing: Drawing) -> bool:
 def _is_sizable(drawing: Drawing) -> bool:
     words = " ".join([drawing.label, *drawing.synonyms]).lower().split()
     # "A small rice" is not said.
-    return _is_plain(drawing) and _SIZE_WORDS.isdisjoint(words) and with_article(drawing.label) != drawing.label
+    return _is_plain(drawing) and SIZE_WORDS.isdisjoint(words) and with_article(drawing.label) != drawing.label
 
 
 def _is_countable(drawing: Drawing) -> bool:
