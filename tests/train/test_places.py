@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 
 from foveate.core.errors import FoveateError
-from foveate.train.captions import Drawing
+from foveate.train.captions import BIG, SMALL, Drawing
 from foveate.train.places import (
     ALONE,
     BESIDE,
-    BIG,
     PLACELESS,
-    SMALL,
     STACKED,
     PlacedCaption,
     PlacesRecipe,

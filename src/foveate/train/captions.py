@@ -32,6 +32,10 @@ QUALITIES = (
     "cute", "old", "new", "shiny", "pretty", "funny", "single", "nice", "typical",
     "red", "blue", "green", "yellow", "white", "black", "brown", "grey", "pink", "purple", "orange", "colourful",
 )  # fmt: skip
+BIG = ("big", "large", "huge", "giant")
+SMALL = ("small", "little", "tiny", "mini")
+SIZE_WORDS = frozenset({*BIG, *SMALL, "medium", "medium-small"})
+"""A name that holds one of them gets no other size."""
 _FRAMES = (
     "{}", "a picture of {}", "a drawing of {}", "an icon of {}", "{} on a white background", "{} in the distance",
     "{} on the table", "{} in the garden", "{} at home", "{} outside", "{} by the sea", "{} in the city", "this is {}",

@@ -19,9 +19,17 @@ from foveate.conditioning.minilm import TextEncoder
 from foveate.conditioning.places import NUM_AXES, Places, PlacesConfig
 from foveate.core.errors import FoveateError
 from foveate.eval.colours import BACKGROUNDS
-from foveate.train.captions import QUALITIES, STYLE_PHRASES, Drawing, framed_captions, with_article
+from foveate.train.captions import (
+    BIG,
+    QUALITIES,
+    SIZE_WORDS,
+    SMALL,
+    STYLE_PHRASES,
+    Drawing,
+    framed_captions,
+    with_article,
+)
 from foveate.train.plurals import plural
-from foveate.train.scenes import SIZE_WORDS
 
 T = TypeVar("T")
 Span = tuple[int, int, tuple[int, int, int]]
@@ -56,9 +64,6 @@ PLACELESS = (
     "{a} next to {b}", "{a} and {b}", "{a} beside {b}", "{a} with {b}", "{a} near {b}", "{a}, {b}",
     "{a} in front of {b}", "{a}", "a picture of {a}",
 )  # fmt: skip
-
-BIG = ("big", "large", "huge", "giant")
-SMALL = ("small", "little", "tiny", "mini")
 
 _PAIR_SHARE = 0.6
 _ALONE_SHARE = 0.12

@@ -20,6 +20,7 @@ from foveate.eval.colours import BACKGROUNDS
 from foveate.train.captions import (
     MULTI_STYLE_SHARE,
     SINGLE_STYLE_SHARE,
+    SIZE_WORDS,
     Drawing,
     caption,
     framed_captions,
@@ -47,8 +48,6 @@ _MAX_TRIES = 2000
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
 # Their art is no thing that one counts, or its name is no noun.
 _UNCOUNTED = frozenset({"symbols", "flags", "time", "place-map"})
-SIZE_WORDS = frozenset({"big", "giant", "huge", "large", "little", "medium", "medium-small", "mini", "small", "tiny"})
-"""What a name with one of them is called is not said again."""
 _SIDES = {"on the left": (0, -1), "on the right": (0, 1), "at the top": (-1, 0), "at the bottom": (1, 0)}
 
 
