@@ -83,6 +83,9 @@ def test_a_perfect_drawer_reaches_every_ceiling(pipe: Pipeline, tmp_path: Path) 
     assert figures["nearest drawing is the right one"].value == 1.0
     assert figures["nearest drawing is the right one, paraphrases"].value == 1.0
     assert figures["style"].value == 1.0
+    rebuilt = [figure for name, figure in figures.items() if name.endswith(", reconstructions")]
+    assert len(rebuilt) == 2, "one per style"
+    assert all(figure.value > figure.ceiling for figure in rebuilt), "a tokenizer loses something"
     assert figures["the same drawing, PSNR dB at 64 px"].value == 100.0
     assert figures["held-out pairs of concept and style"].value is not None
 
