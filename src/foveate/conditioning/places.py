@@ -26,6 +26,7 @@ from foveate.core.errors import CheckpointError
 PLACES_NAME = "text_places.safetensors"
 
 NUM_AXES = 3
+"""Up and down, left and right, size."""
 CLASSES = 3
 """Above, left or small; no word of it; below, right or big."""
 

@@ -22,6 +22,7 @@ from foveate.eval.colours import BACKGROUNDS
 from foveate.train.captions import (
     BIG,
     QUALITIES,
+    SIDES,
     SIZE_WORDS,
     SMALL,
     STYLE_PHRASES,
@@ -59,7 +60,6 @@ ALONE = (
     "{a} on the {side}", "{a} at the {side}", "{a} on the {side} side", "on the {side} {a}", "at the {side} {a}",
     "{a} in the {side} half", "{a} at the {side} edge", "{a} at the {side} of the picture", "{side}: {a}",
 )  # fmt: skip
-SIDES = {"left": (0, -1), "right": (0, 1), "top": (-1, 0), "bottom": (1, 0)}
 PLACELESS = (
     "{a} next to {b}", "{a} and {b}", "{a} beside {b}", "{a} with {b}", "{a} near {b}", "{a}, {b}",
     "{a} in front of {b}", "{a}", "a picture of {a}",

@@ -19,6 +19,7 @@ from foveate.core.errors import FoveateError
 from foveate.eval.colours import BACKGROUNDS
 from foveate.train.captions import (
     MULTI_STYLE_SHARE,
+    SIDES,
     SINGLE_STYLE_SHARE,
     SIZE_WORDS,
     Drawing,
@@ -48,7 +49,6 @@ _MAX_TRIES = 2000
 _NUMBERS = {2: "two", 3: "three", 4: "four"}
 # Their art is no thing that one counts, or its name is no noun.
 _UNCOUNTED = frozenset({"symbols", "flags", "time", "place-map"})
-_SIDES = {"on the left": (0, -1), "on the right": (0, 1), "at the top": (-1, 0), "at the bottom": (1, 0)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -260,12 +260,12 @@ def _single(cast: _Cast, config: SceneConfig) -> _Composed:
         return [thing], [_WHOLE], ""
     if rng.random() >= config.placed_share or not _is_plain(thing):
         return [thing], [_anywhere(rng.uniform(0.5, 0.95), rng)], ""
-    side, (y, x) = tuple(_SIDES.items())[int(rng.integers(len(_SIDES)))]
+    side, (y, x) = tuple(SIDES.items())[int(rng.integers(len(SIDES)))]
     size = float(rng.uniform(0.4, 0.55))
     outward = 0.5 - _MARGIN - size / 2 - float(rng.uniform(0, _GAP))
     across = float(rng.uniform(-_ACROSS, _ACROSS))
     square = (0.5 + (y * outward if y else across), 0.5 + (x * outward if x else across), size)
-    return [thing], [square], f"{cast.name(thing)} {side}"
+    return [thing], [square], f"{cast.name(thing)} {'on' if x else 'at'} the {side}"
 
 
 def _beside(cast: _Cast, _: SceneConfig) -> _Composed:
