@@ -1,12 +1,15 @@
 """Softmax attention of rows that share a shape: what the cache of the engine and the text memory of a model both run.
 
-Axes: n packed tokens, N heads, D head width, g rows of one group, m keys of a row.
+Axes: n packed tokens, N heads, D head width, g rows of one group, l queries and m keys of a row.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from foveate.kernels import native
 
@@ -31,18 +34,107 @@ def attend_group(
         v_gNmD: Values, with the strides of the keys.
         scale: Times the scores, above 0.
     """
-    num_rows, num_heads, _, width = k_gNmD.shape
-    q_glND = q_nND.unflatten(0, (num_rows, -1))
-    is_laid_out = q_nND.stride(-1) == k_gNmD.stride(-1) == 1 and k_gNmD.stride() == v_gNmD.stride()
-    if is_laid_out and width % _LANES == 0 and native.serves(q_nND, k_gNmD, v_gNmD):
-        return _native(q_glND, k_gNmD, v_gNmD, scale).flatten(0, 1)
+    q_glND = q_nND.unflatten(0, (len(k_gNmD), -1))
+    if _is_for_native(q_nND, k_gNmD, v_gNmD):
+        return _native(q_glND, k_gNmD, v_gNmD, scale, None).flatten(0, 1)
     out_gNlD = F.scaled_dot_product_attention(q_glND.transpose(1, 2), k_gNmD, v_gNmD, scale=scale)
-    return out_gNlD.transpose(1, 2).reshape(-1, num_heads, width)
+    return out_gNlD.transpose(1, 2).reshape(q_nND.shape)
+
+
+def attend_group_lse(
+    q_nND: Float[Tensor, "n N D"],
+    k_gNmD: Float[Tensor, "g N m D"],
+    v_gNmD: Float[Tensor, "g N m D"],
+    scale: float,
+) -> tuple[Float[Tensor, "n N D"], Float32[Tensor, "n N"]]:
+    """`attend_group`, bit for bit, and the log-sum-exp of the scores.
+
+    It costs nothing beside the attention where the C code or torch's flash kernel for CPUs runs. Elsewhere (a GPU,
+    gradients, `torch.compile`) the scores are computed once more, in float32, and all of them stand in memory.
+
+    Args:
+        q_nND: Queries, row after row; one head's channels lie together.
+        k_gNmD: Keys, at least one.
+        v_gNmD: Values, with the strides of the keys.
+        scale: Times the scores, above 0.
+
+    Returns:
+        The attention, and log sum_j exp(scale * q . k_j) of each query and head: a natural logarithm.
+    """
+    q_glND = q_nND.unflatten(0, (len(k_gNmD), -1))
+    if _is_for_native(q_nND, k_gNmD, v_gNmD):
+        lse_glN = q_glND.new_empty(q_glND.shape[:3], dtype=torch.float32)
+        return _native(q_glND, k_gNmD, v_gNmD, scale, lse_glN).flatten(0, 1), lse_glN.flatten(0, 1)
+    q_gNlD = q_glND.transpose(1, 2)
+    if _is_for_flash_on_cpu(q_gNlD, k_gNmD, v_gNmD, scale):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out_gNlD, lse_gNl = flash(q_gNlD, k_gNmD, v_gNmD, scale=scale)
+    else:
+        out_gNlD = F.scaled_dot_product_attention(q_gNlD, k_gNmD, v_gNmD, scale=scale)
+        lse_gNl = (scale * q_gNlD.float() @ k_gNmD.float().mT).logsumexp(-1)
+    return out_gNlD.transpose(1, 2).reshape(q_nND.shape), lse_gNl.float().transpose(1, 2).flatten(0, 1)
+
+
+def merge_groups(
+    out_a_nND: Float[Tensor, "n N D"],
+    lse_a_nN: Float32[Tensor, "n N"],
+    out_b_nND: Float[Tensor, "n N D"],
+    lse_b_nN: Float32[Tensor, "n N"],
+) -> tuple[Float32[Tensor, "n N D"], Float32[Tensor, "n N"]]:
+    """Attention over the union of two disjoint sets of keys, from what `attend_group_lse` returned for each.
+
+    Computed in float32 (FlashAttention, arXiv 2205.14135, section 3.1). A log-sum-exp of minus infinity stands for a
+    set without keys; one of the two must have some.
+
+    Returns:
+        The attention and its log-sum-exp, to be merged with a third set.
+    """
+    share_a_nN = torch.sigmoid(lse_a_nN - lse_b_nN)
+    out_nND = torch.lerp(out_b_nND.float(), out_a_nND.float(), share_a_nN.unsqueeze(-1))
+    return out_nND, torch.logaddexp(lse_a_nN, lse_b_nN)
+
+
+def entropy(q_nND: Float[Tensor, "n N D"], k_gNmD: Float[Tensor, "g N m D"], scale: float) -> Float32[Tensor, "n N"]:
+    """Entropy of the attention weights of each query and head, in nats, from 0 to log m.
+
+    With weights p and scores s it is log-sum-exp(s) - sum_j p_j s_j, and the sum is scale * q . (sum_j p_j k_j): one
+    pass of attention with the keys as values, and no weights in memory. The error grows with the largest score: to
+    about 1e-6 of it in float32, and to 2^-8 of it in bfloat16, which rounds the weights and the mean key.
+
+    Args:
+        q_nND: Queries, row after row; one head's channels lie together.
+        k_gNmD: Keys, at least one.
+        scale: Times the scores, above 0.
+    """
+    mean_key_nND, lse_nN = attend_group_lse(q_nND, k_gNmD, k_gNmD, scale)
+    mean_score_nN = scale * (q_nND.float() * mean_key_nND.float()).sum(-1)
+    return (lse_nN - mean_score_nN).clamp(0.0, math.log(k_gNmD.shape[2]))
+
+
+def _is_for_native(
+    q_nND: Float[Tensor, "n N D"], k_gNmD: Float[Tensor, "g N m D"], v_gNmD: Float[Tensor, "g N m D"]
+) -> bool:
+    is_laid_out = q_nND.stride(-1) == k_gNmD.stride(-1) == 1 and k_gNmD.stride() == v_gNmD.stride()
+    return is_laid_out and q_nND.shape[-1] % _LANES == 0 and native.serves(q_nND, k_gNmD, v_gNmD)
+
+
+def _is_for_flash_on_cpu(
+    q_gNlD: Float[Tensor, "g N l D"], k_gNmD: Float[Tensor, "g N m D"], v_gNmD: Float[Tensor, "g N m D"], scale: float
+) -> bool:
+    """Whether `scaled_dot_product_attention` would run the kernel whose log-sum-exp is at hand, but has no gradient."""
+    if q_gNlD.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return torch._fused_sdp_choice(q_gNlD, k_gNmD, v_gNmD, scale=scale) == SDPBackend.FLASH_ATTENTION.value
 
 
 def _native(
-    q_glND: Float[Tensor, "g l N D"], k_gNmD: Float[Tensor, "g N m D"], v_gNmD: Float[Tensor, "g N m D"], scale: float
+    q_glND: Float[Tensor, "g l N D"],
+    k_gNmD: Float[Tensor, "g N m D"],
+    v_gNmD: Float[Tensor, "g N m D"],
+    scale: float,
+    lse_glN: Float32[Tensor, "g l N"] | None,
 ) -> Float[Tensor, "g l N D"]:
+    """The attention by C code, which fills `lse_glN` too where it is given; that must be contiguous."""
     library = native.loaded()
     out_glND = q_glND.new_empty(q_glND.shape)
     num_rows, num_queries, num_heads, width = q_glND.shape
@@ -53,6 +145,7 @@ def _native(
         k_gNmD.data_ptr(),
         v_gNmD.data_ptr(),
         out_glND.data_ptr(),
+        None if lse_glN is None else lse_glN.data_ptr(),
         native.integers(num_rows, num_heads, num_queries, num_keys, width),
         native.integers(*q_glND.stride()[:3], *k_gNmD.stride()[:3], *out_glND.stride()[:3]),
         scale,

@@ -162,11 +162,11 @@ def _share_threads(loaded: ctypes.CDLL) -> None:
 
 def _declare(loaded: ctypes.CDLL) -> None:
     """Types of the arguments, so that a wrong call fails in Python."""
-    pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    pointer, integer, word, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
     signatures = {
         "foveate_threads": [pointer],
-        "foveate_attend_f32": [pointer, pointer, pointer, pointer, pointer, pointer, real, integer],
-        "foveate_attend_bf16": [pointer, pointer, pointer, pointer, pointer, pointer, real, integer],
+        "foveate_attend_f32": [pointer, pointer, pointer, pointer, pointer, pointer, pointer, real, integer],
+        "foveate_attend_bf16": [pointer, pointer, pointer, pointer, pointer, pointer, pointer, real, integer],
         "foveate_norm": [
             pointer, pointer, integer, pointer, integer, pointer, integer, pointer, integer, integer, real, integer,
         ],
@@ -174,6 +174,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "foveate_heads": [pointer, integer, pointer, pointer, integer, integer, integer, integer],
         "foveate_gelu": [pointer, integer, integer, integer],
         "foveate_resize": [pointer, *[integer] * 3, pointer, *[integer] * 5, *[pointer] * 4, integer],
+        "foveate_draws": [word, word, pointer, *[integer] * 3],
     }  # fmt: skip
     for name, arguments in signatures.items():
         function = getattr(loaded, name)

@@ -12,6 +12,7 @@ typedef struct {
     Queue queue;
     const Number *q, *k, *v;
     Number *out;
+    float *lse;
     int64_t heads, queries, keys, width;
     int64_t q_row, q_token, q_head, kv_row, kv_head, kv_token, out_row, out_token, out_head;
     int64_t parts;
@@ -231,6 +232,12 @@ static void attend_queries(const Job *job, const Scratch *s, const Number *q, in
     }
 }
 
+// Log-sum-exp of the scores of the queries that `attend_queries` did last; one token's heads lie together.
+static void store_lse(const Job *job, const Scratch *s, int64_t queries, float *lse) {
+    const double ln2 = 0.69314718055994531;
+    for (int64_t i = 0; i < queries; i++) lse[i * job->heads] = (float)(ln2 * (s->tops[i] + log2(s->sums[i])));
+}
+
 static void attend_tasks(Job *job, const Scratch *s) {
     int64_t per = (job->queries + job->parts - 1) / job->parts, packed = -1, task, task_end;
     while (take_slice(&job->queue, &task, &task_end)) {
@@ -243,9 +250,11 @@ static void attend_tasks(Job *job, const Scratch *s) {
         int64_t first = task % job->parts * per, end = first + per < job->queries ? first + per : job->queries;
         const Number *q = job->q + row * job->q_row + head * job->q_head;
         Number *out = job->out + row * job->out_row + head * job->out_head;
-        for (int64_t i = first; i < end; i += QUERY_BLOCK)
-            attend_queries(job, s, q + i * job->q_token, end - i < QUERY_BLOCK ? end - i : QUERY_BLOCK,
-                           out + i * job->out_token);
+        for (int64_t i = first; i < end; i += QUERY_BLOCK) {
+            int64_t count = end - i < QUERY_BLOCK ? end - i : QUERY_BLOCK;
+            attend_queries(job, s, q + i * job->q_token, count, out + i * job->out_token);
+            if (job->lse) store_lse(job, s, count, job->lse + (row * job->queries + i) * job->heads + head);
+        }
     }
 }
 
@@ -287,16 +296,17 @@ static void attend_work(void *arg) {
 }
 
 // dims: rows, heads, queries, keys, width (a multiple of 16). strides, in elements: q row, token, head; keys and values
-// row, head, token; out row, token, head. A width lies together everywhere. Returns 1 without memory, else 0.
-static int64_t attend(const void *q, const void *k, const void *v, void *out, const int64_t *dims,
+// row, head, token; out row, token, head. A width lies together everywhere. lse: NULL, or room for the natural
+// log-sum-exp of the scores, [rows][queries][heads]. Returns 1 without memory, else 0.
+static int64_t attend(const void *q, const void *k, const void *v, void *out, float *lse, const int64_t *dims,
                       const int64_t *strides, float scale, int64_t threads) {
     int64_t pairs = dims[0] * dims[1];
     // Each part of the queries packs the keys again, so a head is only split where heads do not share out evenly.
     int64_t parts = pairs % threads && pairs < 8 * threads ? threads : 1;
     Job job = {
-        .queue = {.count = pairs * parts, .slice = 1}, .q = q, .k = k, .v = v, .out = out, .heads = dims[1],
-        .queries = dims[2], .keys = dims[3], .width = dims[4], .q_row = strides[0], .q_token = strides[1],
-        .q_head = strides[2], .kv_row = strides[3], .kv_head = strides[4], .kv_token = strides[5],
+        .queue = {.count = pairs * parts, .slice = 1}, .q = q, .k = k, .v = v, .out = out, .lse = lse,
+        .heads = dims[1], .queries = dims[2], .keys = dims[3], .width = dims[4], .q_row = strides[0],
+        .q_token = strides[1], .q_head = strides[2], .kv_row = strides[3], .kv_head = strides[4], .kv_token = strides[5],
         .out_row = strides[6], .out_token = strides[7], .out_head = strides[8], .parts = parts, .scale = scale,
     };
     run(attend_work, &job, threads);

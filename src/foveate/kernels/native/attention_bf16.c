@@ -7,7 +7,7 @@ enum { GROUP = 2 };
 #define MULTIPLY_ADD(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
 #include "attention.h"
 
-API int64_t foveate_attend_bf16(const void *q, const void *k, const void *v, void *out, const int64_t *dims,
-                                const int64_t *strides, float scale, int64_t threads) {
-    return attend(q, k, v, out, dims, strides, scale, threads);
+API int64_t foveate_attend_bf16(const void *q, const void *k, const void *v, void *out, float *lse,
+                                const int64_t *dims, const int64_t *strides, float scale, int64_t threads) {
+    return attend(q, k, v, out, lse, dims, strides, scale, threads);
 }

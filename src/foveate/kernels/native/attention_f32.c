@@ -5,7 +5,7 @@ enum { GROUP = 1 };
 #define MULTIPLY_ADD(sum, a, b) _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum)
 #include "attention.h"
 
-API int64_t foveate_attend_f32(const void *q, const void *k, const void *v, void *out, const int64_t *dims,
-                               const int64_t *strides, float scale, int64_t threads) {
-    return attend(q, k, v, out, dims, strides, scale, threads);
+API int64_t foveate_attend_f32(const void *q, const void *k, const void *v, void *out, float *lse,
+                               const int64_t *dims, const int64_t *strides, float scale, int64_t threads) {
+    return attend(q, k, v, out, lse, dims, strides, scale, threads);
 }

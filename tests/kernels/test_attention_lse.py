@@ -1,0 +1,219 @@
+"""Log-sum-exp, merging and entropy of attention against a naive softmax in float64, in C and in plain torch."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from foveate.kernels import native
+from foveate.kernels.attention import attend_group, attend_group_lse, entropy, merge_groups
+
+DTYPES = (torch.float32, torch.bfloat16)
+SHAPES = [
+    (1, 1, 1, 1, 16),
+    (2, 3, 5, 7, 32),
+    (1, 2, 97, 130, 96),
+    (3, 2, 13, 513, 64),
+    (2, 1, 100, 1100, 128),
+    (1, 3, 200, 512, 48),
+    (1, 2, 3, 9, 7),
+    (2, 2, 40, 900, 20),
+]
+"""Rows, heads, queries, keys, width; the C code takes multiples of 16 only."""
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    """The C code runs only where no gradients are wanted."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(params=["native", "flash", "scores"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs a test in C, with torch's flash kernel for CPUs, and with scores that are computed once more."""
+    if request.param == "native":
+        if native.library() is None:
+            pytest.skip(f"no C kernels on this machine: {native.describe()}")
+        yield request.param
+        return
+    monkeypatch.setattr(native, "library", lambda: None)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if request.param == "flash" else SDPBackend.MATH):
+        yield request.param
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Runs a block on so many threads of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, spread: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Random queries, keys and values; `spread` multiplies the queries, and so the scores."""
+    rows, heads, queries, keys, width = shape
+    q_nND = (torch.randn(rows * queries, heads, width) * spread).to(dtype)
+    return q_nND, *(torch.randn(rows, heads, keys, width).to(dtype) for _ in range(2))
+
+
+def naive(q_nND: Tensor, k_gNmD: Tensor, v_gNmD: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The twin of all three: attention, log-sum-exp and entropy, one head of one row after the other in float64."""
+    out = torch.empty(q_nND.shape, dtype=torch.float64)
+    lse, spread = torch.empty_like(out[..., 0]), torch.empty_like(out[..., 0])
+    for row, tokens in enumerate(torch.arange(len(q_nND)).chunk(len(k_gNmD))):
+        for head in range(q_nND.shape[1]):
+            scores_lm = scale * q_nND[tokens, head].double() @ k_gNmD[row, head].double().T
+            top_l1 = scores_lm.max(-1, keepdim=True).values
+            weights_lm = (scores_lm - top_l1).exp()
+            lse[tokens, head] = (top_l1 + weights_lm.sum(-1, keepdim=True).log()).squeeze(-1)
+            weights_lm /= weights_lm.sum(-1, keepdim=True)
+            out[tokens, head] = weights_lm @ v_gNmD[row, head].double()
+            spread[tokens, head] = -torch.special.xlogy(weights_lm, weights_lm).sum(-1)
+    return out, lse, spread
+
+
+def largest_score(q_nND: Tensor, k_gNmD: Tensor, scale: float) -> float:
+    """A bound that errors grow with: the longest query times the longest key."""
+    return scale * q_nND.double().norm(dim=-1).max().item() * k_gNmD.double().norm(dim=-1).max().item()
+
+
+def assert_near(got: Tensor, wanted: Tensor, margin: float) -> None:
+    assert got.dtype is torch.float32
+    assert got.shape == wanted.shape
+    assert (got.double() - wanted).abs().max().item() <= margin
+
+
+def lse_step(path: str, q_nND: Tensor) -> float:
+    """Error of a log-sum-exp per unit of the largest score; torch's flash kernel is coarser in bfloat16."""
+    is_flash = path == "flash" or (path == "native" and q_nND.shape[-1] % 16 != 0)
+    return 1e-4 if is_flash and q_nND.dtype is torch.bfloat16 else 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_log_sum_exp_equals_plain_arithmetic(
+    path: str, num_threads: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    q, k, v = inputs(shape, dtype)
+    with threads(num_threads):
+        out, lse = attend_group_lse(q, k, v, 0.3)
+        assert torch.equal(out, attend_group(q, k, v, 0.3))
+    assert_near(lse, naive(q, k, v, 0.3)[1], lse_step(path, q) * max(1.0, largest_score(q, k, 0.3)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 30.0, 1e4])
+def test_log_sum_exp_of_extreme_scores(path: str, spread: float, dtype: torch.dtype) -> None:
+    """Equal scores give log m; scores of thousands neither overflow nor vanish, and the largest may come last."""
+    q, k, v = inputs((2, 2, 9, 1200, 32), dtype, spread)
+    k[:, :, -1] *= 3
+    out, lse = attend_group_lse(q, k, v, 1.0)
+    assert_near(lse, naive(q, k, v, 1.0)[1], lse_step(path, q) * max(1.0, largest_score(q, k, 1.0)))
+    assert spread > 0 or (lse - math.log(1200)).abs().max() < 2 * lse_step(path, q)
+    assert torch.equal(out, attend_group(q, k, v, 1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_reads_strided_queries_and_a_part_of_a_cache(path: str, dtype: torch.dtype) -> None:
+    qkv, cache_k, cache_v = (torch.randn(shape).to(dtype) for shape in ((24, 3, 4, 32), (2, 4, 90, 32), (2, 4, 90, 32)))
+    q, k, v = qkv[:, 0], cache_k[:, :, :70], cache_v[:, :, :70]
+    out, lse = attend_group_lse(q, k, v, 0.3)
+    assert_near(lse, naive(q, k, v, 0.3)[1], lse_step(path, q) * largest_score(q, k, 0.3))
+    assert torch.equal(out, attend_group(q, k, v, 0.3))
+
+
+def test_each_path_is_the_one_that_runs(path: str) -> None:
+    """So that no case above is green by running another path: names of the operators of torch."""
+    q, k, v = inputs((1, 2, 5, 9, 32), torch.float32)
+    with torch.profiler.profile() as profile:
+        attend_group_lse(q, k, v, 0.3)
+    ran = {event.key for event in profile.key_averages()}
+    names = {"flash": "aten::_scaled_dot_product_flash_attention_for_cpu", "scores": "aten::logsumexp"}
+    assert ran & set(names.values()) == ({names[path]} if path in names else set())
+
+
+def test_gradients_flow_through_the_log_sum_exp() -> None:
+    """Torch's flash kernel for CPUs has none for it: the derivative by a query is the scaled mean key."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        q, k, v = inputs((1, 2, 5, 9, 32), torch.float32)
+        out, lse = attend_group_lse(q.requires_grad_(), k, v, 0.3)
+        (gradient,) = torch.autograd.grad(lse.sum(), q)
+        assert torch.equal(out, attend_group(q, k, v, 0.3))
+    assert_near(gradient, 0.3 * naive(q.detach(), k, k, 0.3)[0], 1e-5)
+
+
+# Merging
+
+
+def plain_merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The twin: outputs weighed by how much of all weight their keys have, any number of sets at once, in float64."""
+    lse_pnN = torch.stack([lse.double() for _, lse in parts])
+    share_pnN = lse_pnN.softmax(0)
+    return sum(share[..., None] * out.double() for share, (out, _) in zip(share_pnN, parts, strict=True)), (
+        lse_pnN.logsumexp(0)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", [0.1, 1.0, 20.0])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 500, 40), (700, 2, 513)], ids=str)
+def test_merged_groups_are_attention_over_all_keys(
+    path: str, sizes: tuple[int, ...], spread: float, dtype: torch.dtype
+) -> None:
+    """Three sets, one after the other, in either order."""
+    q, k, v = inputs((2, 2, 7, sum(sizes), 32), dtype, spread)
+    parts = [attend_group_lse(q, *kv, 0.3) for kv in zip(k.split(sizes, 2), v.split(sizes, 2), strict=True)]
+    out, lse, _ = naive(q, k, v, 0.3)
+    largest = max(1.0, largest_score(q, k, 0.3))
+    for a, b, c in (parts, parts[::-1]):
+        merged_out, merged_lse = merge_groups(*merge_groups(*a, *b), *c)
+        twin_out, twin_lse = plain_merge([a, b, c])
+        assert_near(merged_lse, twin_lse, 1e-6 * largest)
+        assert_near(merged_out, twin_out, 2e-6 * largest)
+        assert_near(merged_lse, lse, 2 * lse_step(path, q) * largest)
+        assert_near(merged_out, out, 4e-6 * largest if dtype is torch.float32 else 5e-2)
+
+
+def test_a_set_without_keys_changes_nothing() -> None:
+    q, k, v = inputs((1, 2, 4, 30, 16), torch.float32)
+    out, lse = attend_group_lse(q, k, v, 0.3)
+    nothing = torch.zeros_like(out), torch.full_like(lse, -math.inf)
+    for merged_out, merged_lse in (merge_groups(out, lse, *nothing), merge_groups(*nothing, out, lse)):
+        assert torch.equal(merged_out, out)
+        assert torch.equal(merged_lse, lse)
+
+
+# Entropy
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", [0.1, 1.0, 20.0])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_entropy_equals_plain_arithmetic(path: str, shape: tuple[int, ...], spread: float, dtype: torch.dtype) -> None:
+    q, k, _ = inputs(shape, dtype, spread)
+    found, largest = entropy(q, k, 0.3), largest_score(q, k, 0.3)
+    assert_near(found, naive(q, k, k, 0.3)[2], max(1e-6, (1e-6 if dtype is torch.float32 else 2**-8) * largest))
+    assert found.min() >= 0.0
+    assert found.max() <= math.log(shape[3]) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entropy_of_a_flat_and_of_a_sharp_softmax(path: str, dtype: torch.dtype) -> None:
+    """The two ends that have a name: log m for equal scores, and zero for one key that takes all weight."""
+    q, k, _ = inputs((1, 2, 4, 600, 32), dtype)
+    same = k[:, :, :1].expand(-1, -1, 600, -1).contiguous()
+    # Equal numbers, added one after the other, are rounded the same way each time.
+    margin = (5e-6 if dtype is torch.float32 else 2**-8) * largest_score(q, same, 0.3)
+    assert_near(entropy(q, same, 0.3), torch.full((4, 2), math.log(600), dtype=torch.float64), margin)
+    k[:, :, 77] = 50 * q[0]
+    step = 1e-6 if dtype is torch.float32 else 2**-8
+    assert_near(entropy(q[:1], k, 1.0), torch.zeros(1, 2, dtype=torch.float64), step * largest_score(q[:1], k, 1.0))
