@@ -16,23 +16,31 @@ from torch import Tensor
 
 from foveate.core.schedule import Grid
 from foveate.core.transfer import to_device
+from foveate.kernels import draws
 from foveate.kernels.bits import keep_two, sample_bits
 
 SAMPLE_STREAM, SMOOTH_STREAM = 0, 1
 """Philox streams of a scale: of its codes, and of smoothing."""
+_STREAMS = 256
+"""Streams that a scale may have."""
 
 NUM_BIT_VALUES = 2
 """Values of a symbol that is a bit."""
 
 
 def keyed_uniform(seed: int, scale: int, shape: Sequence[int], stream: int = SAMPLE_STREAM) -> Float[np.ndarray, "..."]:
-    """Uniform float64 draws of a whole map, each exactly representable in float32 and inside (0, 1).
+    """Uniform draws of a whole map, float32 inside (0, 1), the same on every machine.
 
-    Philox keyed by (seed, 256 * scale + stream), in C order over `shape`.
+    Philox keyed by (seed, 256 * scale + stream), in C order over `shape`; see `kernels.draws`.
     """
-    bits = np.random.Philox(key=np.array([seed, 256 * scale + stream], dtype=np.uint64))
-    raw = bits.random_raw(int(np.prod(shape))).reshape(tuple(shape))
-    return ((raw >> np.uint64(41)).astype(np.float64) + 0.5) * 2.0**-23
+    return draws.uniform((seed, _STREAMS * scale + stream), shape)
+
+
+def keyed_exponential(
+    seed: int, scale: int, shape: Sequence[int], stream: int = SAMPLE_STREAM
+) -> Float[np.ndarray, "..."]:
+    """`-log(u)` of the draws of `keyed_uniform`, float32: the log is taken on the host, in float64."""
+    return draws.exponential((seed, _STREAMS * scale + stream), shape)
 
 
 def filtered(logits_kdV: Float[Tensor, "k d V"], top_k: int, top_p: float) -> Float[Tensor, "k d V"]:
@@ -76,6 +84,18 @@ class Filter:
 class Sampler(ABC):
     """Chooses the symbols of every token of a scale; may own random state, so one serves one request."""
 
+    def state(self) -> Tensor | None:
+        """The random state, to be given to `restore` if a scale fails; None where there is none."""
+        return None
+
+    def restore(self, state: Tensor | None) -> None:
+        """Goes back to a state; does nothing where there is none."""
+        return
+
+    def seed_of(self, image: int) -> int | None:
+        """The seed of an image's keyed draws; None where draws have an order instead."""
+        return None
+
     @abstractmethod
     def choose(
         self,
@@ -106,6 +126,10 @@ class KeyedSampler(Sampler):
 
     seeds: tuple[int, ...]
 
+    def seed_of(self, image: int) -> int:
+        """Its seed."""
+        return self.seeds[image]
+
     def choose(
         self,
         scale: int,
@@ -121,21 +145,21 @@ class KeyedSampler(Sampler):
                 chosen.append(logits_kdV.argmax(-1))
                 continue
             num_symbols, num_values = logits_kdV.shape[1:]
-            shape = (*grid, num_symbols if num_values == NUM_BIT_VALUES else num_values)
-            u = keyed_uniform(self.seeds[image], scale, shape).reshape(grid[0] * grid[1], -1)
             if num_values == NUM_BIT_VALUES:
-                u_kd = _take(to_device(torch.from_numpy(u.astype(np.float32)), logits_kdV.device), kept, image)
+                u_ld = torch.from_numpy(keyed_uniform(self.seeds[image], scale, (*grid, num_symbols))).flatten(0, 1)
+                u_kd = _take(to_device(u_ld, logits_kdV.device), kept, image)
                 chosen.append(sample_bits(logits_kdV, u_kd, rule.top_p))
             else:
+                e_lV = torch.from_numpy(keyed_exponential(self.seeds[image], scale, (*grid, num_values))).flatten(0, 1)
                 p_kdV = probabilities(logits_kdV, rule.top_k, rule.top_p)
-                e_kV = _take(to_device(torch.from_numpy((-np.log(u)).astype(np.float32)), p_kdV.device), kept, image)
+                e_kV = _take(to_device(e_lV, p_kdV.device), kept, image)
                 chosen.append((p_kdV / e_kV[:, None]).argmax(-1))
         return chosen
 
     def exponentials(self, scale: int, grid: Grid, num_images: int, num_values: int) -> list[Float[Tensor, "l V"]]:
         """Each image's exponential draws for smoothing, of the whole grid, on the host."""
-        maps = (keyed_uniform(seed, scale, (*grid, num_values), SMOOTH_STREAM) for seed in self.seeds)
-        return [torch.from_numpy((-np.log(u)).astype(np.float32)).flatten(0, 1) for u in maps]
+        maps = (keyed_exponential(seed, scale, (*grid, num_values), SMOOTH_STREAM) for seed in self.seeds)
+        return [torch.from_numpy(e).flatten(0, 1) for e in maps]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +171,15 @@ class ReferenceSampler(Sampler):
     """
 
     generator: torch.Generator
+
+    def state(self) -> Tensor:
+        """That of the generator."""
+        return self.generator.get_state()
+
+    def restore(self, state: Tensor | None) -> None:
+        """Sets the generator back."""
+        if state is not None:
+            self.generator.set_state(state)
 
     def choose(
         self,
@@ -187,6 +220,18 @@ class SmoothSampler(Sampler):
     first: int
     end: int
     is_after_draw: bool
+
+    def state(self) -> Tensor | None:
+        """That of the inner sampler."""
+        return self.inner.state()
+
+    def restore(self, state: Tensor | None) -> None:
+        """Sets the inner sampler back."""
+        self.inner.restore(state)
+
+    def seed_of(self, image: int) -> int | None:
+        """That of the inner sampler."""
+        return self.inner.seed_of(image)
 
     def choose(
         self,
