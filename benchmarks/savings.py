@@ -8,7 +8,7 @@ library itself has one way only. Transformer alone, without the decoder. Picture
 
 import argparse
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -21,12 +21,10 @@ from torch import Tensor
 from foveate.bench.machine import describe_machine
 from foveate.bench.rounds import alternate
 from foveate.bench.spread import Spread
-from foveate.core.plan import Bound
-from foveate.core.schedule import Scale
 from foveate.engine import kv_cache, sample, state
-from foveate.engine.executor import Engine
+from foveate.engine.executor import Engine, ScaleStep
 from foveate.engine.kv_cache import Slot
-from foveate.engine.state import Bounds, Request, RequestState
+from foveate.engine.state import Bounds, RequestState
 from foveate.families.loading import model_names
 from foveate.kernels import activation, attention, heads, linear, native, norm, residual
 from foveate.kernels.attention import attend_group
@@ -53,16 +51,17 @@ def in_torch(*kernels: Any) -> Generator[None, None, None]:
 @contextmanager
 def text_every_scale() -> Generator[None, None, None]:
     """Text keys and values and modulation are computed again at every scale."""
-    step = Engine._step
+    step = Engine.step
 
-    def again(self: Engine, current: RequestState, scale: Scale, request: Request, bound: Bound) -> None:
-        if scale.index and len(current.live) == current.cache.scratch_k_RNMD.shape[0]:
-            is_guided = any(not is_cond for _, is_cond in current.live) and not request.has_negative
-            with torch.inference_mode():
-                current.prepared = self.model.prepare(request.conditions, is_guided)
-        step(self, current, scale, request, bound)
+    def again(self: Engine, states: Sequence[RequestState]) -> list[ScaleStep | Exception]:
+        for current in states:
+            if current.scale:
+                is_guided = any(not is_cond for _, is_cond in current.live) and not current.request.has_negative
+                with torch.inference_mode():
+                    current.prepared = self.model.prepare(current.request.conditions, is_guided)
+        return step(self, states)
 
-    with patch.object(Engine, "_step", again):
+    with patch.object(Engine, "step", again):
         yield
 
 

@@ -1,42 +1,38 @@
 """Tiny real models with loud random weights, requests for them, and spies: for tests of core, engine and policies."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from foveate.core.conditions import ClassLabel
 from foveate.core.guidance import GuidanceSchedule
-from foveate.core.plan import Bound, Policy, ScalePlan
+from foveate.core.plan import ScalePlan
+from foveate.core.policy import Bound, Policy
 from foveate.core.protocols import NextScaleModel, ScaleTokenizer
 from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.core.trace import Trace
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler, Sampler
 from foveate.engine.state import Request
-from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.models.var import VAR, VARConfig
 from foveate.policies.registry import load_policy
-from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
-from foveate.tokenizers.bsq import BSQTokenizer
+from foveate.testing.toys import (
+    LATENT_CHANNELS,
+    TINY_GRIDS,
+    randomise,
+    text_features,
+    tiny_model,
+    tiny_tokenizer,
+)
 from foveate.tokenizers.vq import VQTokenizer
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 
-TEXT_WIDTH = 32
-LATENT_CHANNELS = 8
 SEEDS = (3, 7, 11)
 LENGTHS = (5, 9, 5)
-
-GRIDS: dict[str, tuple[tuple[Grid, ...], int]] = {
-    "square": (((1, 1), (2, 2), (4, 4), (6, 6), (8, 8)), 1),
-    "wide": (((1, 1), (1, 2), (2, 4), (3, 6), (5, 10)), 1),
-    "odd": (((1, 1), (3, 2), (5, 3), (7, 5), (9, 7)), 1),
-    "patches": (((1, 1), (2, 2), (3, 3), (4, 5), (5, 6)), 2),
-}
-"""Token grids and patch of every toy."""
+GRIDS = TINY_GRIDS
 
 VAR_GRIDS: tuple[Grid, ...] = ((1, 1), (2, 2), (3, 3), (4, 4), (6, 6))
 VAR_LABELS = (1, 4, 2)
@@ -56,49 +52,14 @@ class Toy:
         return self.model.shape.num_blocks
 
 
-def draw_parameters(module: nn.Module, seed: int) -> None:
-    """Draws every parameter, biases and norms too."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        parameter.data.normal_(generator=generator)
-        if name.endswith("scale_mul_1H11"):
-            parameter.data.mul_(0.2).add_(math.log(4.0))
-        elif name.endswith("weight") and "norm" in name.split(".")[-2]:
-            parameter.data.mul_(0.2).add_(1.0)
-        elif parameter.dim() == 1:
-            parameter.data.mul_(0.2)
-        else:
-            parameter.data.mul_((parameter.numel() // parameter.shape[0]) ** -0.5)
-
-
-def make_model(patch: int = 1, dtype: torch.dtype = torch.float32) -> Infinity:
-    """Every parameter is drawn, biases and norms too, so that none of them can be forgotten unseen."""
-    config = InfinityConfig(
-        depth=5,
-        width=64,
-        heads=4,
-        bits=LATENT_CHANNELS * patch**2,
-        text_width=TEXT_WIDTH,
-        pool_heads=2,
-        text_tokens=16,
-    )
-    model = Infinity(config)
-    draw_parameters(model, seed=5)
-    return model.requires_grad_(requires_grad=False).to(dtype).eval()
-
-
 @cache
 def toy(name: str, dtype: torch.dtype = torch.float32) -> Toy:
     """A toy by the name of its grids; tests leave it as it is."""
     grids, patch = GRIDS[name]
-    config = AutoencoderConfig(
-        latent_channels=LATENT_CHANNELS, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, patch=4
-    )
-    autoencoder = Autoencoder(config).requires_grad_(requires_grad=False).eval()
     return Toy(
         name=name,
-        model=make_model(patch, dtype),
-        tokenizer=BSQTokenizer(autoencoder, patch),
+        model=tiny_model(patch, dtype),
+        tokenizer=tiny_tokenizer(patch),
         schedule=ScaleSchedule.from_grids(grids, patch=patch),
     )
 
@@ -117,7 +78,7 @@ def make_var(dtype: torch.dtype = torch.float32, *, shared_aln: bool = False) ->
         ff_width=128,
     )
     model = VAR(config)
-    draw_parameters(model, seed=6)
+    randomise(model, seed=6)
     generator = torch.Generator().manual_seed(7)
     for name, parameter in model.named_parameters():
         if name in ("class_emb.weight", "pos_start", "pos_1LC", "lvl_embed.weight") or name.endswith("ada_gss"):
@@ -136,18 +97,13 @@ def toy_var(dtype: torch.dtype = torch.float32, *, shared_aln: bool = False) -> 
         codebook_size=48,
     )
     autoencoder = VQAutoencoder(config)
-    draw_parameters(autoencoder, seed=8)
+    randomise(autoencoder, seed=8)
     return Toy(
         name="var",
         model=make_var(dtype, shared_aln=shared_aln),
         tokenizer=VQTokenizer(autoencoder.requires_grad_(requires_grad=False).eval()),
         schedule=ScaleSchedule.from_grids(VAR_GRIDS),
     )
-
-
-def text_features(seed: int, length: int) -> Tensor:
-    """Random features of a prompt."""
-    return torch.randn(length, TEXT_WIDTH, generator=torch.Generator().manual_seed(100 + seed))
 
 
 def make_request(
@@ -221,8 +177,15 @@ class SpyBound(Bound):
         self.directives, self.is_static = inner.directives, inner.is_static
         self.signals, self.plans = [], []
 
+    @property
+    def label(self):
+        return self.inner.label
+
     def record(self, scale):
         return self.inner.record(scale)
+
+    def keeps(self, scale):
+        return self.inner.keeps(scale)
 
     def start(self):
         return self.inner.start()
@@ -245,6 +208,9 @@ class FixedBound(Bound):
 
     def plan(self, scale, signals, state):
         return self.plans[scale], state
+
+    def ceiling(self, scale):
+        return replace(self.plans[scale], selections=(), depths=(), unconditional_tokens=(), unconditional=None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 import torch
@@ -16,16 +16,16 @@ from tqdm import tqdm
 
 from foveate.core.conditions import Condition
 from foveate.core.errors import FoveateError
-from foveate.core.plan import Bound
+from foveate.core.policy import Bound
 from foveate.core.trace import Trace
-from foveate.engine.executor import Engine, LateBlocks
+from foveate.engine.executor import Engine, ScaleStep
 from foveate.engine.graphs import DeviceCapture, Graphs
 from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler, SmoothSampler
 from foveate.engine.state import Request
 from foveate.families.loading import LoadedModel, Origin, Precision, load_model
 from foveate.families.offload import CODEBOOK, DECODER, TEXT_ENCODER, TRANSFORMER, Offload
 from foveate.families.residency import Residency
-from foveate.models.late import check_fp8, late_blocks
+from foveate.kernels.heap import kept_heap
 from foveate.pipeline_options import Job, Options, Prompts, resolve, settings_of, warn_untrained
 from foveate.pipeline_output import (
     Images,
@@ -40,7 +40,6 @@ from foveate.pipeline_output import (
 
 logger = logging.getLogger("foveate")
 
-_NO_FP8_WITH_OFFLOAD = "fp8_scales needs weights that stay where they are; leave it or offload out"
 _NO_GRAPHS_WITH_OFFLOAD = "captured graphs need weights that stay where they are; leave offload or cuda graphs out"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -88,7 +87,6 @@ class Pipeline:
         dtype: str | torch.dtype = "float32",
         decoder_dtype: str | torch.dtype | None = None,
         quantization: str | None = None,
-        fp8_scales: int = 0,
         device: str | torch.device = "cpu",
         revision: str | None = None,
         local_files_only: bool = False,
@@ -108,9 +106,6 @@ class Pipeline:
             decoder_dtype: What the decoder computes in; None takes `dtype`.
             quantization: `int8` or `fp8` holds the weights of the transformer's blocks in eight bits: less memory, no
                 less time. Needs the extra `quantize`. None keeps them in `dtype`.
-            fp8_scales: At so many of the last scales the blocks multiply in fp8, which is not exact. Needs `dtype`
-                bfloat16 and, beside the weights, a byte for each one of the blocks. Meant for GPUs from compute
-                capability 8.9 on, untested there; slower on a CPU.
             device: Where it runs.
             revision: Branch, tag or commit of a hub model; None elsewhere.
             local_files_only: Never reaches for the network: a hub model must have been fetched before.
@@ -134,14 +129,9 @@ class Pipeline:
             dtype=_dtype(dtype, "dtype"),
             decoder_dtype=None if decoder_dtype is None else _dtype(decoder_dtype, "decoder_dtype"),
             quantization=quantization,
-            fp8_scales=fp8_scales,
         )
         residency = Residency(offload=offload, release_text_encoder=release_text_encoder)
         place = _device(device)
-        if fp8_scales:
-            check_fp8(precision.dtype, place)
-            if offload:
-                raise FoveateError(_NO_FP8_WITH_OFFLOAD)
         if offload:
             _refuse_offload(place)
         pipe = cls(load_model(origin, weights=weights, precision=precision, device=place, residency=residency))
@@ -162,8 +152,6 @@ class Pipeline:
         _refuse_offload(self.model.device)
         if self._engine.graphs is not None:
             raise FoveateError(_NO_GRAPHS_WITH_OFFLOAD)
-        if self._engine.late is not None:
-            raise FoveateError(_NO_FP8_WITH_OFFLOAD)
         if self._offload is None:
             self._offload = Offload.of(self.model)
 
@@ -185,13 +173,7 @@ class Pipeline:
             self._engine = self._new_engine(Graphs(DeviceCapture(self.model.device)))
 
     def _new_engine(self, graphs: Graphs | None) -> Engine:
-        transformer, count = self.model.transformer, self.model.precision.fp8_scales
-        late = None
-        if count:
-            blocks: list[Any] = [transformer.block(index) for index in range(transformer.shape.num_blocks)]
-            twins: tuple[Any, ...] = late_blocks(blocks)
-            late = LateBlocks(num_scales=count, blocks=twins)
-        return Engine(transformer, self.model.tokenizer, graphs, late)
+        return Engine(self.model.transformer, self.model.tokenizer, graphs)
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
@@ -306,11 +288,16 @@ class Pipeline:
         text_ms = 1e3 * (time.perf_counter() - began)
         num_scales = len(job.schedule)
         with ExitStack() as stack:
-            runs = [stack.enter_context(closing(self._engine.run(bound, request))) for request in requests]
+            stack.enter_context(kept_heap())
+            states = []
+            with self._working(TRANSFORMER, CODEBOOK):
+                for request in requests:
+                    states.append(self._engine.open(bound, request))
+                    stack.callback(states[-1].release)
             bar = stack.enter_context(tqdm(total=num_scales, disable=self._hides_progress, unit="scale", leave=False))
             for scale in range(num_scales):
                 with self._working(TRANSFORMER, CODEBOOK, *((DECODER,) if scale > num_scales - previews else ())):
-                    steps = [next(run) for run in runs]
+                    steps = _all_steps(self._engine.step(states))
                 latents = [step.f_hat_BZHW for step in steps]
                 f_hat_BZHW = latents[0] if len(latents) == 1 else torch.cat(latents)
                 bar.set_description(f"scale {scale + 1}/{num_scales}")
@@ -327,7 +314,7 @@ class Pipeline:
                 )
 
     def _requests(self, job: Job, times_scales: bool = False) -> tuple[Request, ...]:
-        """One request for the batch, or one per image where bits must not depend on the batch."""
+        """One request per image, or one for the batch where the device or the order of draws wants that."""
         conditions, negatives = self._encode(job)
 
         def request(images: Sequence[int]) -> Request:
@@ -344,7 +331,9 @@ class Pipeline:
             )
 
         everything = range(job.num_images)
-        return tuple(request([i]) for i in everything) if job.settings.batch_invariant else (request(everything),)
+        if job.is_batch_invariant(self.model.device):
+            return tuple(request([i]) for i in everything)
+        return (request(everything),)
 
     def _encode(self, job: Job) -> tuple[tuple[Condition, ...], tuple[Condition, ...]]:
         """Conditions of all images, and negative ones if there are any; the conditioner is asked once for both."""
@@ -418,6 +407,16 @@ def stack_uint8(images: Images) -> np.ndarray:
     if isinstance(images, Tensor):
         raise FoveateError('pictures as bytes need output_type "pil" or "np"')
     return images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
+
+
+def _all_steps(outcomes: Sequence[ScaleStep | Exception]) -> list[ScaleStep]:
+    """What a scale left of every image of a call; the first error ends the call."""
+    steps = []
+    for outcome in outcomes:
+        if isinstance(outcome, Exception):
+            raise outcome
+        steps.append(outcome)
+    return steps
 
 
 def _dtype(dtype: str | torch.dtype, name: str) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 
 from foveate.core.errors import FoveateError, unknown
 from foveate.core.guidance import GuidanceSchedule
-from foveate.core.plan import Policy
+from foveate.core.policy import Policy
 from foveate.core.schedule import ScaleSchedule, parse_ratio, ratio_name
 from foveate.engine.sample import Filter
 from foveate.families.spec import ModelSpec, per_scale
@@ -90,7 +90,8 @@ class Settings:
         rng: `keyed` draws depend on seed, scale and position alone; `reference` draws in the published order for the
             whole batch, from `generator` or from a new one seeded with `seed`.
         policy: Name, spec, YAML file or object.
-        batch_invariant: Runs every image by itself, so that it has the same bits in every batch.
+        batch_invariant: Gives every image the bits that it has alone. On a CPU with keyed draws that is always so; on a
+            GPU every image becomes a request of its own, which is slower.
         output_type: `pil` images; `np` uint8 (n, height, width, 3); `pt` float32 in [0, 1], (n, 3, height, width);
             `latent` float32 latents, not decoded.
         return_dict: False returns `(images,)` alone.
@@ -190,6 +191,13 @@ class Job:
     def num_images(self) -> int:
         """Images of all prompts."""
         return len(self.prompts) * self.images_per_prompt
+
+    def is_batch_invariant(self, device: torch.device) -> bool:
+        """Whether every image gets the bits that it has alone: if asked for, and on a CPU wherever draws are keyed.
+
+        The images are then requests of their own, which share their products.
+        """
+        return self.settings.batch_invariant or (device.type == "cpu" and self.settings.rng == "keyed")
 
     def per_image(self, per_prompt: Sequence[Any]) -> tuple[Any, ...]:
         """Repeats entries per prompt for each of its images."""

@@ -18,7 +18,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from foveate.core.plan import Bound
+from foveate.core.policy import Bound
 from foveate.core.trace import ScaleTrace, Trace
 from foveate.core.version import __version__
 from foveate.engine.forecast import full_cost
@@ -179,6 +179,7 @@ def _merge_scale(parts: Sequence[ScaleTrace]) -> ScaleTrace:
         ran=any(part.ran for part in parts),
         work=replace(parts[0].work, grid_tokens=grid_tokens, rows=rows),
         ms=sum(part.ms for part in parts),
+        lost_copies=sum(part.lost_copies for part in parts),
         keep_Bl=torch.cat(keeps) if keeps else None,
         depth_Bl=torch.cat(depths) if depths else None,
     )
@@ -202,7 +203,6 @@ def describe_precision(precision: Precision) -> dict[str, str | int | None]:
         "dtype": str(precision.dtype).removeprefix("torch."),
         "decoder_dtype": None if decoder is None else str(decoder).removeprefix("torch."),
         "quantization": precision.quantization,
-        "fp8_scales": precision.fp8_scales,
     }
 
 
@@ -257,7 +257,7 @@ def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
             "fingerprint": job.policy.fingerprint,
             "parts": [{"policy": part.name, **part.settings()} for part in job.policy.parts_of()],
         },
-        "batch_invariant": job.settings.batch_invariant,
+        "batch_invariant": job.is_batch_invariant(model.device),
         **describe_precision(model.precision),
         "device": model.device.type,
         "threads": torch.get_num_threads(),

@@ -13,7 +13,7 @@ from PIL import Image, PngImagePlugin
 
 from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
-from foveate.core.plan import Policy
+from foveate.core.policy import Policy
 from foveate.families.loading import model_names
 from foveate.pipeline import Pipeline
 from foveate.pipeline_options import Options, resolve, settings_of
@@ -175,7 +175,6 @@ def loading_options(config: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": config["dtype"],
         "decoder_dtype": config.get("decoder_dtype"),
         "quantization": config.get("quantization"),
-        "fp8_scales": config.get("fp8_scales", 0),
         "device": config["device"],
     }
 

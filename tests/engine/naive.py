@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.core.plan import Base, Fill
+from foveate.core.plan import Base, KeepOutputs
 from foveate.core.protocols import BlockContext, Change
 from foveate.core.rows import Rows
-from foveate.core.signals import Signal
 from foveate.engine.state import Request
 from foveate.kernels.attention import attend_group
 from tests.toys import LATENT_CHANNELS, Result, Toy
@@ -96,6 +95,11 @@ def added(change: Change, rows: Rows) -> Tensor:
     return change.value_nC.float() * gate
 
 
+def logits_of(model, x_nC: Tensor, rows: Rows, prepared) -> Tensor:
+    """The head."""
+    return model.head_logits(model.head_input(x_nC, rows, prepared))
+
+
 def enter(toy: Toy, f_hat_BZHW: Tensor, scale: int) -> Tensor:
     """Embedded input of a scale > 0, (B, l, C)."""
     patch, grid = toy.schedule.patch, toy.schedule.grids[scale]
@@ -123,7 +127,7 @@ def generate(toy: Toy, request: Request, seeds: Sequence[int]) -> tuple[list[Ten
             context = BlockContext(rows=rows, prepared=prepared, rotation_nD=rotation, slot=slots[index])
             for sublayer in range(3):
                 x = x + added(model.block(index).change(sublayer, x, context), context.rows)
-        cond, uncond = model.logits(x, rows, prepared).chunk(2)
+        cond, uncond = logits_of(model, x, rows, prepared).chunk(2)
         guide, inverse = request.guidance.weights[scale], 1 / request.temperatures[scale]
         logits = guide * (cond * inverse) + (1 - guide) * (uncond * inverse)
         rule, codes, bits = request.filters[scale], [], []
@@ -169,9 +173,9 @@ def decisions_of(result: Result, image: int) -> list[Decision | None]:
                 order=plan.depths[0].order if plan.depths else tuple(range(num_blocks)),
                 weight_l=weight_Bl[image % len(weight_Bl)].tolist(),
                 is_guided=(image, False) in trace.work.rows,
-                is_cached=plan.fill is Fill.CACHED,
+                is_cached=plan.fill is not None,
                 repeats_base=plan.base is Base.PREVIOUS,
-                is_recorded=Signal.BLOCK_DELTAS in result.bound.record(trace.scale),
+                is_recorded=KeepOutputs() in result.bound.keeps(trace.scale),
             )
         )
     return decisions
@@ -249,7 +253,7 @@ class PlannedRow:
         if decision.is_recorded:
             self.deltas, self.grid = fresh, grid
         sums = [sum(float(delta[t].abs().mean()) for delta in fresh) for t in tokens]
-        return model.logits(x_lC, Rows((len(x_lC),)), self.prepared), sums
+        return logits_of(model, x_lC, Rows((len(x_lC),)), self.prepared), sums
 
 
 @torch.inference_mode()

@@ -6,16 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate.core.cost import ModelShape
-from foveate.core.plan import DepthMap, Rule, ScalePlan, TokenSelection
+from foveate.core.plan import CachedFill, DepthMap, Resize, ScalePlan
 from foveate.core.rows import Rows
-from foveate.core.schedule import Scale
+from foveate.core.schedule import ScaleSchedule
+from foveate.core.selection import MaskSelection, Rule, TokenSelection
+from foveate.core.signals import BranchLogits
 from foveate.core.trace import Trace
-from foveate.engine.branches import combine_hidden, combine_logits
-from foveate.engine.deltas import DeltaStore
+from foveate.engine.branches import combine_hidden_, combine_logits, per_image
+from foveate.engine.counting import trace_of
 from foveate.engine.executor import Engine
-from foveate.engine.kv_cache import KVCache
-from foveate.engine.select import TokenLayout, choose
-from foveate.engine.tally import Tally
+from foveate.engine.fills import Fills
+from foveate.engine.kv_cache import KVCache, Slot
+from foveate.engine.scale_run import ScaleRun
 from foveate.policies.registry import load_policy
 from tests.engine.naive import attend_list, decisions_of, generate_planned
 from tests.toys import (
@@ -38,10 +40,15 @@ def noise(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def lay_out(plan: ScalePlan, live: list[tuple[int, bool]], num_images: int, num_tokens: int) -> TokenLayout:
-    """The layout of a plan, of as many blocks as its depths know."""
-    num_blocks = len(plan.depths[0].order) if plan.depths else 1
-    return TokenLayout.of(choose(plan, num_images, num_tokens, num_blocks), live, num_tokens)
+def begin(plan: ScalePlan, grid: tuple[int, int] = (8, 8), num_images: int = 1) -> ScaleRun:
+    """The run of a plan at the last of two scales, on the model of a toy."""
+    subject = toy("square")
+    schedule = ScaleSchedule.from_grids([(1, 1), grid])
+    request = make_request(schedule, SEEDS[:num_images], LENGTHS[:num_images], weights=(2.0, 2.0))
+    engine = Engine(subject.model, subject.tokenizer)
+    state = engine.open(FixedBound([ScalePlan(), plan]), request)
+    engine.step([state])
+    return ScaleRun.begin(state, subject.model)
 
 
 # Plans are executed as decided
@@ -102,26 +109,39 @@ def test_depth_of_nobody_runs_no_block():
 
 def test_a_selection_that_keeps_all_takes_the_dense_path():
     selection = TokenSelection(score_Bl=noise(0, 1, 64), share=1.0, rule=Rule.COUNT)
-    layout = lay_out(ScalePlan(selections=(selection,)), [(0, True), (0, False)], 1, 64)
-    assert layout.kept is None
-    assert layout.keep_Bl is None
-    full = tuple(range(5))
-    deep = DepthMap(depth_Bl=torch.full((1, 64), 5), order=full)
-    layout = lay_out(ScalePlan(depths=(deep,)), [(0, True), (0, False)], 1, 64)
-    assert all(layout.active(block).index_n is None for block in full)
+    ran = begin(ScalePlan(selections=(selection,)))
+    assert ran.is_dense
+    assert ran.committed() is None
+    order = tuple(range(5))
+    ran = begin(ScalePlan(depths=(DepthMap(depth_Bl=torch.full((1, 64), 5), order=order),)))
+    assert all(ran.active(block).index_n is None for block in order)
 
 
 def test_packing_gathers_each_image_in_both_branches():
     score_Bl = torch.tensor([[4.0, 1.0, 3.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
     selection = TokenSelection(score_Bl=score_Bl, share=0.5, rule=Rule.COUNT)
-    live = [(0, True), (1, True), (1, False)]
-    depth = DepthMap(depth_Bl=torch.tensor([[0, 2, 2, 0], [0, 0, 1, 2]]), order=(1, 0))
-    layout = lay_out(ScalePlan(selections=(selection,), depths=(depth,)), live, 2, 4)
-    packed = layout.pack([torch.arange(4), torch.arange(10, 14)])
-    assert packed.tolist() == [0, 2, 12, 13, 12, 13]
-    active = layout.active(0)
+    depth = DepthMap(depth_Bl=torch.tensor([[0, 2, 2, 0], [0, 0, 1, 2]]), order=(1, 0, 2, 3, 4))
+    plan = ScalePlan(selections=(selection,), depths=(depth,), unconditional=(False, True))
+    ran = begin(plan, (2, 2), 2)
+    assert ran.live == ((0, True), (1, True), (1, False))
+    assert ran.pack([torch.arange(4), torch.arange(10, 14)]).tolist() == [0, 2, 12, 13, 12, 13]
+    active = ran.active(0)
     assert active.rows.counts == (1, 1, 1)
     assert active.index_n.tolist() == [1, 3, 5]
+
+
+def test_the_unconditional_branch_may_run_fewer_tokens():
+    mask_Bl = torch.tensor([[True, False, False, True]])
+    plan = ScalePlan(
+        selections=(TokenSelection(score_Bl=torch.tensor([[4.0, 1.0, 3.0, 2.0]]), share=0.75, rule=Rule.COUNT),),
+        unconditional_tokens=(MaskSelection(mask_Bl=mask_Bl, kept=2),),
+    )
+    ran = begin(plan, (2, 2))
+    assert ran.rows.counts == (3, 2)
+    assert ran.pack([torch.arange(4)]).tolist() == [0, 2, 3, 0, 3]
+    (image,) = per_image(ran, torch.arange(5.0)[:, None])
+    assert image.uncond_index_u.tolist() == [0, 2]
+    assert [part.flatten().tolist() for part in image.both()] == [[0.0, 2.0], [3.0, 4.0]]
 
 
 # Rows
@@ -158,7 +178,8 @@ def test_cache_equals_growing_lists():
             rows_alive = [0, 2]
             cache.keep([0, 2])
         q, k, v = (noise(10 * step + i, sum(counts), 2, 4) for i in range(3))
-        slot = cache.slot(0, Rows(counts), is_stored=step < 3)
+        rows = Rows(counts)
+        slot = Slot(cache, 0, rows, range(len(counts)), is_stored=step < 3, wants_entropy=False)
         ours = slot.attend(q, k, v, 0.7).split(counts)
         parts = [x.split(counts) for x in (q, k, v)]
         for i, row in enumerate(rows_alive):
@@ -166,6 +187,8 @@ def test_cache_equals_growing_lists():
             if counts[i]:
                 theirs = attend_list(held, *(part[i] for part in parts), 0.7)
                 assert torch.allclose(ours[i], theirs, atol=1e-5)
+        if step < 3:
+            cache.commit(step, [counts, [0] * len(counts)])
     assert cache.lengths[0] == [len(past[0][0]), len(past[2][0])]
 
 
@@ -175,23 +198,112 @@ def test_cache_allocates_the_bound_once():
     before = [t.data_ptr() for t in (*cache.k_RNMD, *cache.v_RNMD)]
     values = noise(0, 9, 2, 4).bfloat16()
     for block in (0, 1):
-        cache.slot(block, Rows((3, 3, 3)), is_stored=True).attend(values, values, values, 1.0)
+        slot = Slot(cache, block, Rows((3, 3, 3)), (0, 1, 2), is_stored=True, wants_entropy=False)
+        slot.attend(values, values, values, 1.0)
     assert [t.data_ptr() for t in (*cache.k_RNMD, *cache.v_RNMD)] == before
     cache.keep([1])
     assert cache.num_bytes == 2 * 2 * 8 * (9 + 5 + 9 + 4)
 
 
-# Deltas
+def test_what_a_scale_writes_counts_only_when_it_is_committed():
+    cache = KVCache(SHAPE, 2, (6, 6), 4, torch.float32, torch.device("cpu"))
+    q, k, v = (noise(i, 4, 2, 4) for i in range(3))
+    outs = []
+    for _ in range(2):
+        slot = Slot(cache, 0, Rows((2, 2)), (0, 1), is_stored=True, wants_entropy=False)
+        outs.append(slot.attend(q, k, v, 1.0))
+    assert cache.lengths == [[0, 0], [0, 0]]
+    assert torch.equal(*outs)
 
 
-def test_store_holds_nothing_before_it_was_filled_and_keeps_rows():
-    store = DeltaStore(2)
-    assert store.resized(0, (4, 4)) is None
-    store.keep([1])
-    store.blocks, store.grid = [noise(0, 3, 4, 2), noise(1, 3, 4, 2)], (2, 2)
-    middle = store.blocks[1][1]
-    store.keep([1])
-    assert torch.equal(store.resized(1, (2, 2)), middle[None])
+def test_evicted_scales_are_gone_and_later_ones_move_up():
+    """Rows of different lengths; what is left is what a list without that scale holds."""
+    cache = KVCache(SHAPE, 2, (12, 12), 4, torch.float32, torch.device("cpu"))
+    past: list[dict[int, list[torch.Tensor]]] = [{}, {}]
+    for step, counts in enumerate([(1, 1), (2, 3), (3, 2)]):
+        k, v = noise(step, sum(counts), 2, 4), noise(9 + step, sum(counts), 2, 4)
+        slot = Slot(cache, 0, Rows(counts), (0, 1), is_stored=True, wants_entropy=False)
+        slot.attend(k, k, v, 1.0)
+        cache.commit(step, [counts, (0, 0)])
+        for row, parts in enumerate(zip(k.split(counts), v.split(counts), strict=True)):
+            past[row][step] = list(parts)
+    assert cache.evict(1)
+    assert not cache.evict(1)
+    assert cache.lengths[0] == [4, 3]
+    for row in range(2):
+        for stored, place in ((cache.k_RNMD, 0), (cache.v_RNMD, 1)):
+            expected = torch.cat([past[row][0][place], past[row][2][place]])
+            assert torch.equal(stored[0][row][:, : cache.lengths[0][row]].transpose(0, 1), expected)
+
+
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_a_narrower_dtype_reads_what_was_stored_and_stores_what_later_scales_read(is_stored: bool):
+    cache = KVCache(SHAPE, 1, (6, 6), 4, torch.float32, torch.device("cpu"))
+    first, second = noise(0, 2, 2, 4), noise(1, 3, 2, 4)
+    Slot(cache, 0, Rows((2,)), (0,), is_stored=True, wants_entropy=False).attend(first, first, first, 1.0)
+    cache.commit(0, [[2], [2]])
+    half = second.bfloat16()
+    out = Slot(cache, 0, Rows((3,)), (0,), is_stored=is_stored, wants_entropy=False).attend(half, half, half, 1.0)
+    both = torch.cat((first, half.float()))
+    weights = torch.einsum("qnd,knd->nqk", half.float(), both).softmax(-1)
+    assert out.dtype is torch.bfloat16
+    assert torch.allclose(out.float(), torch.einsum("nqk,knd->qnd", weights, both), atol=0.05)
+    assert torch.equal(cache.k_RNMD[0][0, :, :2].transpose(0, 1), first)
+    if is_stored:
+        assert torch.equal(cache.k_RNMD[0][0, :, 2:5].transpose(0, 1), half.float())
+
+
+# Fills
+
+
+def test_fills_hold_nothing_before_a_scale_was_kept_and_give_rows():
+    assert Fills().resized((0, None), CachedFill(), (4, 4)) is None
+    fills = Fills(scale=2, grid=(2, 2), outputs={(0, None): noise(0, 3, 4, 2), (1, 2): noise(1, 3, 4, 2)})
+    part = fills.of_rows([1])
+    assert torch.equal(part.resized((1, 2), CachedFill(source=2), (2, 2)), fills.outputs[(1, 2)][1:2])
+    with pytest.raises(ValueError, match="reads scale 1, but scale 2 is kept"):
+        fills.resized((0, None), CachedFill(source=1), (4, 4))
+
+
+@pytest.mark.parametrize("resize", list(Resize))
+def test_fills_come_to_a_later_grid(resize: Resize):
+    """Every way to resize, value by value."""
+    stored = noise(3, 2, 6, 3)
+    fills = Fills(scale=0, grid=(2, 3), outputs={(0, None): stored})
+    found = fills.resized((0, None), CachedFill(resize=resize), (5, 4))
+    x_nC = noise(4, 40, 3)
+    added = x_nC.clone()
+    fills.add_resized_((0, None), CachedFill(resize=resize), (5, 4), added)
+    assert torch.allclose(added, x_nC + found.flatten(0, 1), atol=1e-6)
+    for y in range(5):
+        for x in range(4):
+            expected = torch.zeros(2, 3)
+            for (row, column), share in shares(resize, y, x).items():
+                expected += share * stored[:, row * 3 + column]
+            assert torch.allclose(found[:, y * 4 + x], expected, atol=1e-5)
+
+
+def shares(resize: Resize, y: int, x: int) -> dict[tuple[int, int], float]:
+    """How much each of 2 x 3 places counts at a place of 5 x 4."""
+    if resize is Resize.NEAREST:
+        return {(y * 2 // 5, x * 3 // 4): 1.0}
+    if resize is Resize.AREA:
+        rows = range(y * 2 // 5, -(-(y + 1) * 2 // 5))
+        columns = range(x * 3 // 4, -(-(x + 1) * 3 // 4))
+        return {(r, c): 1 / (len(rows) * len(columns)) for r in rows for c in columns}
+    found: dict[tuple[int, int], float] = {}
+    for r, a in axis(y, 5, 2).items():
+        for c, b in axis(x, 4, 3).items():
+            found[(r, c)] = a * b
+    return found
+
+
+def axis(place: int, size: int, source: int) -> dict[int, float]:
+    """Bilinear weights along one axis."""
+    at = max((place + 0.5) * source / size - 0.5, 0.0)
+    low = min(int(at), source - 1)
+    share = at - low if low + 1 < source else 0.0
+    return {low: 1 - share} | ({low + 1: share} if share else {})
 
 
 # Guidance
@@ -199,22 +311,31 @@ def test_store_holds_nothing_before_it_was_filled_and_keeps_rows():
 
 def test_guidance_is_the_weighted_difference_over_the_temperature():
     cond, uncond = noise(0, 3, 4), noise(1, 3, 4)
-    logits = {(0, True): cond, (1, True): cond + 1, (0, False): uncond}
-    first, second = combine_logits(logits, 2.5, 0.5)
+    part = torch.tensor([0, 2])
+    logits = [
+        BranchLogits(cond_kV=cond, uncond_kV=uncond),
+        BranchLogits(cond_kV=cond + 1),
+        BranchLogits(cond_kV=cond, uncond_kV=uncond[part], uncond_index_u=part),
+    ]
+    first, second, third = combine_logits(logits, 2.5, 0.5)
     assert torch.allclose(first, (uncond + 2.5 * (cond - uncond)) / 0.5, atol=1e-5)
     assert torch.allclose(second, (cond + 1) / 0.5)
-    plain, _ = combine_logits(logits, 1.0, 2.0)
-    assert torch.equal(plain, cond * 0.5)
+    assert torch.equal(third[part], first[part])
+    assert torch.allclose(third[1], cond[1] / 0.5)
+    assert torch.equal(combine_logits(logits, 1.0, 2.0)[0], cond * 0.5)
 
 
 def test_hidden_states_of_both_branches_become_their_combination():
     x = noise(0, 5, 3)
     live, rows = [(0, True), (1, True), (0, False)], Rows((2, 1, 2))
-    mixed = combine_hidden(x, live, rows, 3.0)
+    mixed = x.clone()
+    combine_hidden_(mixed, live, rows, 3.0)
     assert torch.allclose(mixed[:2], x[3:] + 3 * (x[:2] - x[3:]), atol=1e-5)
     assert torch.equal(mixed[:2], mixed[3:])
     assert torch.equal(mixed[2], x[2])
-    assert torch.equal(combine_hidden(x, live, rows, 1.0), x)
+    same = x.clone()
+    combine_hidden_(same, live, rows, 1.0)
+    assert torch.equal(same, x)
 
 
 def test_guidance_inside_the_blocks_changes_the_picture():
@@ -227,17 +348,13 @@ def test_guidance_inside_the_blocks_changes_the_picture():
 # Counting
 
 
-def test_tally_counts_what_ran():
-    score_Bl = torch.tensor([[4.0, 1.0, 3.0, 0.0]])
+def test_the_trace_counts_what_ran():
     plan = ScalePlan(
-        selections=(TokenSelection(score_Bl=score_Bl, share=0.75, rule=Rule.COUNT),),
-        depths=(DepthMap(depth_Bl=torch.tensor([[2, 2, 1, 0]]), order=(1, 0)),),
+        selections=(TokenSelection(score_Bl=torch.tensor([[4.0, 1.0, 3.0, 0.0]]), share=0.75, rule=Rule.COUNT),),
+        depths=(DepthMap(depth_Bl=torch.tensor([[2, 2, 1, 0]]), order=(1, 0, 2, 3, 4)),),
     )
-    layout = lay_out(plan, [(0, True)], 1, 4)
-    tally = Tally.start(layout, True, torch.device("cpu"))
-    tally.count()
-    trace = tally.trace(Scale(index=2, grid=(2, 2)), {(0, True): 3})
-    assert trace.work.rows[(0, True)].block_tokens == (2, 3)
+    trace = trace_of(begin(plan, (2, 2)))
+    assert trace.work.rows[(0, True)].block_tokens == (2, 3, 0, 0, 0)
     assert trace.keep_Bl.tolist() == [[True, True, True, False]]
     assert trace.depth_Bl.tolist() == [[2, 2, 1, 0]]
 

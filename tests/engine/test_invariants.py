@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from foveate.core.cost import Cost, request_cost
-from foveate.core.plan import Bound, Directive, Policy, ScalePlan
+from foveate.core.plan import ScalePlan
+from foveate.core.policy import Bound, Directive, Policy
 from foveate.core.schedule import ScaleSchedule
+from foveate.core.signals import Signal
 from foveate.core.trace import Trace
-from foveate.engine.deltas import DeltaStore
 from foveate.engine.executor import Engine
 from foveate.engine.forecast import forecast, full_cost
 from foveate.engine.kv_cache import KVCache
 from foveate.engine.sample import Filter, KeyedSampler
+from foveate.engine.scale_run import ScaleRun
 from foveate.engine.state import Request, RequestState, bounds_of
 from foveate.models.infinity import Infinity
 from foveate.policies.registry import REGISTRY, load_policy
@@ -55,6 +57,16 @@ ACTIVE = (
     "random-tokens:keep_ratio=0.3,fill=zero,num_scales=4",
     "uniform-depth",
     "uniform-depth:fill=identity,keep_ratio=0.7",
+    "fastvar:skip_last=1,reference_scale=-4",
+    "late-bfloat16",
+    "cached-guidance:count=2",
+    "cached-guidance:count=2,keep_ratio=0.3",
+    "kv-eviction:keep_first=1,window=1",
+    "sparsevar",
+    "skipvar",
+    "attention-entropy",
+    "feature-magnitude",
+    "token-variance",
     "ld-pruning|depthvar",
     "random-tokens:num_scales=2|uniform-depth:num_scales=1|drop-branch",
 )
@@ -177,8 +189,9 @@ def same_weights(alone: Result, batch: Result, image: int, scale: int, schedule:
     if scores[0] is None or torch.equal(scores[0][0], scores[1][image]):
         return True
     signals = alone.bound.signals[scale]
-    assert torch.allclose(signals.block_change_Bl[0], batch.bound.signals[scale].block_change_Bl[image], rtol=1e-4)
-    change_11hw = signals.block_change_Bl.unflatten(-1, signals.grid)[None]
+    one, many = (sum(part.values.values()) for part in (signals, batch.bound.signals[scale]))
+    assert torch.allclose(one[0], many[image], rtol=1e-4)
+    change_11hw = one.unflatten(-1, signals.grid)[None]
     change_l = F.interpolate(change_11hw, size=schedule.grids[scale], mode="bilinear").flatten()
     for score in scores[0].unique():
         one, many = (change_l[part == score].sort().values for part in (scores[0][0], scores[1][image]))
@@ -219,7 +232,7 @@ def assert_keyed(result: Result, schedule: ScaleSchedule, seeds: Sequence[int] =
 
 def left_over() -> list[object]:
     gc.collect()
-    return [x for x in gc.get_objects() if isinstance(x, KVCache | RequestState | DeltaStore)]
+    return [x for x in gc.get_objects() if isinstance(x, KVCache | RequestState | ScaleRun)]
 
 
 def attributes(model: Infinity) -> list[dict[str, int]]:
@@ -254,8 +267,8 @@ def assert_nothing_stays(subject: Toy, policy: Policy, request: Request, fresh: 
     steps.close()
     assert len(left_over()) == others
     assert attributes(subject.model) == before
-    assert vars(engine).keys() == {"model", "tokenizer", "graphs", "late"}
-    assert engine.graphs is engine.late is None
+    assert vars(engine).keys() == {"model", "tokenizer", "graphs", "refiner", "_narrowed"}
+    assert engine.graphs is engine.refiner is None
     assert same_bits(run(subject, bound, request), fresh)
 
 
@@ -339,17 +352,17 @@ def resize_flops(result: Result, schedule: ScaleSchedule) -> int:
             continue
         (h, w), width = trace.grid, 64
         shape = trace.work
-        wanted = {signal.value for signal in result.bound.record(trace.scale)}
+        is_kept = bool(result.bound.keeps(trace.scale))
         is_pruned = any(row.head_tokens < shape.grid_tokens for row in shape.rows.values() if row.head_tokens)
         for block in range(5):
             if stored is None or stored == (h, w):
                 continue
             is_partial = any(row.block_tokens[block] < row.head_tokens for row in shape.rows.values())
-            uses = int(plan.fill.value == "cached" and is_partial)
-            uses += int(is_pruned and bool(wanted & {"block_deltas", "block_change"}))
+            uses = int(plan.fill is not None and is_partial)
+            uses += int(is_pruned and (is_kept or bool(result.bound.record(trace.scale) - set(Signal))))
             y, x = stored
             flops += uses * 2 * len(shape.rows) * width * (h * y * x + w * x * h)
-        if "block_deltas" in wanted:
+        if is_kept:
             stored = (h, w)
     return flops
 
@@ -464,7 +477,8 @@ class Greedy(Bound):
         if signals is not None:
             assert signals.residual_BZhw is None
             assert signals.logits is None
-            assert signals.block_change_Bl is None
+            assert signals.f_hat_BZHW is None
+            assert not signals.values
         return ScalePlan(), state
 
 

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate.core.plan import DepthMap, Rule, ScalePlan, TokenSelection
+from foveate.core.plan import DepthMap, ScalePlan
+from foveate.core.selection import Rule, TokenSelection
 from foveate.engine.clock import DeviceClock, HostClock
 from foveate.engine.select import choose, in_front, known_counts
 from foveate.policies.registry import load_policy
@@ -100,13 +101,13 @@ def test_chosen_counts_and_masks_agree_with_the_plan(data: st.DataObject, num_to
     chosen = choose(plan, num_images, num_tokens, 3)
     keep_Bl = plan.keep(num_images, num_tokens)
     keep_Bl = torch.ones(num_images, num_tokens, dtype=torch.bool) if keep_Bl is None else keep_Bl
-    assert list(chosen.kept) == keep_Bl.sum(-1).tolist()
-    assert (chosen.keep_Bl is None) == bool(keep_Bl.all())
+    assert list(chosen.kept[0]) == keep_Bl.sum(-1).tolist()
+    assert (chosen.keep_GBl is None) == bool(keep_Bl.all())
     for block in range(3):
         active_Bl = plan.active(block)
         run_Bl = keep_Bl if active_Bl is None else keep_Bl & active_Bl
-        assert list(chosen.block_counts[block]) == run_Bl.sum(-1).tolist()
-        assert chosen.run_PBl is None or torch.equal(chosen.run_PBl[block], run_Bl)
+        assert list(chosen.block_counts[block][0]) == run_Bl.sum(-1).tolist()
+        assert chosen.run_PGBl is None or torch.equal(chosen.run_PGBl[block][0], run_Bl)
 
 
 @pytest.mark.parametrize("spec", ACTIVE)

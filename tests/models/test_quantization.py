@@ -20,7 +20,7 @@ from foveate.models.quantization import (
 from foveate.models.switti import Switti, SwittiConfig
 from foveate.models.var import VAR
 from foveate.policies.registry import load_policy
-from tests.toys import draw_parameters, label_request, make_model, make_var, run, toy, toy_var
+from tests.toys import label_request, make_var, randomise, run, tiny_model, toy, toy_var
 
 KINDS = ("int8", "fp8")
 
@@ -30,7 +30,7 @@ def make_switti() -> Switti:
         depth=2, width=64, heads=2, codebook_size=48, latent_channels=8, num_levels=5, text_width=32, pooled_width=24
     )
     model = Switti(config)
-    draw_parameters(model, seed=9)
+    randomise(model, seed=9)
     return model.requires_grad_(requires_grad=False).eval()
 
 
@@ -39,7 +39,7 @@ def blocks_of(model: Infinity | VAR | Switti) -> list[nn.Module]:
 
 
 MODELS = {
-    "infinity": (make_model, {"sa.mat_qkv", "sa.proj", "ca.mat_q", "ca.mat_kv", "ca.proj", "ffn.fc1", "ffn.fc2"}),
+    "infinity": (tiny_model, {"sa.mat_qkv", "sa.proj", "ca.mat_q", "ca.mat_kv", "ca.proj", "ffn.fc1", "ffn.fc2"}),
     "var": (make_var, {"attn.mat_qkv", "attn.proj", "ffn.fc1", "ffn.fc2"}),
     "switti": (
         make_switti,
@@ -124,7 +124,7 @@ def test_fp8_rounds_to_three_bits_of_mantissa() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_model_draws_and_another_picture(kind: str) -> None:
-    for subject, request_of, make in ((toy("square"), None, make_model), (toy_var(), label_request, make_var)):
+    for subject, request_of, make in ((toy("square"), None, tiny_model), (toy_var(), label_request, make_var)):
         model = make()
         quantize_blocks(blocks_of(model), kind)
         request = None if request_of is None else request_of(subject.schedule)

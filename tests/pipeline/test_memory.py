@@ -14,9 +14,11 @@ from foveate.bench.memory import weights_bytes
 from foveate.families.memory import memory_need
 from foveate.families.published import PUBLISHED
 from foveate.families.residency import Residency
+from foveate.models.infinity import Infinity
 from foveate.pipeline import Pipeline
 from foveate.policies.depthvar import DepthVAR
 from foveate.policies.full import Full
+from foveate.policies.registry import load_policy
 from foveate.policies.skip_scales import SkipScales
 
 # Runs alone in a process whose allocator gives everything back at once, and notes the most that it held.
@@ -117,11 +119,11 @@ def test_block_changes_count_where_a_policy_fills_from_them(toy_pipe: Pipeline) 
     tokens = [scale.num_tokens for scale in spec.default_schedule.scales]
     need = memory_need(spec, torch.float32, DepthVAR(reference_scale=-3))
     # The scale before the last is recorded while the one before that is still read; the last one is not recorded.
-    assert need.changes == 2 * shape.num_blocks * shape.width * 4 * (tokens[-3] + tokens[-2])
-    assert need.phases["transformer"] - need.changes == need.transformer + need.autoencoder + need.text_encoder + (
+    assert need.fills == 2 * shape.num_blocks * shape.width * 4 * (tokens[-3] + tokens[-2])
+    assert need.phases["transformer"] - need.fills == need.transformer + need.autoencoder + need.text_encoder + (
         need.text + need.kv + max(need.blocks, need.logits)
     )
-    assert memory_need(spec, torch.float32, DepthVAR(fill="identity")).changes == 0
+    assert memory_need(spec, torch.float32, DepthVAR(fill="identity")).fills == 0
 
 
 @pytest.mark.parametrize("name", ["infinity-2b", "var-d30", "switti-1024", "infinity-125m"])
@@ -147,3 +149,20 @@ def test_flan_t5_keeps_its_feed_forwards_in_float32_beside_float16() -> None:
     spec = PUBLISHED["infinity-2b"].spec
     half, brain = (memory_need(spec, dtype, Full()).text_encoder for dtype in (torch.float16, torch.bfloat16))
     assert half - brain == 2 * 24 * 5120 * 2048
+
+
+def test_blocks_in_a_narrower_dtype_are_held_twice() -> None:
+    spec = PUBLISHED["infinity-125m"].spec
+    plain, narrow, same = (
+        memory_need(spec, dtype, load_policy(policy)).transformer
+        for dtype, policy in (
+            (torch.float32, "full"),
+            (torch.float32, "late-bfloat16:first_block=4"),
+            (torch.bfloat16, "late-bfloat16"),
+        )
+    )
+    with torch.device("meta"):
+        model = Infinity(spec.transformer)
+    blocks = [model.block(index) for index in range(4, spec.transformer.depth)]
+    assert narrow - plain == 2 * sum(p.numel() for block in blocks for p in block.parameters())
+    assert same == memory_need(spec, torch.bfloat16, Full()).transformer

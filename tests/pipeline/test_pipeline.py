@@ -54,8 +54,8 @@ def test_merged_trace_counts_what_a_batch_counts(toy_pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize("policy", ["full", "skip-scales:count=2", "drop-branch:count=3", "uniform-depth"])
 def test_forecast_equals_count(toy_pipe: Pipeline, policy: str) -> None:
-    output = toy_pipe.generate([PROMPTS[0]] * 2, seed=1, output_type="latent", policy=policy)
-    job = resolve([PROMPTS[0]] * 2, Settings(seed=1, policy=policy), toy_pipe.model.spec)
+    output = toy_pipe.generate([PROMPTS[0]], seed=1, output_type="latent", policy=policy)
+    job = resolve([PROMPTS[0]], Settings(seed=1, policy=policy), toy_pipe.model.spec)
     request = toy_pipe._requests(job)[0]
     shape = toy_pipe.model.transformer.shape
     bound = load_policy(policy).bind(job.schedule, shape)

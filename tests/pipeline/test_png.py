@@ -61,7 +61,7 @@ def test_the_registered_model_is_loaded_as_it_was(
     other = file.with_name("c.png")
     save_png(Image.open(file), other, read_png_config(file) | {"model": "emoji", "device": "cuda"})
     assert "device: cuda then, cpu now" in regenerate(other).differences
-    formats = {"dtype": "float32", "decoder_dtype": None, "quantization": None, "fp8_scales": 0}
+    formats = {"dtype": "float32", "decoder_dtype": None, "quantization": None}
     assert loaded == [("emoji", {"weights": "pretrained", "device": "cuda", **formats})]
 
 

@@ -1,18 +1,15 @@
 """What every registered policy owes: a frozen record, a docstring, a neutral setting, pure plans below its ceiling."""
 
-import inspect
-from dataclasses import FrozenInstanceError, fields
-from typing import Any
-
 import pytest
 import torch
 
 from foveate.core.errors import FoveateError
-from foveate.core.plan import Directive, ScalePlan
+from foveate.core.plan import ScalePlan
+from foveate.core.policy import Directive
 from foveate.core.schedule import TEMPLATES, ScaleSchedule
-from foveate.core.signals import BranchLogits, Signal, Signals
-from foveate.engine.state import ceiling_tokens
 from foveate.policies.registry import REGISTRY, load_policy
+from foveate.testing import check_plans, check_record, plans_of
+from foveate.testing.contract import as_data
 from tests.toys import cached_run, run, toy
 
 SCHEDULES = [
@@ -24,65 +21,22 @@ SCHEDULES = [
 SHAPE = toy("square").model.shape
 
 
-def some_signals(schedule: ScaleSchedule, scale: int, wanted: frozenset[Signal], num_images: int = 2) -> Signals:
-    """Random answers to what was asked for, and nothing else."""
-    generator = torch.Generator().manual_seed(scale)
-    grid = schedule.grids[scale]
-    logits = [torch.randn(5, 6, generator=generator) for _ in range(2 * num_images)]
-    return Signals(
-        scale=scale,
-        grid=grid,
-        residual_BZhw=torch.randn(num_images, 4, *schedule.latent_grid(scale), generator=generator)
-        if Signal.RESIDUAL in wanted
-        else None,
-        logits=tuple(BranchLogits(cond_kV=a, uncond_kV=b) for a, b in zip(logits[::2], logits[1::2], strict=True))
-        if Signal.LOGITS in wanted
-        else None,
-        block_change_Bl=torch.rand(num_images, grid[0] * grid[1], generator=generator)
-        if Signal.BLOCK_CHANGE in wanted
-        else None,
-    )
-
-
-def plans_of(bound: Any, schedule: ScaleSchedule, num_images: int = 2) -> list[ScalePlan]:
-    plans, state, signals = [], bound.start(), None
-    for scale in range(len(schedule)):
-        plan, state = bound.plan(scale, signals, state)
-        plans.append(plan)
-        if plan.runs:
-            signals = some_signals(schedule, scale, bound.record(scale), num_images)
-    return plans
-
-
-def as_data(plan: ScalePlan, schedule: ScaleSchedule, scale: int) -> list[object]:
-    keep_Bl = plan.keep(2, schedule.scales[scale].num_tokens)
-    active = [plan.active(block) for block in range(SHAPE.num_blocks)]
-    weight = plan.weight_Bl
-    tensors = [keep_Bl, *active, weight]
-    return [plan.runs, plan.unconditional, plan.fill, plan.base, *(t if t is None else t.tolist() for t in tensors)]
-
-
 @pytest.mark.parametrize("kind", REGISTRY.values(), ids=list(REGISTRY))
 def test_policy_is_a_frozen_record_with_defaults_and_a_docstring(kind):
-    policy = kind()
-    assert policy == kind(**policy.settings())
-    assert inspect.getdoc(kind)
-    assert inspect.getdoc(inspect.getmodule(kind))
-    for field in fields(policy):
-        with pytest.raises(FrozenInstanceError):
-            setattr(policy, field.name, field.default)
+    check_record(kind)
     with pytest.raises((TypeError, AttributeError)):
-        policy.other = 1
+        kind().other = 1
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: f"{len(s)} scales")
 @pytest.mark.parametrize("name", list(REGISTRY))
 def test_neutral_plans_everything_on_every_schedule(name: str, schedule: ScaleSchedule):
     bound = REGISTRY[name].neutral().bind(schedule, SHAPE)
-    full = as_data(ScalePlan(), schedule, 0)
     for scale, plan in enumerate(plans_of(bound, schedule)):
-        assert as_data(plan, schedule, scale) == full
+        num_tokens = schedule.scales[scale].num_tokens
+        assert as_data(plan, num_tokens, SHAPE.num_blocks) == as_data(ScalePlan(), num_tokens, SHAPE.num_blocks)
         assert not bound.record(scale)
+        assert not bound.keeps(scale)
     assert bound.directives == ()
     assert bound.is_static
 
@@ -90,30 +44,7 @@ def test_neutral_plans_everything_on_every_schedule(name: str, schedule: ScaleSc
 @pytest.mark.parametrize("schedule", SCHEDULES[:3], ids=lambda s: f"{len(s)} scales")
 @pytest.mark.parametrize("name", list(REGISTRY))
 def test_plans_are_pure_and_nest_in_the_ceiling(name: str, schedule: ScaleSchedule):
-    """Two walks over one bound policy agree; no plan runs more than its ceiling; a static one runs exactly that."""
-    bound = REGISTRY[name]().bind(schedule, SHAPE)
-    first, second = plans_of(bound, schedule), plans_of(bound, schedule)
-    for scale, (plan, again) in enumerate(zip(first, second, strict=True)):
-        assert as_data(plan, schedule, scale) == as_data(again, schedule, scale)
-        num_tokens = schedule.scales[scale].num_tokens
-        limits = ceiling_tokens(bound.ceiling(scale), num_tokens, SHAPE.num_blocks)
-        for counts in counts_of(plan, num_tokens):
-            if bound.is_static:
-                assert counts == limits
-            assert all(count <= limit for count, limit in zip(counts, limits, strict=True))
-        for depth in plan.depths:
-            # The engine cuts its lists at these numbers, and the trace reports them.
-            for place, count in enumerate(depth.counts or ()):
-                assert ((depth.depth_Bl > place).sum(-1) == count).all()
-
-
-def counts_of(plan: ScalePlan, num_tokens: int) -> list[list[int]]:
-    """Tokens per block of each of two images."""
-    keep_Bl = plan.keep(2, num_tokens)
-    keep_Bl = torch.ones(2, num_tokens, dtype=torch.bool) if keep_Bl is None else keep_Bl
-    active = [plan.active(block) for block in range(SHAPE.num_blocks)]
-    masks = [keep_Bl if a is None else keep_Bl & a for a in active]
-    return [[int(mask[image].sum()) * plan.runs for mask in masks] for image in range(2)]
+    check_plans(REGISTRY[name](), schedule, SHAPE)
 
 
 @pytest.mark.parametrize("name", list(REGISTRY))
@@ -195,5 +126,6 @@ def test_skipping_every_scale_is_refused():
 
 def test_directives_are_named_for_people():
     assert {directive.value for directive in Directive} == {
-        "skip scales", "stop the unconditional branch", "drop tokens", "skip blocks"
+        "skip scales", "stop the unconditional branch", "run the unconditional branch on fewer tokens", "drop tokens",
+        "skip blocks", "skip sublayers", "evict keys", "run blocks in a narrower dtype",
     }  # fmt: skip

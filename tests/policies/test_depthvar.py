@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate.core.cost import ModelShape
-from foveate.core.errors import FoveateError
-from foveate.core.plan import Fill
+from foveate.core.errors import FoveateError, PlanConflictError
+from foveate.core.plan import CachedFill, KeepOutputs
 from foveate.core.schedule import ScaleSchedule
-from foveate.core.signals import Signal, Signals
+from foveate.core.signals import BlockChange, Signals
 from foveate.policies.depthvar import DepthVAR, apply_curve, bit_reversal_order, depth_scores
 from tests.engine.naive import decisions_of, generate_planned
 from tests.toys import LENGTHS, SEEDS, cached_run, checked, make_request, run, same_bits, text_features, toy
@@ -131,7 +131,9 @@ def planned(policy: DepthVAR, num_blocks: int, change_Bl: torch.Tensor, scale: i
     schedule = ScaleSchedule.from_grids([(n, n) for n in (1, 2, 4, 6, 8, 12, 16)])
     bound = policy.bind(schedule, shape_of(num_blocks))
     side = math.isqrt(change_Bl.shape[-1])
-    signals = Signals(scale=scale - 1, grid=(side, side), block_change_Bl=change_Bl)
+    values = {record: torch.zeros_like(change_Bl) for record in bound.record(scale - 1)}
+    values = {record: change_Bl if record.first == 0 else zero for record, zero in values.items()}
+    signals = Signals(scale=scale - 1, grid=(side, side), values=values)
     return bound, bound.plan(scale, signals, bound.start())[0]
 
 
@@ -173,7 +175,7 @@ def test_depths_come_from_the_enlarged_change_one_token_at_a_time(policy: DepthV
         assert plan.depths[0].depth_Bl[image].tolist() == depths
         weights = scores if policy.blend == "score" else [depth / 12 for depth in depths]
         assert torch.allclose(plan.weight_Bl[image], torch.tensor(weights), atol=1e-6)
-    assert plan.fill is Fill.CACHED
+    assert plan.fill == CachedFill()
     assert plan.depths[0].order == (bound.order if policy.order == "bit-reversal" else tuple(range(12)))
 
 
@@ -217,11 +219,20 @@ def test_budget_speedup_is_as_the_paper_implies():
     assert DepthVAR.neutral().bind(long, shape_of(12)).budget_speedup == 1.0
 
 
+def test_a_plan_without_its_signal_is_refused_by_name():
+    bound, _ = planned(DepthVAR(), 12, noise(0, 1, 36), 4)
+    with pytest.raises(PlanConflictError, match="block changes, and no scale ran before it"):
+        bound.plan(4, None, None)
+    with pytest.raises(PlanConflictError, match="BlockChange.* was not recorded at scale 3"):
+        bound.plan(4, Signals(scale=3, grid=(6, 6)), None)
+
+
 def test_signals_are_recorded_from_the_reference_to_the_last_but_one():
     bound, _ = planned(DepthVAR(), 12, noise(0, 1, 36), 4)
     wanted = [bool(bound.record(scale)) for scale in range(7)]
     assert wanted == [False, False, False, True, True, True, False]
-    assert bound.record(3) == {Signal.BLOCK_CHANGE, Signal.BLOCK_DELTAS}
+    assert bound.record(3) == {BlockChange(first=b, end=b + 1) for b in range(len(bound.order))}
+    assert bound.keeps(3) == {KeepOutputs()}
     assert bound.dynamic == [4, 5, 6]
 
 
@@ -254,8 +265,9 @@ def test_filled_tokens_add_the_resized_change_of_the_same_block(policy: DepthVAR
     assert torch.allclose(result.f_hat[1], page.f_hats[-1][0], atol=1e-4)
     compared = 0
     for scale in range(4):
-        change_Bl = result.bound.signals[scale + 1].block_change_Bl
-        if change_Bl is not None:
+        values = result.bound.signals[scale + 1].values
+        if values:
+            change_Bl = sum(values.values())
             assert torch.allclose(change_Bl[1], torch.tensor(page.changes[scale]), rtol=1e-4, atol=1e-4)
             compared += 1
     assert compared == {-4: 3, 2: 2}[policy.reference_scale]

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate.core.errors import FoveateError
-from foveate.core.plan import Base, Directive, keep_by_mass
+from foveate.core.plan import Base
+from foveate.core.policy import Directive
 from foveate.core.schedule import ScaleSchedule
+from foveate.core.selection import keep_by_mass
 from foveate.core.signals import BranchLogits, Signal, Signals
 from foveate.policies.ld_pruning import LDPruning, branch_gap, detail_energy, haar_energy
 from foveate.policies.registry import load_policy
@@ -281,7 +283,7 @@ def decisions(
         plan, state = bound.plan(scale, signals, state)
         is_free = plan.guided_B is None or bool(plan.guided_B.all())
         plans.append(None if is_free else tuple(plan.guided_B.tolist()))
-        logits = tuple(None if gap is None else both(scale, gap) for gap in gaps[scale])
+        logits = tuple(BranchLogits(cond_kV=noise(1, 4, 6)) if gap is None else both(scale, gap) for gap in gaps[scale])
         wanted = hears_all or Signal.LOGITS in bound.record(scale)
         signals = Signals(scale=scale, grid=schedule.grids[scale], logits=logits if wanted else None)
     return plans

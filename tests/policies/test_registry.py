@@ -96,6 +96,7 @@ def test_fingerprints_change_with_every_field():
         base.replace(energy_share=0.6), base.replace(sats_threshold=0.2), base.replace(lhep=False),
         base.replace(sats=False), base.replace(lhep_scales=2), base.replace(sats_scales=2), base.replace(skip_last=1),
         base.replace(fill="zero"), base.replace(energy_from="last_computed"), base.replace(gap_norm="l2"),
+        base.replace(energy_of="residual+latent"),
     ]  # fmt: skip
     prints = {policy.fingerprint for policy in (base, *changed)}
     assert len(prints) == len(base.settings()) + 1

@@ -19,7 +19,7 @@ from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.tokenizers.strips import MapNorm, convolve, enlarge, one_late, strips_of
 from foveate.tokenizers.vq import VQTokenizer
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
-from tests.toys import draw_parameters
+from tests.toys import randomise
 
 KINDS = ("bits", "bits of patches", "ids")
 
@@ -39,7 +39,7 @@ def make_tokenizer(kind: str) -> BSQTokenizer | VQTokenizer:
         autoencoder = Autoencoder(
             AutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2, 2), patch=patch)
         )
-    draw_parameters(autoencoder, seed=4)
+    randomise(autoencoder, seed=4)
     autoencoder = autoencoder.requires_grad_(requires_grad=False).eval()
     return VQTokenizer(autoencoder) if kind == "ids" else BSQTokenizer(autoencoder)
 
@@ -88,7 +88,7 @@ def test_half_precision_is_as_far_off_as_the_plain_decoder(kind: str, dtype: tor
 @settings(max_examples=25)
 def test_doubling_and_convolution_are_one(height: int, width: int, channels: int, seed: int) -> None:
     conv = nn.Conv2d(channels, 32, 3, padding=1)
-    draw_parameters(nn.ModuleDict({"conv": conv}), seed)
+    randomise(nn.ModuleDict({"conv": conv}), seed)
     x = random_map(seed, 1, channels, height, width)
     plain = conv.double()(F.interpolate(x.double(), scale_factor=2.0, mode="nearest"))
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
@@ -101,7 +101,7 @@ def test_norm_takes_its_statistics_over_the_whole_map(center: float, monkeypatch
     """Far from zero, and drifting from row to row, so that a strip's own statistics would be plainly wrong."""
     monkeypatch.setattr(strips, "CPU_VALUES", 64 * 5 * 3)
     layer = nn.GroupNorm(32, 64, eps=1e-6)
-    draw_parameters(nn.ModuleDict({"norm": layer}), seed=2)
+    randomise(nn.ModuleDict({"norm": layer}), seed=2)
     x = random_map(3, 1, 64, 11, 5) * torch.linspace(0.1, 5, 11)[:, None] + center
     norm = MapNorm.of(layer, x)
     groups = x.double().view(32, -1)
@@ -115,7 +115,7 @@ def test_norm_takes_its_statistics_over_the_whole_map(center: float, monkeypatch
 
 def test_a_map_without_contrast_is_its_norms_bias() -> None:
     layer, conv = nn.GroupNorm(32, 32, eps=1e-6), nn.Conv2d(32, 4, 3, padding=1)
-    draw_parameters(nn.ModuleDict({"norm": layer, "conv": conv}), seed=5)
+    randomise(nn.ModuleDict({"norm": layer, "conv": conv}), seed=5)
     flat = torch.full((1, 32, 4, 4), 7.0)
     with torch.inference_mode():
         found = convolve(flat, layer, conv)

@@ -15,7 +15,7 @@ from foveate.engine.sample import ForcedSampler
 from foveate.policies.registry import load_policy
 from foveate.tokenizers.vq import VQTokenizer, refiner_index
 from foveate.tokenizers.vq_autoencoder import Attention, VQAutoencoder, VQAutoencoderConfig
-from tests.toys import LATENT_CHANNELS, VAR_GRIDS, draw_parameters, label_request, run, toy_var, with_sampler
+from tests.toys import LATENT_CHANNELS, VAR_GRIDS, label_request, randomise, run, toy_var, with_sampler
 
 
 def tokenizer() -> VQTokenizer:
@@ -180,7 +180,7 @@ def test_latent_on_another_grid_is_refused():
 
 def test_attention_by_its_definition():
     layer = Attention(64)
-    draw_parameters(layer, seed=3)
+    randomise(layer, seed=3)
     x = random_map(6, 2, 64, 3, 5)
     normed = F.group_norm(x, 32, layer.norm.weight, layer.norm.bias, 1e-6).flatten(2)
     qkv = torch.einsum("oi,bip->bop", layer.qkv.weight[:, :, 0, 0], normed) + layer.qkv.bias[:, None]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from foveate.adapters.sharing import attribute
 from foveate.core.errors import FoveateError, UnsupportedError
-from foveate.core.plan import Policy
+from foveate.core.policy import Policy
 from foveate.core.trace import Trace
 from foveate.engine.executor import Engine
 from foveate.engine.state import Request

@@ -17,7 +17,7 @@ from foveate.adapters.infinity import OfficialInfinity
 from foveate.adapters.sharing import named_weights
 from foveate.adapters.var import OfficialVAR
 from foveate.core.errors import FoveateError, UnsupportedError
-from foveate.core.plan import Policy
+from foveate.core.policy import Policy
 from foveate.core.trace import Trace
 from foveate.models.checkpoint import kind_of
 from foveate.pipeline_output import Report

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 from foveate.bench.report import Entry
 from foveate.bench.rounds import Rounds
 from foveate.bench.workload import Workload
-from foveate.core.plan import Policy
+from foveate.core.policy import Policy
 from foveate.pipeline import Pipeline
 
 T = TypeVar("T")

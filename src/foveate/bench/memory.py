@@ -16,7 +16,7 @@ from foveate.bench.measure import Measure
 from foveate.bench.report import Entry
 from foveate.bench.spread import Spread
 from foveate.bench.workload import Workload
-from foveate.core.plan import Policy
+from foveate.core.policy import Policy
 from foveate.families.loading import LoadedModel
 from foveate.families.offload import modules_of
 from foveate.models.quantization import stored_bytes

@@ -42,7 +42,6 @@ def _formats(model: Mapping[str, Any]) -> str:
     parts = [model["dtype"]]
     parts += [f"decoder {model['decoder_dtype']}"] if model["decoder_dtype"] is not None else []
     parts += [f"blocks {model['quantization']}"] if model["quantization"] is not None else []
-    parts += [f"products of the last {model['fp8_scales']} scales fp8"] if model["fp8_scales"] else []
     return ", ".join(parts)
 
 

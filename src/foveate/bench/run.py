@@ -18,7 +18,7 @@ from foveate.bench.rounds import Stop, alternate
 from foveate.bench.timing import Timing
 from foveate.bench.workload import Picture, Workload, check_workload
 from foveate.core.errors import FoveateError
-from foveate.core.plan import Policy
+from foveate.core.policy import Policy
 from foveate.families.loading import LoadedModel
 from foveate.pipeline import Pipeline
 from foveate.pipeline_output import describe_precision, processor_name

@@ -11,7 +11,7 @@ from foveate.bench.report import Entry, ScaleFigures
 from foveate.bench.spread import Spread, supported_percentiles
 from foveate.bench.workload import Workload
 from foveate.core.cost import request_cost
-from foveate.core.plan import Policy
+from foveate.core.policy import Policy
 from foveate.core.schedule import Grid
 from foveate.core.trace import Trace
 from foveate.pipeline import Pipeline

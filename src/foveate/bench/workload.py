@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foveate.core.conditions import ClassLabel
-from foveate.core.plan import Policy
+from foveate.core.policy import Policy
 from foveate.pipeline import Pipeline
 from foveate.pipeline_options import Job, Options, resolve, settings_of
 

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any, get_args, get_type_hints
 
 from foveate.core.errors import unknown
-from foveate.core.plan import Policy
+from foveate.core.policy import Policy
 from foveate.policies.registry import PRESETS, all_policies, load_policy
 
 

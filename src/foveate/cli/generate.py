@@ -43,7 +43,7 @@ class GenerateOptions:
         num_images: Pictures per prompt; picture j uses the prompt's seed + j.
         rng: reference draws in the order of the published code, from one seed for the whole batch.
         source: Draw the batch stored in this PNG once more and compare the pixels; 1 is returned if any differs.
-        batch_invariant: Compute every picture as if it were alone, bit for bit; slower.
+        batch_invariant: Give every image the bits that it has alone. Always so on a CPU; slower on a GPU.
         policy: Decides how much runs: a name, a spec such as skip-scales:count=2, or a YAML file.
         output: Folder for the pictures, or a .png file for a single one.
         preview: Also save the coarse pictures of the earlier scales.

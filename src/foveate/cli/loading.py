@@ -26,7 +26,6 @@ def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
         dtype=options.dtype,
         decoder_dtype=options.decoder_dtype,
         quantization=options.quantization,
-        fp8_scales=options.fp8_scales,
         device=options.device or "cpu",
         revision=options.revision,
         local_files_only=options.local_files_only,

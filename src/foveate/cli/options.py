@@ -41,8 +41,6 @@ class ModelOptions:
         dtype: Number format of the model, whatever its files hold.
         decoder_dtype: Number format of the decoder; default: --dtype.
         quantization: Hold the weights of the blocks in eight bits: less memory, no less time. Needs the extra quantize.
-        fp8_scales: Multiply in fp8 at the last N scales. Needs --dtype bfloat16;
-            meant for GPUs from compute capability 8.9 on, untested there; slower on a CPU.
         device: Where it runs, such as cpu or cuda:0; default: cpu.
         threads: Threads of the processor; default: what torch chooses.
         offload: Hold only the part that works on the device, and the others in main memory.
@@ -59,7 +57,6 @@ class ModelOptions:
     dtype: Annotated[Dtype, Parameter(group=FORMATS)] = "float32"
     decoder_dtype: Annotated[Dtype | None, Parameter(group=FORMATS)] = None
     quantization: Annotated[Quantization | None, Parameter(group=FORMATS)] = None
-    fp8_scales: Annotated[int, Parameter(group=FORMATS)] = 0
     device: Annotated[str | None, Parameter(group=MACHINE)] = None
     threads: Annotated[int | None, Parameter(group=MACHINE)] = None
     offload: Annotated[bool, Parameter(group=MACHINE)] = False

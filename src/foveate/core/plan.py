@@ -1,40 +1,72 @@
-"""The plan: which part of the cube (block x branch x token) of a scale runs, as data; and the policy that decides.
+"""The plan: which part of the cube (block x branch x token) of a scale runs, as data.
 
 Plans form a lattice: token masks intersect, block sets intersect, branches intersect, weights multiply. Only two
-different non-zero base maps or two different fills conflict.
-Axes: B images, l tokens of the scale, P blocks.
+different non-zero bases, two different fills or two narrow dtypes of one block conflict.
+Axes: B images, R rows, l tokens of the scale, C width, P blocks.
 """
 
-import hashlib
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import Enum
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
 
 import torch
-import yaml
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from foveate.core.atomic import write_text
-from foveate.core.cost import ModelShape
-from foveate.core.errors import FoveateError, PlanConflictError
-from foveate.core.schedule import ScaleSchedule
-from foveate.core.signals import Signal, Signals
+from foveate.core.errors import PlanConflictError
+from foveate.core.selection import Selection
 from foveate.core.transfer import to_device
 
-P = TypeVar("P", bound="Policy")
+MAX_AXES = 2
 
 
-class Fill(Enum):
-    """What a token holds behind a block that it skips."""
+class Unit(Enum):
+    """What the engine keeps the outputs of, to fill what is skipped later."""
 
-    IDENTITY = "identity"
-    CACHED = "cached"
-    """Its hidden state plus the same block's delta at the latest recorded scale, resized."""
+    BLOCK = "block"
+    """What a whole block added."""
+    SUBLAYER = "sublayer"
+    """What a sublayer added, its gate included."""
+
+
+class Resize(Enum):
+    """How kept outputs come to the grid of a later scale."""
+
+    BILINEAR = "bilinear"
+    AREA = "area"
+    NEAREST = "nearest"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedFill:
+    """A token that skips a block or sublayer takes what that one added at a kept scale, resized to this grid.
+
+    `source` names that scale; None is the latest kept one. The bound says what is kept (`Bound.keeps`).
+    """
+
+    unit: Unit = Unit.BLOCK
+    source: int | None = None
+    resize: Resize = Resize.BILINEAR
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeepOutputs:
+    """The engine keeps what some blocks (None: all), or their sublayers, added to each token at a scale.
+
+    Costs one tensor per unit in the compute dtype; inside the memory bound. A later scale that keeps replaces it.
+    """
+
+    unit: Unit = Unit.BLOCK
+    blocks: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeepDifference:
+    """The engine keeps cond - uncond of a scale that ran both branches; costs one map of head inputs or outputs."""
+
+
+Keep = KeepOutputs | KeepDifference
+"""What the engine itself keeps of a scale for later fills."""
 
 
 class Base(Enum):
@@ -43,70 +75,17 @@ class Base(Enum):
     ZERO = "zero"
     PREVIOUS = "previous"
     """The residual of the latest scale that ran, repeated to the new grid."""
+    NEAREST = "nearest"
+    """The code of the nearest token that ran, in grid steps; ties by index."""
+    COPY = "copy"
+    """The code of the token that `source_Bl` names; zero if that one did not run."""
 
 
-class Rule(Enum):
-    """How many tokens a score keeps."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CachedDifference:
+    """Where the unconditional branch does not run, a kept cond - uncond guides, resized bilinearly, times `weight`."""
 
-    MASS = "mass"
-    """The fewest tokens that hold a share of the total score, and all that tie with the last of them."""
-    COUNT = "count"
-    """A share of the tokens, rounded up; ties by index."""
-
-
-class Directive(Enum):
-    """What a policy promises to reduce; a promise that never came true is reported."""
-
-    SCALES = "skip scales"
-    BRANCH = "stop the unconditional branch"
-    TOKENS = "drop tokens"
-    BLOCKS = "skip blocks"
-
-
-def keep_by_mass(score_Bl: Float[Tensor, "B l"], share: float) -> Bool[Tensor, "B l"]:
-    """Keeps the fewest highest scores that reach `share` of each image's sum, and every score that ties with the last.
-
-    Sums are float64. A share of 1 and a sum of zero keep everything. Scores must not be negative.
-    """
-    if share >= 1:
-        return torch.ones_like(score_Bl, dtype=torch.bool)
-    score_Bl = score_Bl.double()
-    descending_Bl = score_Bl.sort(dim=-1, descending=True).values
-    cumulative_Bl = descending_Bl.cumsum(-1)
-    total_B1 = cumulative_Bl[:, -1:]
-    last_B1 = (cumulative_Bl < share * total_B1).sum(-1, keepdim=True)
-    return (score_Bl >= descending_Bl.gather(-1, last_B1)) | (total_B1 <= 0)
-
-
-def keep_by_count(score_Bl: Float[Tensor, "B l"], count: int | Int[Tensor, "B 1"]) -> Bool[Tensor, "B l"]:
-    """Keeps the `count` highest scores of each image, equal scores by index; never waits for the device."""
-    order_Bl = score_Bl.sort(dim=-1, descending=True, stable=True).indices
-    is_high_Bl = (torch.arange(score_Bl.shape[-1], device=score_Bl.device) < count).expand_as(order_Bl)
-    return torch.zeros_like(score_Bl, dtype=torch.bool).scatter_(-1, order_Bl, is_high_Bl)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class TokenSelection:
-    """One score per token and how much of it to keep; both branches keep the same tokens."""
-
-    score_Bl: Float[Tensor, "B l"]
-    share: float
-    rule: Rule
-
-    def count(self, num_survivors: int) -> int | None:
-        """How many of so many survivors stay, or None where the content decides."""
-        if self.rule is Rule.COUNT:
-            return min(num_survivors, math.ceil(self.share * num_survivors - 1e-9))
-        return num_survivors if self.share >= 1 else None
-
-    def narrow(self, survivors_Bl: Bool[Tensor, "B l"]) -> Bool[Tensor, "B l"]:
-        """Ranks the survivors of earlier selections and returns those that stay; never waits for the device."""
-        score_Bl = self.score_Bl.expand(survivors_Bl.shape)
-        if self.rule is Rule.MASS:
-            return survivors_Bl & keep_by_mass(score_Bl.masked_fill(~survivors_Bl, 0.0), self.share)
-        ranked_Bl = score_Bl.masked_fill(~survivors_Bl, -torch.inf)
-        count_B1 = (self.share * survivors_Bl.sum(-1, keepdim=True).double() - 1e-9).ceil().long()
-        return survivors_Bl & keep_by_count(ranked_Bl, count_B1)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -127,32 +106,73 @@ class DepthMap:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ScalePlan:
-    """What one scale runs; the defaults run everything.
+class SublayerSelection:
+    """In front of each sublayer of some blocks, only the `count` best tokens of a row run it; the others take the fill.
 
-    `unconditional` says per image whether the branch runs (one entry speaks for all images), None for all. A token
-    outside the selections runs no block, writes no keys and values and commits the base. `weight_Bl` multiplies the
-    looked-up codes. `guided_B` is as `unconditional`, decided on the device: the engine reads it with the counts.
+    `scorer` maps hidden states (R, l, C) to scores (R, l), a pure function of each row by itself. It ranks the tokens
+    that run the block; ties go by index. Keys and values are those of the tokens that ran self-attention.
+    """
+
+    blocks: tuple[int, ...]
+    count: int
+    scorer: Callable[[Float[Tensor, "R l C"]], Float[Tensor, "R l"]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockDtype:
+    """Blocks `first` up to `end` (None: the last) run in a narrower dtype; the hidden states between stay float32."""
+
+    dtype: torch.dtype
+    first: int = 0
+    end: int | None = None
+
+    def covers(self, block: int) -> bool:
+        """Whether a block is among them."""
+        return self.first <= block and (self.end is None or block < self.end)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ScalePlan:
+    """What one scale runs; the defaults run everything. In maps, one entry speaks for all images.
+
+    Attributes:
+        runs: Whether the scale runs at all.
+        unconditional: Per image, whether that branch runs; None for all. Once stopped it never returns.
+        guided_B: As `unconditional`, decided on the device: the engine reads it with the counts.
+        unconditional_tokens: Which of the kept tokens the unconditional branch runs; the others are guided by the
+            `difference`, or not at all.
+        difference: What guides where the unconditional branch does not run; None is the conditional branch alone.
+        selections: The tokens that run. The others run no block, write no keys and values and commit the base.
+        depths: The blocks that each token runs.
+        sublayers: The tokens that run single sublayers.
+        fill: What a token takes at a block or sublayer that it skips; None is nothing.
+        base: What the residual holds where no token ran.
+        source_Bl: For `Base.COPY`, the token that each token copies.
+        weight_Bl: Multiplies the looked-up codes; (1 or B, 1 or l).
+        base_weight_Bl: Multiplies the base; (1 or B, 1 or l).
+        evict: Scales whose keys and values go after this one.
+        dtypes: Blocks that run in a narrower dtype.
     """
 
     runs: bool = True
     unconditional: tuple[bool, ...] | None = None
     guided_B: Bool[Tensor, " B"] | None = None
-    selections: tuple[TokenSelection, ...] = ()
+    unconditional_tokens: tuple[Selection, ...] = ()
+    difference: CachedDifference | None = None
+    selections: tuple[Selection, ...] = ()
     depths: tuple[DepthMap, ...] = ()
-    fill: Fill = Fill.IDENTITY
-    weight_Bl: Float[Tensor, "B l"] | None = None
+    sublayers: tuple[SublayerSelection, ...] = ()
+    fill: CachedFill | None = None
     base: Base = Base.ZERO
+    source_Bl: Int[Tensor, "#B l"] | None = None
+    weight_Bl: Float[Tensor, "#B #l"] | None = None
+    base_weight_Bl: Float[Tensor, "#B #l"] | None = None
+    evict: tuple[int, ...] = ()
+    dtypes: tuple[BlockDtype, ...] = ()
 
     def keep(self, num_images: int, num_tokens: int) -> Bool[Tensor, "B l"] | None:
         """The tokens that run, or None if all do."""
-        if not self.selections:
-            return None
-        device = self.selections[0].score_Bl.device
-        keep_Bl = torch.ones(num_images, num_tokens, dtype=torch.bool, device=device)
-        for selection in self.selections:
-            keep_Bl = selection.narrow(keep_Bl)
-        return keep_Bl
+        return narrowed(self.selections, None, num_images, num_tokens)
 
     def active(self, block: int) -> Bool[Tensor, "B l"] | None:
         """The tokens that run a block, before selections, or None if all do."""
@@ -162,41 +182,114 @@ class ScalePlan:
             active_Bl = mask_Bl if active_Bl is None else active_Bl & mask_Bl
         return active_Bl
 
+    def sublayer_count(self, block: int, num_tokens: int) -> int:
+        """How many of so many tokens that run a block run each of its sublayers."""
+        return min([num_tokens, *(part.count for part in self.sublayers if block in part.blocks)])
+
+    def dtype_of(self, block: int) -> torch.dtype | None:
+        """The narrower dtype of a block, or None."""
+        return next((part.dtype for part in self.dtypes if part.covers(block)), None)
+
+    @property
+    def stops_branch(self) -> bool:
+        """Whether it leaves out the unconditional branch, or tokens of it, whatever the content."""
+        return self.unconditional is not None or bool(self.unconditional_tokens)
+
     def with_branches(self, unconditional: Sequence[bool]) -> "ScalePlan":
         """The same plan with what was read of `guided_B` among `unconditional`."""
         return replace(self, unconditional=_both(self.unconditional, tuple(unconditional)), guided_B=None)
 
     def on(self, device: torch.device) -> "ScalePlan":
         """The same plan with its tensors on a device."""
+
+        def moved(map_Bl: Tensor | None) -> Tensor | None:
+            return None if map_Bl is None else to_device(map_Bl, device)
+
         return replace(
             self,
-            selections=tuple(replace(s, score_Bl=to_device(s.score_Bl, device)) for s in self.selections),
+            selections=tuple(part.on(device) for part in self.selections),
+            unconditional_tokens=tuple(part.on(device) for part in self.unconditional_tokens),
             depths=tuple(replace(d, depth_Bl=to_device(d.depth_Bl, device)) for d in self.depths),
-            weight_Bl=None if self.weight_Bl is None else to_device(self.weight_Bl, device),
-            guided_B=None if self.guided_B is None else to_device(self.guided_B, device),
+            source_Bl=moved(self.source_Bl),
+            weight_Bl=moved(self.weight_Bl),
+            base_weight_Bl=moved(self.base_weight_Bl),
+            guided_B=moved(self.guided_B),
         )
 
     def meet(self, other: "ScalePlan") -> "ScalePlan":
         """What both plans let run.
 
         Raises:
-            PlanConflictError: Two different fills, or two different non-zero bases.
+            PlanConflictError: Two different fills, two different non-zero bases, or two dtypes for one block.
         """
-        if self.depths and other.depths and self.fill is not other.fill:
-            raise PlanConflictError(f"two fills for skipped blocks, {self.fill.value} and {other.fill.value}; keep one")
+        if self._is_filled and other._is_filled and self.fill != other.fill:
+            raise PlanConflictError(f"two fills, {_said(self.fill)} and {_said(other.fill)}; keep one")
         bases = {self.base, other.base} - {Base.ZERO}
         if len(bases) > 1:
             raise PlanConflictError(f"two base maps for dropped tokens, {sorted(b.value for b in bases)}; keep one")
+        if self.source_Bl is not None and other.source_Bl is not None:
+            raise PlanConflictError("two maps of tokens to copy from; keep one")
+        _refuse_two_dtypes(self.dtypes, other.dtypes)
         return ScalePlan(
             runs=self.runs and other.runs,
             unconditional=_both(self.unconditional, other.unconditional),
             guided_B=_meet(torch.logical_and, self.guided_B, other.guided_B),
+            unconditional_tokens=self.unconditional_tokens + other.unconditional_tokens,
+            difference=_cheaper_difference(self, other),
             selections=self.selections + other.selections,
             depths=self.depths + other.depths,
-            fill=self.fill if self.depths else other.fill,
-            weight_Bl=_meet(torch.mul, self.weight_Bl, other.weight_Bl),
+            sublayers=self.sublayers + other.sublayers,
+            fill=self.fill if self._is_filled else other.fill,
             base=bases.pop() if bases else Base.ZERO,
+            source_Bl=other.source_Bl if self.source_Bl is None else self.source_Bl,
+            weight_Bl=_meet(torch.mul, self.weight_Bl, other.weight_Bl),
+            base_weight_Bl=_meet(torch.mul, self.base_weight_Bl, other.base_weight_Bl),
+            evict=tuple(sorted({*self.evict, *other.evict})),
+            dtypes=self.dtypes + other.dtypes,
         )
+
+    @property
+    def _is_filled(self) -> bool:
+        return bool(self.depths or self.sublayers)
+
+
+def narrowed(
+    selections: Sequence[Selection], survivors_Bl: Bool[Tensor, "B l"] | None, num_images: int, num_tokens: int
+) -> Bool[Tensor, "B l"] | None:
+    """What selections leave, from left to right, of all tokens or of some; None if there is no selection at all."""
+    if not selections:
+        return survivors_Bl
+    if survivors_Bl is None:
+        device = selections[0].token_map.device
+        survivors_Bl = torch.ones(num_images, num_tokens, dtype=torch.bool, device=device)
+    for selection in selections:
+        survivors_Bl = selection.narrow(survivors_Bl)
+    return survivors_Bl
+
+
+def _said(fill: CachedFill | None) -> str:
+    if fill is None:
+        return "nothing"
+    scale = "the latest scale" if fill.source is None else f"scale {fill.source}"
+    return f"the output of each {fill.unit.value} at {scale} ({fill.resize.value})"
+
+
+def _refuse_two_dtypes(ours: Sequence[BlockDtype], theirs: Sequence[BlockDtype]) -> None:
+    for a in ours:
+        for b in theirs:
+            overlaps = (b.end is None or a.first < b.end) and (a.end is None or b.first < a.end)
+            if overlaps and a.dtype != b.dtype:
+                raise PlanConflictError(f"two dtypes for one block, {a.dtype} and {b.dtype}; keep one")
+
+
+def _cheaper_difference(a: ScalePlan, b: ScalePlan) -> CachedDifference | None:
+    """Both branches > cached difference > conditional branch alone: the cheaper word of two that stop the branch."""
+    # A branch that stops by content (`guided_B`) leaves a kept difference of zero behind, so it need not say more.
+    if not (a.stops_branch and b.stops_branch):
+        return a.difference if a.stops_branch else b.difference
+    if a.difference is None or b.difference is None:
+        return None
+    return CachedDifference(weight=a.difference.weight * b.difference.weight)
 
 
 def _both(a: tuple[bool, ...] | None, b: tuple[bool, ...] | None) -> tuple[bool, ...] | None:
@@ -212,177 +305,96 @@ def _meet(rule: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor 
     return rule(a, b)
 
 
-class Bound(ABC):
-    """A policy bound to one schedule and one model shape; it holds no state of a request."""
-
-    directives: tuple[Directive, ...] = ()
-    """What it means to reduce on this schedule."""
-    notes: tuple[str, ...] = ()
-    """What the settings imply on this schedule, for people."""
-    is_static: bool = True
-    """Whether the counts (not necessarily the tokens) are known before the run."""
-
-    def record(self, scale: int) -> frozenset[Signal]:
-        """Signals to record while a scale runs."""
-        return frozenset()
-
-    def start(self) -> Any:
-        """State before the first scale; immutable, owned by the request."""
-        return None
-
-    @abstractmethod
-    def plan(self, scale: int, signals: Signals | None, state: Any) -> tuple[ScalePlan, Any]:
-        """Plans a scale, given what the latest scale that ran left behind (None before scale 0)."""
-
-    def ceiling(self, scale: int) -> ScalePlan:
-        """The most that `plan` can return for one image: same counts if static, an upper bound otherwise.
-
-        Tokens of smaller index count as the ones that run most, so that ceilings of several policies nest.
-        """
-        return self.plan(scale, None, self.start())[0]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Policy(ABC):
-    """A method: frozen settings, checked at construction, that decide how much of a model runs."""
+class PlanChecker:
+    """Checks a plan where the engine takes it, so that a wrong one fails by name and not inside a kernel.
 
-    name: ClassVar[str]
-
-    @abstractmethod
-    def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> Bound:
-        """Fixes everything that follows from the schedule and the model's shape, once per request."""
-
-    @classmethod
-    @abstractmethod
-    def neutral(cls) -> "Policy":
-        """The setting that changes nothing, bit for bit."""
-
-    def __or__(self, other: "Policy") -> "Policy":
-        """Both policies as one; each lets run at most what it would alone."""
-        return Composed(parts=(*self.parts_of(), *other.parts_of()))
-
-    def parts_of(self) -> tuple["Policy", ...]:
-        """The single policies of a composition, itself otherwise."""
-        return (self,)
-
-    def settings(self) -> dict[str, Any]:
-        """Field names and values."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @property
-    def spec(self) -> str:
-        """The policy as one line: name, then the fields that differ from their defaults."""
-        changed = [
-            f"{f.name}={_plain(getattr(self, f.name))}" for f in fields(self) if getattr(self, f.name) != f.default
-        ]
-        return self.name + (":" + ",".join(changed) if changed else "")
-
-    @property
-    def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that change with any field, defaults included."""
-        text = "|".join(f"{part.name}:{sorted(part.settings().items())}" for part in self.parts_of())
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-    def to_yaml(self, path: str | Path) -> None:
-        """Writes the policy with every field, so that later defaults cannot change it."""
-        parts = [{"policy": part.name, **part.settings()} for part in self.parts_of()]
-        write_text(path, yaml.safe_dump(parts if len(parts) > 1 else parts[0], sort_keys=False))
-
-    def replace(self: P, **changes: Any) -> P:
-        """The same policy with some fields changed and checked again."""
-        return replace(self, **changes)
-
-
-def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def require(ok: bool, name: str, rule: str, value: object) -> None:
-    """Checks one field of a policy.
-
-    Raises:
-        FoveateError: `name must be rule, got value`.
+    Types, lengths and shares are always checked. Values of maps are read only where that costs no wait: on a CPU.
     """
-    if not ok:
-        raise FoveateError(f"{name} must be {rule}, got {value}")
 
+    policy: str
+    num_images: int
+    num_blocks: int
+    num_scales: int
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Composed(Policy):
-    """Several policies as one; plans are met from left to right."""
-
-    name: ClassVar[str] = "composed"
-    parts: tuple[Policy, ...] = ()
-
-    def parts_of(self) -> tuple[Policy, ...]:
-        """The single policies."""
-        return self.parts
-
-    @property
-    def spec(self) -> str:
-        """The parts, joined with `|`."""
-        return "|".join(part.spec for part in self.parts)
-
-    @classmethod
-    def neutral(cls) -> "Composed":
-        """The empty composition."""
-        return cls()
-
-    def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> "Bound":
-        """Binds every part and tries whether their plans go together, before anything runs.
+    def check(self, plan: ScalePlan, scale: int, num_tokens: int) -> None:
+        """Checks everything.
 
         Raises:
-            PlanConflictError: They do not; the message names both policies.
+            PlanConflictError: Names the policy, the scale and the field, and says what it must be.
         """
-        bounds = tuple(part.bind(schedule, shape) for part in self.parts)
-        bound = BoundComposed(self.parts, bounds)
-        for scale in range(len(schedule)):
-            bound.ceiling(scale)
-        return bound
+        self._maps(plan, scale, num_tokens)
+        self._sublayers(plan, scale, num_tokens)
+        branches = plan.unconditional
+        self._require(branches is None or len(branches) in (1, self.num_images), scale, "unconditional",
+                      f"one entry or {self.num_images}", branches)  # fmt: skip
+        is_past = all(0 <= s <= scale for s in plan.evict)
+        self._require(is_past, scale, "evict", f"scales from 0 to {scale}", plan.evict)
+        is_copy = plan.base is Base.COPY
+        self._require((plan.source_Bl is not None) == is_copy, scale, "source_Bl", "given exactly with Base.COPY",
+                      plan.base.value)  # fmt: skip
+        is_known = plan.fill is None or plan.fill.source is None or plan.fill.source < scale
+        self._require(is_known, scale, "fill.source", f"a scale before {scale}", plan.fill)
 
+    def _maps(self, plan: ScalePlan, scale: int, num_tokens: int) -> None:
+        for name, part in [
+            *(("selections", part) for part in plan.selections),
+            *(("unconditional_tokens", part) for part in plan.unconditional_tokens),
+        ]:
+            self._map(part.token_map, scale, name, num_tokens, wide=True)
+            share = getattr(part, "share", 1.0)
+            self._require(0 < share <= 1, scale, f"{name}.share", "in (0, 1]", share)
+            self._mask_count(part, scale, name, num_tokens)
+        for depth in plan.depths:
+            self._map(depth.depth_Bl, scale, "depths.depth_Bl", num_tokens, wide=True)
+            is_order = sorted(depth.order) == list(range(self.num_blocks))
+            self._require(is_order, scale, "depths.order", f"every block of {self.num_blocks} once", depth.order)
+            self._depth_counts(depth, scale)
+        for name in ("weight_Bl", "base_weight_Bl"):
+            map_Bl = getattr(plan, name)
+            if map_Bl is not None:
+                self._map(map_Bl, scale, name, num_tokens, wide=False)
+        if plan.source_Bl is not None:
+            self._map(plan.source_Bl, scale, "source_Bl", num_tokens, wide=True)
+            is_inside = plan.source_Bl.device.type != "cpu" or bool(
+                ((plan.source_Bl >= 0) & (plan.source_Bl < num_tokens)).all()
+            )
+            self._require(is_inside, scale, "source_Bl", f"indices of the {num_tokens} tokens", "others")
 
-class BoundComposed(Bound):
-    """Several bound policies; see `Composed`."""
+    def _map(self, map_Bl: Tensor, scale: int, name: str, num_tokens: int, *, wide: bool) -> None:
+        shape = tuple(map_Bl.shape)
+        lengths = (num_tokens,) if wide else (1, num_tokens)
+        is_fit = len(shape) == MAX_AXES and shape[0] in (1, self.num_images) and shape[1] in lengths
+        self._require(is_fit, scale, name, f"(1 or {self.num_images}, {num_tokens})", shape)
+        if map_Bl.device.type == "cpu" and map_Bl.is_floating_point():
+            self._require(not bool(map_Bl.isnan().any()), scale, name, "numbers", "NaN")
 
-    def __init__(self, parts: Sequence[Policy], bounds: Sequence[Bound]) -> None:
-        self.parts, self.bounds = tuple(parts), tuple(bounds)
-        self.directives = tuple(dict.fromkeys(d for bound in bounds for d in bound.directives))
-        self.notes = tuple(note for bound in bounds for note in bound.notes) + self._shared_promises()
-        narrowing = [b for b in bounds if {Directive.TOKENS, Directive.BLOCKS} & set(b.directives)]
-        self.is_static = all(bound.is_static for bound in bounds) and len(narrowing) <= 1
+    def _mask_count(self, part: Selection, scale: int, name: str, num_tokens: int) -> None:
+        kept = getattr(part, "kept", None)
+        if kept is not None and part.token_map.device.type == "cpu":
+            counts = part.token_map.sum(-1)
+            self._require(bool((counts == kept).all()), scale, f"{name}.kept", "what its mask keeps", kept)
+        self._require(kept is None or 0 < kept <= num_tokens, scale, f"{name}.kept", f"in 1 to {num_tokens}", kept)
 
-    def _shared_promises(self) -> tuple[str, ...]:
-        """Kinds of saving that several parts promise: a report of unfired promises cannot tell them apart."""
-        notes = []
-        for kind in self.directives:
-            names = [p.name for p, bound in zip(self.parts, self.bounds, strict=True) if kind in bound.directives]
-            if len(names) > 1:
-                notes.append(f"{' and '.join(names)} both promise to {kind.value}; one of them may have done nothing")
-        return tuple(notes)
+    def _depth_counts(self, depth: DepthMap, scale: int) -> None:
+        if depth.counts is None:
+            return
+        is_long = len(depth.counts) == self.num_blocks
+        self._require(is_long, scale, "depths.counts", f"{self.num_blocks} numbers", depth.counts)
+        if depth.depth_Bl.device.type == "cpu":
+            places = torch.arange(self.num_blocks)[:, None, None]
+            is_true = bool(((depth.depth_Bl > places).sum(-1) == torch.tensor(depth.counts)[:, None]).all())
+            self._require(is_true, scale, "depths.counts", "what its depths give", depth.counts)
 
-    def record(self, scale: int) -> frozenset[Signal]:
-        """Union of what the parts record."""
-        return frozenset().union(*(bound.record(scale) for bound in self.bounds))
+    def _sublayers(self, plan: ScalePlan, scale: int, num_tokens: int) -> None:
+        for part in plan.sublayers:
+            is_block = all(0 <= block < self.num_blocks for block in part.blocks)
+            self._require(is_block, scale, "sublayers.blocks", f"blocks of {self.num_blocks}", part.blocks)
+            is_count = 0 < part.count <= num_tokens
+            self._require(is_count, scale, "sublayers.count", f"in 1 to {num_tokens}", part.count)
+        for dtype in plan.dtypes:
+            self._require(dtype.dtype.is_floating_point, scale, "dtypes", "of floats", dtype.dtype)
 
-    def start(self) -> tuple[Any, ...]:
-        """One state per part."""
-        return tuple(bound.start() for bound in self.bounds)
-
-    def plan(self, scale: int, signals: Signals | None, state: Any) -> tuple[ScalePlan, Any]:
-        """Meets the parts' plans."""
-        answers = [bound.plan(scale, signals, s) for bound, s in zip(self.bounds, state, strict=True)]
-        return self._meet([plan for plan, _ in answers]), tuple(s for _, s in answers)
-
-    def ceiling(self, scale: int) -> ScalePlan:
-        """Meets the parts' ceilings."""
-        return self._meet([bound.ceiling(scale) for bound in self.bounds])
-
-    def _meet(self, plans: Sequence[ScalePlan]) -> ScalePlan:
-        met = ScalePlan()
-        for i, plan in enumerate(plans):
-            try:
-                met = met.meet(plan)
-            except PlanConflictError as error:
-                before = " | ".join(part.name for part in self.parts[:i])
-                raise PlanConflictError(f"{before} | {self.parts[i].name}: {error}") from None
-        return met
+    def _require(self, ok: bool, scale: int, name: str, rule: str, value: object) -> None:
+        if not ok:
+            raise PlanConflictError(f"{self.policy}: plan of scale {scale}: {name} must be {rule}, got {value}")

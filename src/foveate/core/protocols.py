@@ -42,6 +42,10 @@ class Prepared(Protocol):
         """The same for some of the rows, in the given order; the others can be freed."""
         ...
 
+    def join(self, others: Sequence["Prepared"]) -> "Prepared":
+        """These rows and those of other requests behind them, so that one product serves all."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockContext:
@@ -78,6 +82,48 @@ class Block(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefixTokens:
+    """Tokens in front of the first scale's own, row after row, such as a text that self-attention reads.
+
+    They run all blocks at scale 0 and stay in the cache; they reach no head.
+    """
+
+    x_nC: Float[Tensor, "n C"]
+    rotation_nD: Float[Tensor, "n D"]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RefineInput:
+    """What a family's `refine` reads of one image: the tokens that ran, before the head, and what they drew.
+
+    `weight` is that of guidance; `index_k` are the tokens' places in the grid, None for all in order.
+    """
+
+    scale: int
+    grid: Grid
+    seed: int | None
+    cond_kC: Float[Tensor, "k C"]
+    uncond_kC: Float[Tensor, "k C"] | None
+    symbols_kd: Tensor
+    index_k: Int[Tensor, " k"] | None
+    weight: float
+
+
+@runtime_checkable
+class Refiner(Protocol):
+    """A step of a family between sampling and commit: what it returns is added to the latents of tokens that ran."""
+
+    def acts_at(self, scale: int, num_scales: int) -> bool:
+        """Whether it refines a scale."""
+        ...
+
+    def refine(self, image: RefineInput) -> Float[Tensor, "k Z"]:
+        """Latents to add, one row per token; each token by itself."""
+        ...
+
+
 @runtime_checkable
 class NextScaleModel(Protocol):
     """A transformer of a family, without a loop."""
@@ -91,6 +137,10 @@ class NextScaleModel(Protocol):
 
     def block(self, index: int) -> Block:
         """The block of this index."""
+        ...
+
+    def narrowed(self, index: int, dtype: torch.dtype) -> Block:
+        """A copy of a block whose linear layers compute in another dtype; its hidden states stay float32."""
         ...
 
     @property
@@ -119,8 +169,16 @@ class NextScaleModel(Protocol):
         """Position of each token of a scale, in the form that the blocks understand."""
         ...
 
-    def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
-        """Float32 logits; `rows` are the first rows of what was prepared, or all of them."""
+    def prefix(self, prepared: Prepared) -> PrefixTokens | None:
+        """Tokens in front of the first scale's own; None where a family has none."""
+        ...
+
+    def head_input(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n C"]:
+        """What the linear layer of the head reads, float32; `rows` are the first rows prepared, some without tokens."""
+        ...
+
+    def head_logits(self, h_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n V"]:
+        """Float32 logits: one linear layer with a bias."""
         ...
 
 

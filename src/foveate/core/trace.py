@@ -12,7 +12,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from foveate.core.cost import Cost, ModelShape, Row, RowWork, ScaleWork, request_cost
-from foveate.core.plan import Directive
+from foveate.core.policy import Directive
 from foveate.core.schedule import Grid
 
 
@@ -21,6 +21,8 @@ class ScaleTrace:
     """One scale that was reached: what ran, and for how long.
 
     `keep_Bl` and `depth_Bl` (blocks run per token, conditional branch) are kept only if the request asked for maps.
+    `narrow_dtype` is what blocks ran in that a plan narrowed; `lost_copies` counts dropped tokens whose source for a
+    copy did not run either, so that they committed zero.
     """
 
     scale: int
@@ -28,6 +30,8 @@ class ScaleTrace:
     ran: bool
     work: ScaleWork
     ms: float = 0.0
+    narrow_dtype: str | None = None
+    lost_copies: int = 0
     keep_Bl: Bool[Tensor, "B l"] | None = None
     depth_Bl: Int[Tensor, "B l"] | None = None
 
@@ -72,12 +76,23 @@ class Trace:
                 continue
             if self.stopped - {image for image, is_cond in s.work.rows if not is_cond}:
                 found.add(Directive.BRANCH)
-            conditional = [s.work.rows[(image, True)] for image in images]
-            if any(row.head_tokens < s.work.grid_tokens for row in conditional):
-                found.add(Directive.TOKENS)
-            if any(tokens < row.head_tokens for row in conditional for tokens in row.block_tokens):
-                found.add(Directive.BLOCKS)
+            found |= self._fired_inside(s, images)
         return found
+
+    def _fired_inside(self, s: ScaleTrace, images: set[int]) -> set[Directive]:
+        """The savings within a scale that ran."""
+        rows = s.work.rows
+        conditional = [rows[(image, True)] for image in images]
+        pairs = [(rows[(i, True)], rows[(i, False)]) for i in images if (i, False) in rows]
+        happened = {
+            Directive.TOKENS: any(row.head_tokens < s.work.grid_tokens for row in conditional),
+            Directive.BLOCKS: any(tokens < row.head_tokens for row in conditional for tokens in row.block_tokens),
+            Directive.SUBLAYERS: any(row.sublayer_tokens for row in conditional),
+            Directive.GUIDED_TOKENS: any(max(un.block_tokens) < max(cond.block_tokens) for cond, un in pairs),
+            Directive.KEYS: bool(s.work.evicted) and self.shape.is_cached,
+            Directive.DTYPE: s.narrow_dtype is not None,
+        }
+        return {directive for directive, is_so in happened.items() if is_so}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back (maps are left out)."""
@@ -96,12 +111,16 @@ class Trace:
                     "grid": list(s.grid),
                     "ran": s.ran,
                     "ms": s.ms,
+                    "narrow_dtype": s.narrow_dtype,
+                    "lost_copies": s.lost_copies,
+                    "evicted": list(s.work.evicted),
                     "rows": [
                         {
                             "image": image,
                             "conditional": c,
                             "head_tokens": r.head_tokens,
                             "block_tokens": list(r.block_tokens),
+                            "sublayer_tokens": {str(b): list(counts) for b, counts in r.sublayer_tokens.items()},
                         }
                         for (image, c), r in s.work.rows.items()
                     ],
@@ -127,13 +146,30 @@ class Trace:
         for s in data["scales"]:
             rows = {
                 (r["image"], r["conditional"]): RowWork(
-                    block_tokens=tuple(r["block_tokens"]), head_tokens=r["head_tokens"]
+                    block_tokens=tuple(r["block_tokens"]),
+                    head_tokens=r["head_tokens"],
+                    sublayer_tokens={int(b): tuple(counts) for b, counts in r.get("sublayer_tokens", {}).items()},
                 )
                 for r in s["rows"]
             }
             grid = (s["grid"][0], s["grid"][1])
-            work = ScaleWork(scale=s["scale"], grid_tokens=grid[0] * grid[1] if s["ran"] else 0, rows=rows)
-            trace.scales.append(ScaleTrace(scale=s["scale"], grid=grid, ran=s["ran"], work=work, ms=s["ms"]))
+            work = ScaleWork(
+                scale=s["scale"],
+                grid_tokens=grid[0] * grid[1] if s["ran"] else 0,
+                rows=rows,
+                evicted=tuple(s.get("evicted", ())),
+            )
+            trace.scales.append(
+                ScaleTrace(
+                    scale=s["scale"],
+                    grid=grid,
+                    ran=s["ran"],
+                    work=work,
+                    ms=s["ms"],
+                    narrow_dtype=s.get("narrow_dtype"),
+                    lost_copies=s.get("lost_copies", 0),
+                )
+            )
         return trace
 
     def dumps(self) -> str:

@@ -1,34 +1,33 @@
-"""THE scale loop and the block loop: they obey plans and know no policy, model or tokenizer by name.
+"""THE scale loop: decide, embed, blocks, sample, commit; it knows no policy, model or tokenizer by name.
 
-Axes: B images, R rows, n packed tokens, l tokens of the scale, C width, V outputs, Z latent channels.
+Axes: B images, n packed tokens, k tokens that reach the head, C width, V outputs, Z latent channels.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.core.cost import Row
-from foveate.core.errors import PlanConflictError, UnsupportedError
-from foveate.core.plan import Base, Bound, Fill, ScalePlan
-from foveate.core.protocols import Block, BlockContext, NextScaleModel, Prepared, ScaleTokenizer
-from foveate.core.rows import Rows
-from foveate.core.schedule import Scale
-from foveate.core.signals import Signal, Signals
+from foveate.core.errors import PlanConflictError
+from foveate.core.plan import BlockDtype, KeepDifference
+from foveate.core.policy import Bound
+from foveate.core.protocols import Block, NextScaleModel, Prepared, RefineInput, Refiner, ScaleTokenizer
+from foveate.core.signals import BranchLogits, Decoded, Record, Signal, Signals
 from foveate.core.trace import ScaleTrace, Trace, unfired
-from foveate.engine.branches import combine_hidden, combine_logits, split_rows
-from foveate.engine.clock import clock_of
+from foveate.engine.branches import combine_logits, difference_of, guide_by_difference, per_image
+from foveate.engine.commit import residual_of
+from foveate.engine.company import Company
+from foveate.engine.counting import trace_of
+from foveate.engine.fills import Difference
 from foveate.engine.graphs import Graphs
 from foveate.engine.kv_cache import KVCache
-from foveate.engine.recorder import Recorder, branch_logits
-from foveate.engine.select import Chosen, TokenLayout, choose
+from foveate.engine.scale_run import ScaleRun
 from foveate.engine.state import Request, RequestState
-from foveate.engine.tally import Tally, skipped
 from foveate.kernels.heap import kept_heap
-from foveate.kernels.residual import add_gated_
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -41,32 +40,57 @@ class ScaleStep:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class LateBlocks:
-    """Blocks that run in place of the model's own at the last `num_scales` scales, in another number format."""
+class _Heads:
+    """Of the tokens of one run that reach the head: hidden states, what the head's linear layer reads, and logits."""
 
-    num_scales: int
-    blocks: tuple[Block, ...]
+    hidden_kC: Float[Tensor, "k C"] | None
+    inputs_kC: Float[Tensor, "k C"] | None
+    logits_kV: Float[Tensor, "k V"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Outcome:
+    """All that a scale changes of its request, computed before anything is changed."""
+
+    run: ScaleRun
+    trace: ScaleTrace
+    f_hat_BZHW: Float[Tensor, "B Z H W"]
+    residual_BZhw: Tensor | None
+    signals: Signals | None
+    difference: Difference | None
+    lost: Tensor | None = None
 
 
 class Engine:
-    """A model and a tokenizer that obey a bound policy; holds no state of any request."""
+    """A model and a tokenizer that obey bound policies; holds no state of any request."""
 
     def __init__(
         self,
         model: NextScaleModel,
         tokenizer: ScaleTokenizer,
         graphs: Graphs | None = None,
-        late: LateBlocks | None = None,
+        refiner: Refiner | None = None,
     ) -> None:
         """Takes the parts.
 
         Args:
             model: On its device; with graphs it stays there.
             tokenizer: Of the same family.
-            graphs: Replays the first scales; None launches everything.
-            late: Blocks of the last scales; None takes the model's own at all of them.
+            graphs: Replays the first scales of requests that run alone; None launches everything.
+            refiner: The family's step between sampling and commit; None where it has none.
         """
-        self.model, self.tokenizer, self.graphs, self.late = model, tokenizer, graphs, late
+        self.model, self.tokenizer, self.graphs, self.refiner = model, tokenizer, graphs, refiner
+        self._narrowed: dict[tuple[int, torch.dtype], Block] = {}
+
+    def open(self, bound: Bound, request: Request) -> RequestState:
+        """A request before its first scale; `RequestState.release` ends it.
+
+        Raises:
+            PlanConflictError: The policy asks for what the request cannot give.
+        """
+        _refuse_equal_branches(bound, request)
+        with torch.inference_mode():
+            return RequestState.open(self.model, self.tokenizer, bound, request, self.graphs)
 
     def run(self, bound: Bound, request: Request) -> Generator[ScaleStep, None, None]:
         """Generates, handing out the latent after every scale.
@@ -76,186 +100,232 @@ class Engine:
         Raises:
             PlanConflictError: A plan asks for what cannot be done.
         """
-        _refuse_equal_branches(bound, request)
-        clock = clock_of(self.model.device, request.times_scales)
-        clock.start()
         with kept_heap():
-            with torch.inference_mode():
-                state = RequestState.open(self.model, self.tokenizer, bound, request, clock, self.graphs)
+            state = self.open(bound, request)
             try:
-                for scale in request.schedule.scales:
-                    with torch.inference_mode():
-                        self._step(state, scale, request, bound)
-                    yield ScaleStep(scale=scale.index, f_hat_BZHW=state.f_hat_BZHW, trace=state.trace)
-                    clock.start()
+                while not state.is_done:
+                    (outcome,) = self.step([state])
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    yield outcome
             finally:
                 state.release()
 
-    def _step(self, state: RequestState, scale: Scale, request: Request, bound: Bound) -> None:
-        """Asks for the plan of a scale, obeys it and notes what it took since the clock was started.
+    def step(self, states: Sequence[RequestState]) -> list[ScaleStep | Exception]:
+        """Runs the next scale of each request, all in one company: different scales, sizes and policies go together.
 
-        The first scale's time holds what the request prepares once: text keys and values, modulation, the cache. The
-        device is read once at most, for counts and branches that its content decides.
+        A scale is a transaction: where it fails, the request is as it was before. If the company fails, each member is
+        tried alone, and only one that fails again is answered with its error.
+
+        Args:
+            states: Requests of this engine that are not done, each once.
+
+        Returns:
+            Per request, what its scale left or the error that it raised.
         """
-        plan, state.policy = bound.plan(scale.index, state.signals, state.policy)
-        plan = plan.on(state.f_hat_BZHW.device)
-        chosen = choose(plan, request.num_images, scale.num_tokens, self.model.shape.num_blocks)
-        state.settle_branches(chosen.plan, request.guidance, scale.index)
-        wanted = bound.record(scale.index)
-        traced = self._scale(state, chosen, scale, request, wanted) if plan.runs else skipped(scale)
-        state.trace.scales.append(replace(traced, ms=state.clock.stop()))
-        state.trace.peak_cache_bytes = max(state.trace.peak_cache_bytes, state.cache_bytes())
-        if scale.index == len(request.schedule) - 1:
-            state.trace.scales = [
-                replace(traced, ms=ms) for traced, ms in zip(state.trace.scales, state.clock.read(), strict=True)
-            ]
-            state.trace.unfired = unfired(state.trace, bound.directives)
+        before = [state.request.sampler.state() for state in states]
+        try:
+            with torch.inference_mode():
+                return list(self._advance(states))
+        except Exception as error:  # whatever a policy, a model or the device raises is the answer of its request
+            for state, sampler_state in zip(states, before, strict=True):
+                state.request.sampler.restore(sampler_state)
+            if len(states) == 1:
+                return [error]
+        return [outcome for state in states for outcome in self.step([state])]
 
-    def _scale(
-        self, state: RequestState, chosen: Chosen, scale: Scale, request: Request, wanted: frozenset[Signal]
-    ) -> ScaleTrace:
-        """Runs one scale: blocks, guidance, sampling, commit. The host never waits for the device here."""
-        plan = chosen.plan
-        layout = TokenLayout.of(chosen, state.live, scale.num_tokens)
-        recorder = Recorder(
-            wanted=wanted, store=state.deltas, layout=layout, grid=scale.grid, dtype=self.model.compute_dtype
+    def _advance(self, states: Sequence[RequestState]) -> list[ScaleStep]:
+        """Decide, embed, blocks, sample; then commit. The host reads the device at most once per request, to decide."""
+        for state in states:
+            state.clock.start()
+        runs = [ScaleRun.begin(state, self.model) for state in states]
+        heads: dict[int, _Heads] = {}
+        for company in _companies(runs):
+            heads |= zip(map(id, company.runs), self._heads(company), strict=True)
+        outcomes = [self._sampled(run, heads[id(run)]) if run.plan.runs else _skipped(run) for run in runs]
+        return [_committed(outcome, len(states)) for outcome in outcomes]
+
+    def _heads(self, company: Company) -> Sequence[_Heads]:
+        """Embeds and runs the blocks and the head, launched or, for a request by itself, replayed from a graph."""
+        x_nC, rotation_nD = company.enter(self.model, self.tokenizer)
+        run, graph = company.runs[0], company.runs[0].state.graph if len(company.runs) == 1 else None
+        is_whole = run.is_dense and run.prepared is run.state.prepared and not self._refines(run)
+        if graph is not None and graph.serves(run.scale) and is_whole:
+
+            def work(x_nC: Tensor, rotation_nD: Tensor, prepared: Prepared, cache: KVCache) -> Tensor:
+                alone = Company([replace(run, prepared=prepared, cache=cache)])
+                return self._forward(alone, x_nC, rotation_nD)[0].logits_kV
+
+            num_headed = sum(n > 0 for n in run.headed)
+            logits_kV = graph.logits(run.scale, num_headed, x_nC, rotation_nD, work)
+            return [_Heads(hidden_kC=None, inputs_kC=None, logits_kV=logits_kV)]
+        for each in company.runs:
+            each.state.leave_graph()
+        return self._forward(company, x_nC, rotation_nD)
+
+    def _forward(
+        self, company: Company, x_nC: Float[Tensor, "n C"], rotation_nD: Float[Tensor, "n D"]
+    ) -> Sequence[_Heads]:
+        """Blocks and head of a company; `x_nC` is changed."""
+        dtype_of = company.runs[0].plan.dtype_of
+        blocks = [partial(self._block, index, dtype_of(index)) for index in range(self.model.shape.num_blocks)]
+        company.blocks(x_nC, rotation_nD, blocks)
+        hidden_kC, rows = company.headed(x_nC)
+        inputs_kC = self.model.head_input(hidden_kC, rows, company.prepared)
+        counts = [sum(run.headed) for run in company.runs]
+        inputs = company.split(inputs_kC, counts)
+        if self._keeps_inputs:
+            for run, part_kC in zip(company.runs, inputs, strict=True):
+                images = per_image(run, part_kC)
+                for image, guided in zip(images, guide_by_difference(run, images), strict=True):
+                    if guided is not image:
+                        image.cond_kV.copy_(guided.cond_kV)
+        logits_kV = self.model.head_logits(inputs_kC)
+        parts = zip(company.split(hidden_kC, counts), inputs, company.split(logits_kV, counts), strict=True)
+        return [_Heads(hidden_kC=hidden, inputs_kC=part, logits_kV=logits) for hidden, part, logits in parts]
+
+    @property
+    def _keeps_inputs(self) -> bool:
+        """Whether a cached difference is one of head inputs: the linear layer keeps it, and they may be narrower."""
+        return self.model.shape.width <= self.model.shape.head_outputs
+
+    def _block(self, index: int, dtype: torch.dtype | None) -> Block:
+        """The block of this index, or its copy in a narrower dtype, which is made once."""
+        if dtype is None or dtype == self.model.compute_dtype:
+            return self.model.block(index)
+        if (index, dtype) not in self._narrowed:
+            self._narrowed[(index, dtype)] = self.model.narrowed(index, dtype)
+        return self._narrowed[(index, dtype)]
+
+    def _refines(self, run: ScaleRun) -> bool:
+        return self.refiner is not None and self.refiner.acts_at(run.scale.index, len(run.state.request.schedule))
+
+    def _sampled(self, run: ScaleRun, heads: _Heads) -> _Outcome:
+        """Guidance, sampling, the residual and what the policy asked to know; the host never waits here."""
+        state, request, scale = run.state, run.state.request, run.scale
+        logits = per_image(run, heads.logits_kV)
+        difference = state.difference
+        if KeepDifference() in run.keeps:
+            kept_kW = heads.inputs_kC if self._keeps_inputs else heads.logits_kV
+            assert kept_kW is not None, "no graph ran where something is kept"
+            difference = difference_of(run, per_image(run, kept_kW))
+        guided = combine_logits(
+            logits if self._keeps_inputs else guide_by_difference(run, logits),
+            run.weight,
+            request.temperatures[scale.index],
         )
-        tally = Tally.start(layout, request.wants_maps, state.f_hat_BZHW.device)
-        weight = request.guidance.weights[scale.index] if request.guidance.on_logits else 1.0
-        has_uncond = weight != 1.0 or Signal.LOGITS in wanted
-        logits = self._logits(state, plan, scale, request, recorder, has_uncond)
-        tally.count()
-        guided = combine_logits(logits, weight, request.temperatures[scale.index])
         symbols = request.sampler.choose(
             scale.index,
             scale.grid,
             [self.tokenizer.symbols(logits_kV) for logits_kV in guided],
-            layout.kept,
+            run.kept_images(),
             request.filters[scale.index],
         )
-        residual_BZhw = self._commit(state, plan, scale, layout, symbols)
-        state.f_hat_BZHW = self.tokenizer.add(state.f_hat_BZHW, residual_BZhw, scale.index, len(request.schedule))
-        state.residual_BZhw = residual_BZhw
-        state.signals = Signals(
-            scale=scale.index,
-            grid=scale.grid,
-            residual_BZhw=residual_BZhw if Signal.RESIDUAL in wanted else None,
-            logits=branch_logits(logits, request.num_images) if Signal.LOGITS in wanted else None,
-            block_change_Bl=recorder.finish(),
+        residual_BZhw, lost = residual_of(run, symbols, self.tokenizer)
+        if self._refines(run):
+            residual_BZhw = residual_BZhw + self._refinement(run, heads, symbols, residual_BZhw)
+        f_hat_BZHW = self.tokenizer.add(state.f_hat_BZHW, residual_BZhw, scale.index, len(request.schedule))
+        return _Outcome(
+            run=run,
+            trace=trace_of(run),
+            lost=lost,
+            f_hat_BZHW=f_hat_BZHW,
+            residual_BZhw=residual_BZhw,
+            signals=self._signals(run, logits, residual_BZhw, f_hat_BZHW),
+            difference=difference,
         )
-        return tally.trace(scale, {row: part.shape[0] for row, part in logits.items()})
 
-    def _logits(
-        self, state: RequestState, plan: ScalePlan, scale: Scale, request: Request, recorder: Recorder, has_uncond: bool
-    ) -> dict[Row, Float[Tensor, "_k V"]]:
-        """Head outputs of the conditional rows, and of the unconditional ones where something reads them.
+    def _signals(
+        self, run: ScaleRun, logits: tuple[BranchLogits, ...], residual_BZhw: Tensor, f_hat_BZHW: Tensor
+    ) -> Signals:
+        """What the policy asked to know of this scale."""
+        decoded: dict[Record, Tensor] = {}
+        for record in run.records:
+            if isinstance(record, Decoded):
+                small_BZhw = F.interpolate(f_hat_BZHW, size=(record.side, record.side), mode="area")
+                decoded[record] = self.tokenizer.decode(small_BZhw)
+        return Signals(
+            scale=run.scale.index,
+            grid=run.scale.grid,
+            residual_BZhw=residual_BZhw if Signal.RESIDUAL in run.records else None,
+            f_hat_BZHW=f_hat_BZHW if Signal.F_HAT in run.records else None,
+            logits=logits if Signal.LOGITS in run.records else None,
+            values=run.values | decoded,
+        )
 
-        What happens between the embedding and these is launched, or replayed where it has been captured.
-        """
-        layout = recorder.layout
-        headed = [row for row in state.live if row[1] or has_uncond]
-        rows = Rows(layout.rows.counts[: len(headed)])
-
-        def run(x_nC: Tensor, rotation_nD: Tensor, prepared: Prepared, cache: KVCache) -> Tensor:
-            reading = replace(state, prepared=prepared, cache=cache)
-            x_nC = self._blocks(reading, plan, scale, request, recorder, x_nC, rotation_nD)
-            return self.model.logits(x_nC[: rows.total], rows, prepared)
-
-        x_nC = self._enter(state, scale, layout)
-        rotation_nD = layout.pack([self.model.positions(request.schedule, scale.index)] * request.num_images)
-        prefix = state.prefix_for(scale, layout, recorder)
-        if prefix is None:
-            packed_kV = run(x_nC, rotation_nD, state.prepared, state.cache)
-        else:
-            packed_kV = prefix.logits(scale, len(headed), x_nC, rotation_nD, run)
-        return split_rows(packed_kV, headed, rows)
-
-    def _blocks(
-        self,
-        state: RequestState,
-        plan: ScalePlan,
-        scale: Scale,
-        request: Request,
-        recorder: Recorder,
-        x_nC: Float[Tensor, "n C"],
-        rotation_nD: Float[Tensor, "n D"],
-    ) -> Float[Tensor, "n C"]:
-        """Runs all blocks over the packed tokens, which they change."""
-        layout = recorder.layout
-        for index in range(self.model.shape.num_blocks):
-            active = layout.active(index)
-            part_nC = x_nC if active.index_n is None else x_nC[active.index_n]
-            before_nC = part_nC.clone() if recorder.is_on else None
-            if active.rows.total:
-                context = BlockContext(
-                    rows=active.rows,
-                    prepared=state.prepared,
-                    rotation_nD=rotation_nD if active.index_n is None else rotation_nD[active.index_n],
-                    slot=state.cache.slot(index, active.rows, scale.index < state.num_stored),
+    def _refinement(self, run: ScaleRun, heads: _Heads, symbols: Sequence[Tensor], like: Tensor) -> Tensor:
+        """What the family's own step adds to the latents of the tokens that ran; (B, Z, h, w)."""
+        assert self.refiner is not None, "the caller asked"
+        assert heads.hidden_kC is not None, "no graph ran"
+        added_BZl = torch.zeros_like(like).flatten(2)
+        for image, (hidden, symbols_kd) in enumerate(zip(per_image(run, heads.hidden_kC), symbols, strict=True)):
+            latents_kZ = self.refiner.refine(
+                RefineInput(
+                    scale=run.scale.index,
+                    grid=run.scale.grid,
+                    seed=run.state.request.sampler.seed_of(image),
+                    cond_kC=hidden.cond_kV,
+                    uncond_kC=hidden.uncond_kV,
+                    symbols_kd=symbols_kd,
+                    index_k=hidden.index_k,
+                    weight=run.weight,
                 )
-                block = self._block(index, len(request.schedule) - scale.index)
-                for sublayer in range(block.num_sublayers):
-                    change = block.change(sublayer, part_nC, context)
-                    add_gated_(part_nC, change.value_nC, change.gate_RC, active.rows)
-            fill_nC = None
-            if active.index_n is not None:
-                fill_nC = recorder.fill_(index, x_nC) if plan.fill is Fill.CACHED else None
-                x_nC[active.index_n] = part_nC
-            if before_nC is not None:
-                recorder.record(index, part_nC - before_nC, active.index_n, fill_nC)
-            if index in request.guidance.hidden_blocks:
-                x_nC = combine_hidden(x_nC, state.live, layout.rows, request.guidance.weights[scale.index])
-        return x_nC
-
-    def _block(self, index: int, scales_left: int) -> Block:
-        """The block of this index at a scale; `scales_left` counts it and those behind it."""
-        if self.late is not None and scales_left <= self.late.num_scales:
-            return self.late.blocks[index]
-        return self.model.block(index)
-
-    def _enter(self, state: RequestState, scale: Scale, layout: TokenLayout) -> Float[Tensor, "n C"]:
-        """Hidden states that enter the first block; both branches of an image share the embedding."""
-        if scale.index == 0:
-            if scale.num_tokens != 1:
-                raise UnsupportedError(f"scale 0 must be one token, got the grid {scale.grid}")
-            return self.model.start(state.prepared).clone()
-        input_BZhw = self.tokenizer.next_input(state.f_hat_BZHW, scale.grid)
-        return layout.pack(list(self.model.embed(input_BZhw, scale.index)))
-
-    def _commit(
-        self, state: RequestState, plan: ScalePlan, scale: Scale, layout: TokenLayout, symbols: list[Tensor]
-    ) -> Float[Tensor, "B Z h w"]:
-        """Residual = weight * lookup where a token ran, the base elsewhere."""
-        if layout.kept is None or layout.keep_Bl is None:
-            residual_BZhw = self.tokenizer.residual(torch.stack(symbols), scale.grid)
-        else:
-            full = symbols[0].new_zeros(len(symbols), layout.num_tokens, symbols[0].shape[-1])
-            for image, index_k in enumerate(layout.kept):
-                full[image, index_k] = symbols[image]
-            residual_BZhw = self.tokenizer.residual(full, scale.grid)
-        grid = (residual_BZhw.shape[-2], residual_BZhw.shape[-1])
-        if plan.weight_Bl is not None:
-            residual_BZhw = residual_BZhw * _on_latents(plan.weight_Bl, scale.grid, grid)
-        if layout.keep_Bl is None:
-            return residual_BZhw
-        base_BZhw = torch.zeros_like(residual_BZhw)
-        if plan.base is Base.PREVIOUS and state.residual_BZhw is not None:
-            base_BZhw = F.interpolate(state.residual_BZhw, size=grid, mode="nearest")
-        return torch.where(_on_latents(layout.keep_Bl, scale.grid, grid), residual_BZhw, base_BZhw)
+            )
+            added_BZl[image, :, slice(None) if hidden.index_k is None else hidden.index_k] = latents_kZ.T
+        return added_BZl.view_as(like)
 
 
-def _on_latents(map_Bl: Tensor, grid: tuple[int, int], latent_grid: tuple[int, int]) -> Tensor:
-    """A per-token map as (B, 1, h, w) on the latent grid behind the tokens."""
-    map_B1hw = map_Bl.unflatten(-1, grid)[:, None]
-    patch = latent_grid[0] // grid[0]
-    return map_B1hw.repeat_interleave(patch, -2).repeat_interleave(patch, -1) if patch > 1 else map_B1hw
+def _companies(runs: Sequence[ScaleRun]) -> list[Company]:
+    """Runs that go together: all that narrow the same blocks to the same dtypes."""
+    groups: dict[tuple[BlockDtype, ...], list[ScaleRun]] = {}
+    for run in runs:
+        if run.plan.runs:
+            groups.setdefault(run.plan.dtypes, []).append(run)
+    return [Company(group) for group in groups.values()]
+
+
+def _skipped(run: ScaleRun) -> _Outcome:
+    """A scale that does not run leaves everything as it was."""
+    state = run.state
+    return _Outcome(
+        run=run,
+        trace=trace_of(run),
+        f_hat_BZHW=state.f_hat_BZHW,
+        residual_BZhw=state.residual_BZhw,
+        signals=state.signals,
+        difference=state.difference,
+    )
+
+
+def _committed(outcome: _Outcome, share: int) -> ScaleStep:
+    """Takes a request over to what its scale left; `share` is how many requests shared the time of it."""
+    state, trace = outcome.run.state, outcome.run.state.trace
+    outcome.run.commit()
+    state.f_hat_BZHW, state.residual_BZhw = outcome.f_hat_BZHW, outcome.residual_BZhw
+    state.signals, state.difference = outcome.signals, outcome.difference
+    trace.stopped = state.dropped
+    state.shares.append(share)
+    state.lost.append(outcome.lost)
+    trace.scales.append(replace(outcome.trace, ms=state.clock.stop() / share))
+    trace.peak_cache_bytes = max(trace.peak_cache_bytes, state.cache_bytes())
+    if state.is_done:
+        opened_ms, *step_ms = state.clock.read()
+        shared = [ms / share for ms, share in zip(step_ms, state.shares, strict=True)]
+        shared[0] += opened_ms
+        lost = [0 if number is None else int(number) for number in state.lost]
+        trace.scales = [
+            replace(part, ms=ms, lost_copies=n) for part, ms, n in zip(trace.scales, shared, lost, strict=True)
+        ]
+        trace.unfired = unfired(trace, state.bound.directives)
+    return ScaleStep(scale=outcome.trace.scale, f_hat_BZHW=state.f_hat_BZHW, trace=trace)
 
 
 def _refuse_equal_branches(bound: Bound, request: Request) -> None:
-    """A policy that compares the branches' logits has nothing to compare where hidden states were combined before."""
-    reads_logits = any(Signal.LOGITS in bound.record(s) for s in range(len(request.schedule)))
-    if reads_logits and request.guidance.hidden_blocks:
+    """What reads both branches' outputs has nothing to compare where hidden states were combined before."""
+    scales = range(len(request.schedule))
+    reads = any(Signal.LOGITS in bound.record(s) or KeepDifference() in bound.keeps(s) for s in scales)
+    if reads and request.guidance.hidden_blocks:
         raise PlanConflictError(
-            "guidance inside the blocks makes both branches' logits equal, so they cannot decide when to stop; "
-            "combine guidance on logits only, or switch that rule off"
+            f"{bound.label}: guidance inside the blocks makes both branches' logits equal, so they cannot decide when "
+            "to stop, or anything else; combine guidance on logits only, or switch that rule off"
         )

@@ -4,25 +4,29 @@ Equal to what the trace counts for static policies, an upper bound for those tha
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from foveate.core.cost import Cost, ModelShape, RowWork, ScaleWork, request_cost
-from foveate.core.plan import Bound, ScalePlan
+from foveate.core.plan import KeepDifference, ScalePlan, narrowed
+from foveate.core.policy import Bound
+from foveate.core.schedule import Scale
 from foveate.core.signals import Signal
 from foveate.engine.state import Request, ceiling_tokens
 
 
 def planned_work(
-    plans: Sequence[ScalePlan], heads_both: Sequence[bool], request: Request, num_blocks: int
+    plans: Sequence[ScalePlan], heads_both: Sequence[bool], request: Request, shape: ModelShape
 ) -> tuple[ScaleWork, ...]:
     """What plans make every row run.
 
     Args:
         plans: One per scale; selections for one image stand for all.
-        heads_both: Per scale, whether a recorded signal reads the unconditional logits although guidance does not.
+        heads_both: Per scale, whether something reads the unconditional logits although guidance does not.
         request: Sizes, guidance and rows.
-        num_blocks: Of the model.
+        shape: Of the model.
     """
-    live = list(request.text_tokens())
+    text_tokens = request.text_tokens()
+    live = list(text_tokens)
     work = []
     for plan, scale, reads_both in zip(plans, request.schedule.scales, heads_both, strict=True):
         wanted = plan.unconditional
@@ -33,26 +37,47 @@ def planned_work(
             if is_cond or (is_needed and (wanted is None or wanted[image % len(wanted)]))
         ]
         if not plan.runs:
-            work.append(ScaleWork(scale=scale.index, grid_tokens=0, rows={}))
+            work.append(ScaleWork(scale=scale.index, grid_tokens=0, rows={}, evicted=plan.evict))
             continue
-        keep_Bl = plan.keep(1, scale.num_tokens)
-        kept = scale.num_tokens if keep_Bl is None else int(keep_Bl[0].sum())
-        blocks = tuple(ceiling_tokens(plan, scale.num_tokens, num_blocks))
         has_head = reads_both or (request.guidance.on_logits and request.guidance.weights[scale.index] != 1.0)
-        rows = {row: RowWork(block_tokens=blocks, head_tokens=kept if row[1] or has_head else 0) for row in live}
-        work.append(ScaleWork(scale=scale.index, grid_tokens=scale.num_tokens, rows=rows))
+        branches = {is_cond: _branch_work(plan, scale, shape, is_cond=is_cond) for is_cond in (True, False)}
+        rows = {}
+        for row in live:
+            ahead = shape.prefix_tokens(text_tokens[row]) if scale.index == 0 else 0
+            part = branches[row[1]]
+            rows[row] = replace(
+                part,
+                block_tokens=tuple(n + ahead for n in part.block_tokens),
+                head_tokens=part.head_tokens if row[1] or has_head else 0,
+            )
+        work.append(ScaleWork(scale=scale.index, grid_tokens=scale.num_tokens, rows=rows, evicted=plan.evict))
     return tuple(work)
 
 
-def full_work(request: Request, num_blocks: int) -> tuple[ScaleWork, ...]:
+def _branch_work(plan: ScalePlan, scale: Scale, shape: ModelShape, *, is_cond: bool) -> RowWork:
+    """What a ceiling lets one row of a branch run, a prefix left out."""
+    blocks = tuple(ceiling_tokens(plan, scale.num_tokens, shape.num_blocks, is_cond=is_cond))
+    keep_Bl = plan.keep(1, scale.num_tokens)
+    if not is_cond:
+        keep_Bl = narrowed(plan.unconditional_tokens, keep_Bl, 1, scale.num_tokens)
+    counts = {block: plan.sublayer_count(block, count) for block, count in enumerate(blocks)}
+    parts = len(shape.sublayer_flops)
+    return RowWork(
+        block_tokens=blocks,
+        head_tokens=scale.num_tokens if keep_Bl is None else int(keep_Bl[0].sum()),
+        sublayer_tokens={block: (n,) * parts for block, n in counts.items() if n < blocks[block]},
+    )
+
+
+def full_work(request: Request, shape: ModelShape) -> tuple[ScaleWork, ...]:
     """What the request runs if nothing is left out."""
     num_scales = len(request.schedule)
-    return planned_work([ScalePlan()] * num_scales, [False] * num_scales, request, num_blocks)
+    return planned_work([ScalePlan()] * num_scales, [False] * num_scales, request, shape)
 
 
 def full_cost(request: Request, shape: ModelShape, bytes_per_element: int = 4) -> Cost:
     """The cost of `full_work`."""
-    return request_cost(full_work(request, shape.num_blocks), shape, request.text_tokens(), bytes_per_element)
+    return request_cost(full_work(request, shape), shape, request.text_tokens(), bytes_per_element)
 
 
 def forecast(bound: Bound, request: Request, shape: ModelShape, bytes_per_element: int = 4) -> Cost:
@@ -62,6 +87,6 @@ def forecast(bound: Bound, request: Request, shape: ModelShape, bytes_per_elemen
     """
     scales = range(len(request.schedule))
     plans = [bound.ceiling(s) for s in scales]
-    heads_both = [Signal.LOGITS in bound.record(s) for s in scales]
-    work = planned_work(plans, heads_both, request, shape.num_blocks)
+    heads_both = [Signal.LOGITS in bound.record(s) or KeepDifference() in bound.keeps(s) for s in scales]
+    work = planned_work(plans, heads_both, request, shape)
     return request_cost(work, shape, request.text_tokens(), bytes_per_element)

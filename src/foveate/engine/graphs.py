@@ -222,6 +222,9 @@ class Prefix:
             cache.k_RNMD[block][:, :, :filled] = self.cache.k_RNMD[block][:, :, :filled]
             cache.v_RNMD[block][:, :, :filled] = self.cache.v_RNMD[block][:, :, :filled]
             cache.lengths[block] = list(lengths)
+        stored = self.shape.schedule.scales[: min(self.done, self.shape.num_stored)]
+        rows, blocks = len(self.shape.rows), len(self.cache.lengths)
+        cache.scales = [(scale.index, [[scale.num_tokens] * rows for _ in range(blocks)]) for scale in stored]
         self.release()
 
     def release(self) -> None:

@@ -13,21 +13,19 @@ from torch import Tensor
 
 from foveate.core.conditions import Condition, num_text_tokens
 from foveate.core.cost import ModelShape, Row
-from foveate.core.errors import PlanConflictError
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.held import held_bytes
-from foveate.core.plan import Bound, ScalePlan
-from foveate.core.protocols import NextScaleModel, Prepared, ScaleTokenizer
-from foveate.core.schedule import Scale, ScaleSchedule
+from foveate.core.plan import KeepDifference, KeepOutputs, PlanChecker, ScalePlan, Unit, narrowed
+from foveate.core.policy import Bound
+from foveate.core.protocols import NextScaleModel, PrefixTokens, Prepared, ScaleTokenizer
+from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Signals
 from foveate.core.trace import Trace
-from foveate.engine.clock import Clock
-from foveate.engine.deltas import DeltaStore
+from foveate.engine.clock import Clock, clock_of
+from foveate.engine.fills import Difference, Fills
 from foveate.engine.graphs import Graphs, Prefix, PrefixShape
 from foveate.engine.kv_cache import KVCache
-from foveate.engine.recorder import Recorder
 from foveate.engine.sample import Filter, Sampler
-from foveate.engine.select import TokenLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -69,24 +67,34 @@ class Bounds:
     """What a request needs at most, known before it runs: tokens per block that a row stores, and beside them.
 
     The first `num_stored` scales are stored; each later one has its keys in the scratch only while it runs.
+    `fill_values` are the numbers kept for fills at once, in the compute dtype; `difference_values` those of a cached
+    difference of the branches, float32.
     """
 
     capacities: tuple[int, ...]
     scratch_tokens: int
     num_rows: int
     num_stored: int
+    fill_values: int = 0
+    difference_values: int = 0
 
     def kv_bytes(self, width: int, bytes_per_element: int) -> int:
         """Bytes of the cache; `width` is heads times head width."""
         behind = max(self.capacities, default=0) + self.scratch_tokens
         return 2 * self.num_rows * width * bytes_per_element * (sum(self.capacities) + behind)
 
+    def fill_bytes(self, bytes_per_element: int) -> int:
+        """Bytes of what is kept for fills and for a cached difference."""
+        return self.fill_values * bytes_per_element + 4 * self.difference_values
 
-def ceiling_tokens(plan: ScalePlan, num_tokens: int, num_blocks: int) -> list[int]:
+
+def ceiling_tokens(plan: ScalePlan, num_tokens: int, num_blocks: int, *, is_cond: bool = True) -> list[int]:
     """Tokens per block of one row under a ceiling plan."""
     if not plan.runs:
         return [0] * num_blocks
     keep_Bl = plan.keep(1, num_tokens)
+    if not is_cond:
+        keep_Bl = narrowed(plan.unconditional_tokens, keep_Bl, 1, num_tokens)
     counts = []
     for block in range(num_blocks):
         active_Bl = plan.active(block)
@@ -97,69 +105,127 @@ def ceiling_tokens(plan: ScalePlan, num_tokens: int, num_blocks: int) -> list[in
     return counts
 
 
-def bounds_of(bound: Bound, request: Request, shape: ModelShape) -> Bounds:
-    """What the ceilings of a policy imply for the cache: all scales before the last are stored, or none."""
+def bounds_of(bound: Bound, request: Request, shape: ModelShape, prefix_tokens: int = 0) -> Bounds:
+    """What the ceilings of a policy imply: all scales before the last are stored, or none; less what is evicted."""
     plans = [bound.ceiling(s) for s in range(len(request.schedule))]
     last = max((s for s, plan in enumerate(plans) if plan.runs), default=0)
     num_stored = last if shape.is_cached else 0
-    per_scale = [
-        ceiling_tokens(plan, scale.num_tokens, shape.num_blocks)
-        for plan, scale in zip(plans, request.schedule.scales, strict=True)
-    ]
-    stored = [sum(per_scale[s][block] for s in range(num_stored)) for block in range(shape.num_blocks)]
+    per_scale = []
+    for plan, scale in zip(plans, request.schedule.scales, strict=True):
+        counts = ceiling_tokens(plan, scale.num_tokens, shape.num_blocks)
+        per_scale.append([plan.sublayer_count(block, count) for block, count in enumerate(counts)])
     branches = 2 if request.guidance.is_needed(0) else 1
+    num_rows = branches * request.num_images
+    is_prefixed = prefix_tokens if num_stored else 0
     return Bounds(
-        capacities=tuple(stored),
-        scratch_tokens=max(max(counts) for counts in per_scale[num_stored:]),
-        num_rows=branches * request.num_images,
+        capacities=tuple(is_prefixed + _most_stored(plans, [c[b] for c in per_scale], num_stored)
+                         for b in range(shape.num_blocks)),
+        scratch_tokens=max(max(counts) for counts in per_scale[num_stored:]) + prefix_tokens * (num_stored == 0),
+        num_rows=num_rows,
         num_stored=num_stored,
-    )
+        fill_values=num_rows * shape.width * _most_kept(bound, request.schedule, shape),
+        difference_values=request.num_images * _difference_width(shape) * _most_differences(bound, request.schedule),
+    )  # fmt: skip
 
 
-@dataclass(kw_only=True, slots=True)
+def _most_stored(plans: Sequence[ScalePlan], counts: Sequence[int], num_stored: int) -> int:
+    """The most tokens that a block's cache holds at once."""
+    held: dict[int, int] = {}
+    most = 0
+    for scale in range(num_stored):
+        held[scale] = counts[scale]
+        most = max(most, sum(held.values()))
+        for gone in plans[scale].evict:
+            held.pop(gone, None)
+    return most
+
+
+def _most_kept(bound: Bound, schedule: ScaleSchedule, shape: ModelShape) -> int:
+    """Tokens times units whose outputs are held at once, at the most: those kept, and those of the running scale."""
+    kept = most = 0
+    for scale in schedule.scales:
+        units = sum(_num_units(keep, shape) for keep in bound.keeps(scale.index) if isinstance(keep, KeepOutputs))
+        if units:
+            most = max(most, kept + units * scale.num_tokens)
+            kept = units * scale.num_tokens
+    return most
+
+
+def _num_units(keep: KeepOutputs, shape: ModelShape) -> int:
+    blocks = shape.num_blocks if keep.blocks is None else len(keep.blocks)
+    return blocks * (len(shape.sublayer_flops) if keep.unit is Unit.SUBLAYER else 1)
+
+
+def _most_differences(bound: Bound, schedule: ScaleSchedule) -> int:
+    """Tokens of the cached difference that is held, and of the one that replaces it."""
+    kept = [scale.num_tokens for scale in schedule.scales if KeepDifference() in bound.keeps(scale.index)]
+    return sum(sorted(kept)[-2:])
+
+
+def _difference_width(shape: ModelShape) -> int:
+    """Numbers per token of a cached difference: of the head's outputs or of its inputs, whichever are fewer."""
+    return min(shape.width, shape.head_outputs)
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
 class RequestState:
-    """What changes while a request runs."""
+    """What changes while a request runs; a scale changes it in one step, at its end."""
 
-    live: list[Row]
+    bound: Bound
+    request: Request
+    checker: PlanChecker
+    limits: Bounds
+    live: tuple[Row, ...]
     prepared: Prepared
+    prefix: PrefixTokens | None
     cache: KVCache
-    deltas: DeltaStore
     f_hat_BZHW: Float[Tensor, "B Z H W"]
     policy: Any
     trace: Trace
     clock: Clock
-    num_stored: int
-    prepared_bytes: int
-    prefix: Prefix | None = None
+    fills: Fills = field(default_factory=Fills)
+    difference: Difference | None = None
+    scale: int = 0
+    graph: Prefix | None = None
     residual_BZhw: Tensor | None = None
     signals: Signals | None = None
-    dropped: set[int] = field(default_factory=set)
+    dropped: frozenset[int] = frozenset()
+    shares: list[int] = field(default_factory=list)
+    lost: list[Tensor | None] = field(default_factory=list)
+    joined: tuple[tuple[Prepared, ...], Prepared] | None = None
 
     @classmethod
     def open(
-        cls,
-        model: NextScaleModel,
-        tokenizer: ScaleTokenizer,
-        bound: Bound,
-        request: Request,
-        clock: Clock,
-        graphs: Graphs | None = None,
+        cls, model: NextScaleModel, tokenizer: ScaleTokenizer, bound: Bound, request: Request, graphs: Graphs | None
     ) -> "RequestState":
-        """Allocates everything, at the bound; the clock runs."""
+        """Allocates everything, at the bound."""
+        clock = clock_of(model.device, request.times_scales)
+        clock.start()
         is_guided = request.guidance.is_needed(0)
         conditions = request.conditions if is_guided else request.conditions[: request.num_images]
         prepared = model.prepare(conditions, is_guided and not request.has_negative)
+        prefix = model.prefix(prepared)
         text_tokens = request.text_tokens()
-        live = list(text_tokens)
-        device = model.device
-        limits = bounds_of(bound, request, model.shape)
-        cache = KVCache(model.shape, len(live), limits.capacities, limits.scratch_tokens, model.compute_dtype, device)
-        last_grid = request.schedule.latent_grid(len(request.schedule) - 1)
-        return cls(
-            live=live,
+        device, num_scales = model.device, len(request.schedule)
+        limits = bounds_of(bound, request, model.shape, 0 if prefix is None else max(prefix.counts))
+        cache = KVCache(
+            model.shape, len(text_tokens), limits.capacities, limits.scratch_tokens, model.compute_dtype, device
+        )
+        last_grid = request.schedule.latent_grid(num_scales - 1)
+        state = cls(
+            bound=bound,
+            request=request,
+            checker=PlanChecker(
+                policy=bound.label,
+                num_images=request.num_images,
+                num_blocks=model.shape.num_blocks,
+                num_scales=num_scales,
+            ),
+            limits=limits,
+            live=tuple(text_tokens),
             prepared=prepared,
+            prefix=prefix,
             cache=cache,
-            deltas=DeltaStore(model.shape.num_blocks),
             f_hat_BZHW=torch.zeros(request.num_images, tokenizer.latent_channels, *last_grid, device=device),
             policy=bound.start(),
             trace=Trace(
@@ -169,64 +235,30 @@ class RequestState:
                 peak_kv_bytes=cache.num_bytes,
             ),
             clock=clock,
-            num_stored=limits.num_stored,
-            prepared_bytes=held_bytes(prepared),
-            prefix=None if graphs is None else _lease(graphs, model, request, limits.num_stored, prepared),
+            graph=None if graphs is None else _lease(graphs, model, request, limits.num_stored, prepared),
         )
+        clock.stop()
+        return state
 
-    def settle_branches(self, plan: ScalePlan, guidance: GuidanceSchedule, scale: int) -> None:
-        """Releases every unconditional row that the plan stops or that guidance no longer needs.
-
-        Raises:
-            PlanConflictError: The plan asks for a branch that an earlier plan dropped.
-        """
-        wanted = (True,) if plan.unconditional is None else plan.unconditional
-        images = {image for image, _ in self.live}
-        asked = {i for i in images if wanted[i % len(wanted)]}
-        is_needed = guidance.is_needed(scale)
-        if plan.runs and is_needed and asked & self.dropped:
-            image = min(asked & self.dropped)
-            raise PlanConflictError(
-                f"scale {scale}: a dropped unconditional branch cannot return, image {image}; "
-                "drop it at every later scale, too"
-            )
-        if is_needed:
-            self.dropped |= images - asked
-            self.trace.stopped = frozenset(self.dropped)
-        stopped = images - asked if is_needed else images
-        keep = [r for r, (image, is_cond) in enumerate(self.live) if is_cond or image not in stopped]
-        # A scale that does not run reads no row: what may be the last one would only move memory.
-        if plan.runs and len(keep) < len(self.live):
-            self._keep(keep)
+    @property
+    def is_done(self) -> bool:
+        """Whether all scales have been reached."""
+        return self.scale == len(self.request.schedule)
 
     def cache_bytes(self) -> int:
         """Bytes kept for later scales beside keys and values."""
-        return self.prepared_bytes + held_bytes(self.deltas.blocks)
+        return held_bytes((self.prepared, self.fills, self.difference))
 
-    def prefix_for(self, scale: Scale, layout: TokenLayout, recorder: Recorder) -> Prefix | None:
-        """The captured prefix if this scale is the next one of it; else it ends, and None."""
-        if self.prefix is not None and (not self.prefix.serves(scale) or not layout.is_dense or recorder.is_on):
-            self._leave_prefix()
-        return self.prefix
+    def leave_graph(self) -> None:
+        """From here on the plain loop runs, with the keys and values so far."""
+        if self.graph is not None:
+            self.graph.hand_over(self.cache)
+            self.graph = None
 
     def release(self) -> None:
         """Gives back what another request may use."""
-        if self.prefix is not None:
-            self.prefix.release()
-
-    def _leave_prefix(self) -> None:
-        """From here on the plain loop runs, with the keys and values so far."""
-        if self.prefix is not None:
-            self.prefix.hand_over(self.cache)
-            self.prefix = None
-
-    def _keep(self, rows: Sequence[int]) -> None:
-        self._leave_prefix()
-        self.live = [self.live[r] for r in rows]
-        self.prepared = self.prepared.keep(rows)
-        self.prepared_bytes = held_bytes(self.prepared)
-        self.cache.keep(rows)
-        self.deltas.keep(rows)
+        if self.graph is not None:
+            self.graph.release()
 
 
 def _lease(

@@ -19,7 +19,7 @@ import numpy as np
 
 from foveate.core.atomic import write_text
 from foveate.core.errors import FoveateError, unknown
-from foveate.core.plan import Policy
+from foveate.core.policy import Policy
 from foveate.core.prompt_file import read_prompt_file
 from foveate.eval.compare_page import Pair, render
 from foveate.eval.fidelity import FidelityReport, fidelity_report, missing_extra, psnr, ssim

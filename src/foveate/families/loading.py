@@ -67,21 +67,15 @@ class Precision:
     """Number formats of a model: what it computes in, and what may differ from that.
 
     `decoder_dtype` is the decoder's, None if it is `dtype`. `quantization` is how the blocks of the transformer hold
-    their weights (`models.quantization`), None if in `dtype`. At the last `fp8_scales` scales the blocks multiply in
-    eight bits (`models.late`).
+    their weights (`models.quantization`), None if in `dtype`.
     """
 
     dtype: torch.dtype
     decoder_dtype: torch.dtype | None = None
     quantization: str | None = None
-    fp8_scales: int = 0
 
     def __post_init__(self) -> None:
         """Refuses a quantisation that does not exist or is not installed, and what does not go together."""
-        if self.fp8_scales < 0:
-            raise FoveateError(f"fp8_scales must be 0 or more, got {self.fp8_scales}")
-        if self.fp8_scales and self.quantization is not None:
-            raise FoveateError("fp8_scales rounds plain weights a second time; leave it or quantization out")
         if self.quantization is not None:
             check_quantization(self.quantization)
 

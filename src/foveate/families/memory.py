@@ -13,9 +13,8 @@ from torch import nn
 from foveate.conditioning.clip import CLIP_TOKENS
 from foveate.core.conditions import ClassLabel
 from foveate.core.guidance import GuidanceSchedule
-from foveate.core.plan import Bound, Policy
+from foveate.core.policy import Bound, Policy
 from foveate.core.schedule import ScaleSchedule
-from foveate.core.signals import Signal
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request, bounds_of
 from foveate.families.family import OWN_CONDITIONERS
@@ -54,12 +53,12 @@ class MemoryNeed:
     """Bytes of one request on the device that draws.
 
     Attributes:
-        transformer: Its weights.
+        transformer: Its weights, copies of blocks that the policy runs in a narrower dtype included.
         autoencoder: Its weights, those of the encoder too.
         text_encoder: Its weights. What it works with is not counted: tens of megabytes for the longest prompt.
         text: What the transformer holds of the longest prompts it reads: keys, values and modulation of every block.
         kv: Keys and values of the scales, at their bound.
-        changes: What blocks added to tokens, where the policy fills skipped blocks with it.
+        fills: What the policy keeps to fill skipped blocks, sublayers or guidance.
         blocks: What a block holds for a moment at the largest scale.
         logits: What a scale's outputs take while they are sampled.
         decoder: What the decoder holds for a moment, one picture at a time.
@@ -71,7 +70,7 @@ class MemoryNeed:
     text_encoder: int
     text: int
     kv: int
-    changes: int
+    fills: int
     blocks: int
     logits: int
     decoder: int
@@ -80,7 +79,7 @@ class MemoryNeed:
     @property
     def phases(self) -> dict[str, int]:
         """Bytes at the most while prompts are encoded, while the transformer runs and while pictures are decoded."""
-        drawing = self.text + self.kv + self.changes + max(self.blocks, self.logits)
+        drawing = self.text + self.kv + self.fills + max(self.blocks, self.logits)
         return {
             "encoding": self._weights("text_encoder"),
             "transformer": self._weights("transformer") + drawing,
@@ -144,12 +143,12 @@ def memory_need(
     bounds = bounds_of(bound, _request(schedule, num_images), shape)
     read = _longest_prompt(spec) if text_tokens is None else min(text_tokens, _longest_prompt(spec))
     return MemoryNeed(
-        transformer=transformer_bytes(spec, dtype, quantization),
+        transformer=transformer_bytes(spec, dtype, quantization) + _narrowed_bytes(bound, schedule, networks, dtype),
         autoencoder=count(networks["autoencoder"]) * size,
         text_encoder=_text_encoder_bytes(spec.conditioner, dtype),
         text=rows * shape.num_blocks * shape.width * (2 * read * size + _MODULATION_VALUES * 4),
         kv=bounds.kv_bytes(shape.num_heads * shape.head_width, size),
-        changes=_most_recorded(bound, schedule) * rows * shape.num_blocks * shape.width * size,
+        fills=bounds.fill_bytes(size),
         blocks=tokens * shape.width * (_STREAM_BYTES + _COMPUTE_VALUES * size),
         logits=tokens * shape.head_outputs * 3 * 4,
         decoder=decoder_bytes(spec, dtype, schedule),
@@ -157,14 +156,16 @@ def memory_need(
     )
 
 
-def _most_recorded(bound: Bound, schedule: ScaleSchedule) -> int:
-    """Tokens of a row whose block changes are held at once, at the most: those stored, and those being recorded."""
-    stored = most = 0
-    for scale in schedule.scales:
-        if Signal.BLOCK_DELTAS in bound.record(scale.index):
-            most = max(most, stored + scale.num_tokens)
-            stored = scale.num_tokens
-    return most
+def _narrowed_bytes(bound: Bound, schedule: ScaleSchedule, networks: dict[str, Any], dtype: torch.dtype) -> int:
+    """Second weights of the blocks that run in a narrower dtype at some scale."""
+    block = networks["transformer"].block
+    pairs = {
+        (index, plan_dtype)
+        for plan in (bound.ceiling(scale.index) for scale in schedule.scales)
+        for index in range(networks["transformer"].shape.num_blocks)
+        if (plan_dtype := plan.dtype_of(index)) is not None and plan_dtype != dtype
+    }
+    return sum(count(block(index)) * narrow.itemsize for index, narrow in pairs)
 
 
 def _networks(spec: ModelSpec) -> dict[str, Any]:

@@ -30,11 +30,27 @@ class TextMemory:
             v_RNTD=tuple(self.v_RNTD[r] for r in rows),
         )
 
+    def join(self, others: Sequence["TextMemory"]) -> "TextMemory":
+        """These rows and those of others behind them; nothing is copied."""
+        parts = [self, *others]
+        return TextMemory(
+            lengths=tuple(length for part in parts for length in part.lengths),
+            k_RNTD=tuple(k_NTD for part in parts for k_NTD in part.k_RNTD),
+            v_RNTD=tuple(v_NTD for part in parts for v_NTD in part.v_RNTD),
+        )
+
     def attend(self, q_nND: Float[Tensor, "n N D"], rows: Rows, scale: float) -> Float[Tensor, "n N D"]:
         """Attends from each row's tokens to that row's text."""
         parts = []
         for a, b in rows.groups(self.lengths):
             q = q_nND[rows.starts[a] : rows.starts[b]]
             if q.shape[0]:
-                parts.append(attend_group(q, torch.stack(self.k_RNTD[a:b]), torch.stack(self.v_RNTD[a:b]), scale))
+                k_gNTD, v_gNTD = (_stacked(memory[a:b], q.dtype) for memory in (self.k_RNTD, self.v_RNTD))
+                parts.append(attend_group(q, k_gNTD, v_gNTD, scale))
         return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def _stacked(rows: Sequence[Float[Tensor, "N T D"]], dtype: torch.dtype) -> Float[Tensor, "g N T D"]:
+    """Keys or values of rows of one length, in the dtype of the queries; a single row is not copied."""
+    stacked_gNTD = rows[0][None] if len(rows) == 1 else torch.stack(list(rows))
+    return stacked_gNTD.to(dtype)

@@ -27,7 +27,7 @@ from foveate.kernels.heads import unit_rotated
 from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
 from foveate.models.attention import TextMemory
-from foveate.models.layers import FeedForward, linear32, rms_norm, running_dtype, with_factors
+from foveate.models.layers import FeedForward, linear32, narrowed, rms_norm, running_dtype, with_factors
 
 NUM_LEVELS = 15
 """Rows of the published level embedding."""
@@ -90,6 +90,16 @@ class InfinityPrepared:
             memory=tuple(memory.keep(rows) for memory in self.memory),
         )
 
+    def join(self, others: Sequence[Prepared]) -> "InfinityPrepared":
+        """These rows and those of other requests behind them."""
+        parts = [self, *(own(other) for other in others)]
+        return InfinityPrepared(
+            start_RC=torch.cat([part.start_RC for part in parts]),
+            modulation_PR6C=torch.cat([part.modulation_PR6C for part in parts], dim=1),
+            head_R2C=torch.cat([part.head_R2C for part in parts]),
+            memory=tuple(first.join([part.memory[i] for part in parts[1:]]) for i, first in enumerate(self.memory)),
+        )
+
 
 def own(prepared: Prepared) -> InfinityPrepared:
     """Narrows what the engine hands back, which knows no model by name.
@@ -120,7 +130,9 @@ class SelfAttention(nn.Module):
     def forward(self, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
         """Runs the sublayer on packed tokens."""
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv_n3ND = linear(x_nC, self.mat_qkv.weight, bias).view(x_nC.shape[0], 3, self.heads, -1)
+        qkv_n3ND = linear(x_nC, self.mat_qkv.weight, bias, self.mat_qkv.tile_rows).view(
+            x_nC.shape[0], 3, self.heads, -1
+        )
         gain_N = self.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp().view(-1)
         q_nND, k_nND, v_nND = unit_rotated(qkv_n3ND, gain_N, context.rotation_nD)
         return self.proj(context.slot.attend(q_nND, k_nND, v_nND, 1.0).flatten(1))
@@ -149,7 +161,9 @@ class CrossAttention(nn.Module):
     def memory(self, text_TE: Float[Tensor, "t E"], lengths: tuple[int, ...]) -> TextMemory:
         """Keys and values of packed texts."""
         bias = torch.cat((self.zero_k_bias, self.v_bias))
-        kv_T2ND = linear(text_TE, self.mat_kv.weight, bias).view(text_TE.shape[0], 2, self.heads, -1)
+        kv_T2ND = linear(text_TE, self.mat_kv.weight, bias, self.mat_kv.tile_rows).view(
+            text_TE.shape[0], 2, self.heads, -1
+        )
         parts = [part.permute(1, 2, 0, 3).contiguous() for part in kv_T2ND.split(lengths)]
         return TextMemory(lengths=lengths, k_RNTD=tuple(p[0] for p in parts), v_RNTD=tuple(p[1] for p in parts))
 
@@ -276,6 +290,10 @@ class Infinity(nn.Module):
         block: InfinityBlock = self.block_chunks[index // size].module[index % size]  # type: ignore[assignment,index]
         return block
 
+    def narrowed(self, index: int, dtype: torch.dtype) -> InfinityBlock:
+        """A copy of a block in another dtype."""
+        return narrowed(self.block(index), dtype)
+
     def unconditional(self, num_tokens: int) -> Float[Tensor, "T E"]:
         """The learned features that stand for no prompt; they depend on how long the prompt is.
 
@@ -346,10 +364,17 @@ class Infinity(nn.Module):
         angles = torch.cat((rows_hw, columns_hw), dim=-1).flatten(0, 1)
         return to_device(torch.cat((angles.cos(), angles.sin()), dim=-1), self.pos_start.device)
 
-    def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
-        """Float32 logits, two per bit."""
+    def prefix(self, prepared: Prepared) -> None:
+        """Nothing stands in front of the first scale."""
+
+    def head_input(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n C"]:
+        """Normed and modulated hidden states, float32."""
         factor_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
-        return linear32(self, "head", norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32))
+        return norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32)
+
+    def head_logits(self, h_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n V"]:
+        """Float32 logits, two per bit."""
+        return linear32(self, "head", h_nC)
 
 
 def _features(condition: Condition) -> Float[Tensor, "T E"]:

@@ -3,12 +3,22 @@
 Axes: n packed tokens, C width, E width of a text.
 """
 
+import copy
+from typing import TypeVar
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.kernels.activation import gelu
 from foveate.kernels.linear import Linear, linear
+
+B = TypeVar("B", bound=nn.Module)
+
+
+def narrowed(block: B, dtype: torch.dtype) -> B:
+    """A copy of a block with its weights in another dtype; the block is left as it was."""
+    return copy.deepcopy(block).to(dtype)
 
 
 class FeedForward(nn.Module):
@@ -38,9 +48,10 @@ def running_dtype(weight: Tensor) -> torch.dtype:
 
 def linear32(parent: nn.Module, name: str, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
     """Runs a linear layer of a module in float32, whatever the dtype of its weights, under autocast too."""
-    weight, bias = parent.get_parameter(f"{name}.weight"), parent.get_parameter(f"{name}.bias")
+    layer = parent.get_submodule(name)
+    assert isinstance(layer, Linear), "the models make their layers of this class"
     with torch.autocast(x.device.type, enabled=False):
-        return linear(x.float(), weight.float(), bias.float())
+        return linear(x.float(), layer.weight.float(), layer.bias.float(), layer.tile_rows)
 
 
 def with_factors(modulation: Float[Tensor, "... k C"], first: int, end: int) -> Float[Tensor, "... k C"]:

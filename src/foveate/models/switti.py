@@ -28,7 +28,7 @@ from foveate.kernels.heads import rotate
 from foveate.kernels.linear import Linear
 from foveate.kernels.norm import norm_modulate
 from foveate.models.attention import TextMemory
-from foveate.models.layers import linear32, rms_norm, running_dtype, with_factors
+from foveate.models.layers import linear32, narrowed, rms_norm, running_dtype, with_factors
 
 CROP = (512.0, 512.0, 0.0, 0.0)
 """Height, width, top and left that the published pipeline states for every image, also for those of 1024 pixels."""
@@ -88,6 +88,16 @@ class SwittiPrepared:
             modulation_PR6C=self.modulation_PR6C[:, index],
             head_R2C=self.head_R2C[index],
             memory=tuple(memory.keep(rows) for memory in self.memory),
+        )
+
+    def join(self, others: Sequence[Prepared]) -> "SwittiPrepared":
+        """These rows and those of other requests behind them."""
+        parts = [self, *(own(other) for other in others)]
+        return SwittiPrepared(
+            start_RC=torch.cat([part.start_RC for part in parts]),
+            modulation_PR6C=torch.cat([part.modulation_PR6C for part in parts], dim=1),
+            head_R2C=torch.cat([part.head_R2C for part in parts]),
+            memory=tuple(first.join([part.memory[i] for part in parts[1:]]) for i, first in enumerate(self.memory)),
         )
 
 
@@ -282,6 +292,10 @@ class Switti(nn.Module):
         block: SwittiBlock = self.blocks[index]  # type: ignore[assignment]
         return block
 
+    def narrowed(self, index: int, dtype: torch.dtype) -> SwittiBlock:
+        """A copy of a block in another dtype."""
+        return narrowed(self.block(index), dtype)
+
     def prepare(self, conditions: Sequence[Condition], is_guided: bool = False) -> SwittiPrepared:
         """Computes start, modulation and text memory.
 
@@ -327,10 +341,17 @@ class Switti(nn.Module):
         angles = torch.cat((column_wf.repeat(height, 1), row_hf.repeat_interleave(width, 0)), dim=-1)
         return to_device(torch.cat((angles.cos(), angles.sin()), dim=-1), self.device)
 
-    def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
-        """Float32 logits, one per code of the codebook."""
+    def prefix(self, prepared: Prepared) -> None:
+        """Nothing stands in front of the first scale."""
+
+    def head_input(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n C"]:
+        """Normed and modulated hidden states, float32."""
         factor_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
-        return linear32(self, "head", norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32))
+        return norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32)
+
+    def head_logits(self, h_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n V"]:
+        """Float32 logits, one per code of the codebook."""
+        return linear32(self, "head", h_nC)
 
 
 def _pooled_text(condition: Condition) -> PooledText:

@@ -27,7 +27,7 @@ from foveate.core.transfer import numbers
 from foveate.kernels.heads import unit_rotated
 from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
-from foveate.models.layers import FeedForward, linear32, running_dtype, with_factors
+from foveate.models.layers import FeedForward, linear32, narrowed, running_dtype, with_factors
 
 GRIDS_256: tuple[Grid, ...] = tuple((n, n) for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 """The published schedule of 256 pixels."""
@@ -87,6 +87,15 @@ class VARPrepared:
             head_R2C=self.head_R2C[index],
         )
 
+    def join(self, others: Sequence[Prepared]) -> "VARPrepared":
+        """These rows and those of other requests behind them."""
+        parts = [self, *(own(other) for other in others)]
+        return VARPrepared(
+            start_RC=torch.cat([part.start_RC for part in parts]),
+            modulation_PR6C=torch.cat([part.modulation_PR6C for part in parts], dim=1),
+            head_R2C=torch.cat([part.head_R2C for part in parts]),
+        )
+
 
 def own(prepared: Prepared) -> VARPrepared:
     """Narrows what the engine hands back, which knows no model by name.
@@ -117,7 +126,9 @@ class SelfAttention(nn.Module):
     def forward(self, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
         """Runs the sublayer on packed tokens."""
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv_n3ND = linear(x_nC, self.mat_qkv.weight, bias).view(x_nC.shape[0], 3, self.heads, -1)
+        qkv_n3ND = linear(x_nC, self.mat_qkv.weight, bias, self.mat_qkv.tile_rows).view(
+            x_nC.shape[0], 3, self.heads, -1
+        )
         gain_N = self.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp().view(-1)
         q_nND, k_nND, v_nND = unit_rotated(qkv_n3ND, gain_N, context.rotation_nD)
         return self.proj(context.slot.attend(q_nND, k_nND, v_nND, 1.0).flatten(1))
@@ -190,6 +201,10 @@ class VAR(nn.Module):
         block: VARBlock = self.blocks[index]  # type: ignore[assignment]
         return block
 
+    def narrowed(self, index: int, dtype: torch.dtype) -> VARBlock:
+        """A copy of a block in another dtype."""
+        return narrowed(self.block(index), dtype)
+
     def prepare(self, conditions: Sequence[Condition], is_guided: bool = False) -> VARPrepared:
         """Computes start and modulation.
 
@@ -253,7 +268,14 @@ class VAR(nn.Module):
             raise FoveateError(f"the model has positions for the grids {known} only, got {got}; use its own schedule")
         return torch.empty(schedule.scales[scale].num_tokens, 0, device=self.device)
 
-    def logits(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n V"]:
-        """Float32 logits, one per code."""
+    def prefix(self, prepared: Prepared) -> None:
+        """Nothing stands in front of the first scale."""
+
+    def head_input(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n C"]:
+        """Normed and modulated hidden states, float32."""
         factor_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
-        return linear32(self, "head", norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32))
+        return norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32)
+
+    def head_logits(self, h_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n V"]:
+        """Float32 logits, one per code."""
+        return linear32(self, "head", h_nC)

@@ -21,9 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from foveate.core.cost import ModelShape
-from foveate.core.plan import Bound, DepthMap, Directive, Fill, Policy, ScalePlan, require
+from foveate.core.errors import PlanConflictError
+from foveate.core.plan import CachedFill, DepthMap, Keep, KeepOutputs, ScalePlan
+from foveate.core.policy import Bound, Directive, Policy, require
 from foveate.core.schedule import ScaleSchedule
-from foveate.core.signals import Signal, Signals
+from foveate.core.signals import BlockChange, Record, Signals
 from foveate.core.transfer import to_device
 from foveate.policies.scores import bit_reversal_order
 
@@ -93,6 +95,7 @@ class BoundDepthVAR(Bound):
         tokens = [scale.num_tokens for scale in schedule.scales]
         self.budgets = [min(1.0, tokens[self.reference] / n) for n in tokens]
         self.dynamic = [s for s in range(self.reference + 1, num_scales) if self.budgets[s] < 1]
+        self.changes = [BlockChange(first=block, end=block + 1) for block in range(num_blocks)]
         self.order = bit_reversal_order(num_blocks) if policy.order == "bit-reversal" else tuple(range(num_blocks))
         self.directives = (Directive.BLOCKS,) if self.dynamic else ()
         self.notes = (
@@ -107,12 +110,17 @@ class BoundDepthVAR(Bound):
         spent = sum(n * (self.budgets[s] if s in self.dynamic else 1) for s, n in enumerate(tokens))
         return sum(tokens) / spent
 
-    def record(self, scale: int) -> frozenset[Signal]:
-        """Deltas and their size from the reference scale on, as long as a later scale reads them."""
-        if self.dynamic and self.dynamic[0] - 1 <= scale < self.dynamic[-1]:
-            deltas = {Signal.BLOCK_DELTAS} if self.policy.fill == "cached" else set()
-            return frozenset({Signal.BLOCK_CHANGE} | deltas)
-        return frozenset()
+    def _is_read(self, scale: int) -> bool:
+        """Whether a later scale reads this one."""
+        return bool(self.dynamic) and self.dynamic[0] - 1 <= scale < self.dynamic[-1]
+
+    def record(self, scale: int) -> frozenset[Record]:
+        """How much each block changed each token, from the reference scale on."""
+        return frozenset(self.changes) if self._is_read(scale) else frozenset()
+
+    def keeps(self, scale: int) -> frozenset[Keep]:
+        """What blocks added, where skipped blocks are filled with it."""
+        return frozenset({KeepOutputs()}) if self._is_read(scale) and self.policy.fill == "cached" else frozenset()
 
     def rotation(self, scale: int) -> float:
         """Shift of the percentiles at a dynamic scale."""
@@ -127,11 +135,13 @@ class BoundDepthVAR(Bound):
         """A depth per token from the latest changes."""
         if scale not in self.dynamic:
             return ScalePlan(), state
-        if signals is None or signals.block_change_Bl is None:
-            # The scale before was left out by another policy, and so is this one in all shipped combinations.
-            return self.ceiling(scale), state
+        if signals is None:
+            raise PlanConflictError(f"depthvar plans scale {scale} from block changes, and no scale ran before it")
         grid = self.schedule.grids[scale]
-        change_B1hw = signals.block_change_Bl.double().unflatten(-1, signals.grid)[:, None]
+        change_Bl = signals[self.changes[0]]
+        for change in self.changes[1:]:
+            change_Bl = change_Bl + signals[change]
+        change_B1hw = change_Bl.double().unflatten(-1, signals.grid)[:, None]
         change_Bl = F.interpolate(change_B1hw, size=grid, mode="bilinear", align_corners=False).flatten(1)
         return self._of_scores(change_Bl, scale, self.rotation(scale)), state
 
@@ -147,7 +157,7 @@ class BoundDepthVAR(Bound):
         weight_Bl = score_Bl if self.policy.blend == "score" else depth_Bl / self.num_blocks
         return ScalePlan(
             depths=(DepthMap(depth_Bl=depth_Bl, order=self.order, counts=self._counts(scale)),),
-            fill=Fill.CACHED if self.policy.fill == "cached" else Fill.IDENTITY,
+            fill=CachedFill() if self.policy.fill == "cached" else None,
             weight_Bl=weight_Bl.float(),
         )
 

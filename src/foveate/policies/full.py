@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from foveate.core.cost import ModelShape
-from foveate.core.plan import Bound, Policy, ScalePlan
+from foveate.core.plan import ScalePlan
+from foveate.core.policy import Bound, Policy
 from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Signals
 

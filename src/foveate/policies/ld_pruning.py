@@ -7,7 +7,8 @@ scale to the next (Eqs. 12-13).
 
 Where the paper is silent we chose, each as a field or noted here: bilinear enlargement of the energy; averages that
 count real neighbours only; odd grids padded by reflection; the gap as a root-mean-square, since a norm grows with the
-token count; the gap is watched from one scale before the first that SATS may stop.
+token count; the gap is watched from one scale before the first that SATS may stop. The latent's own energy beside the
+residual's is ours (`energy_of`).
 Axes: B images, Z latent channels, (h, w) grids, l tokens, k tokens that ran, V outputs.
 """
 
@@ -22,18 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core.cost import ModelShape
-from foveate.core.plan import (
-    Base,
-    Bound,
-    Directive,
-    Policy,
-    Rule,
-    ScalePlan,
-    TokenSelection,
-    require,
-)
+from foveate.core.plan import Base, ScalePlan
+from foveate.core.policy import Bound, Directive, Policy, require
 from foveate.core.schedule import Grid, ScaleSchedule
-from foveate.core.signals import BranchLogits, Signal, Signals
+from foveate.core.selection import Rule, TokenSelection
+from foveate.core.signals import BranchLogits, Record, Signal, Signals
 from foveate.core.transfer import to_device
 from foveate.kernels.gpu import launch
 
@@ -72,15 +66,27 @@ def detail_energy(residual_BZhw: Float[Tensor, "B Z h w"], grid: Grid) -> Float[
     return F.interpolate(smooth_B1hw, size=grid, mode="bilinear", align_corners=False)[:, 0]
 
 
-def branch_gap(logits: BranchLogits, norm: Literal["rms", "l2"]) -> Float[Tensor, ""]:
-    """Distance of the branches' logits (Eq. 12): root-mean-square, or the literal 2-norm; float64, on the device."""
-    difference_kV = (logits.cond_kV - logits.uncond_kV).double()
+def share_of_mean(energy_Byx: Float[Tensor, "B y x"]) -> Float[Tensor, "B y x"]:
+    """Each image's energy over its mean; a flat image stays zero."""
+    mean_B11 = energy_Byx.mean((-2, -1), keepdim=True)
+    return torch.where(mean_B11 > 0, energy_Byx / mean_B11, 0.0)
+
+
+def branch_gap(logits: BranchLogits, norm: Literal["rms", "l2"]) -> Float[Tensor, ""] | None:
+    """Distance of the branches' logits where both ran (Eq. 12): root-mean-square, or the literal 2-norm; float64.
+
+    Stays on the device; None where the unconditional branch did not run.
+    """
+    both = logits.both()
+    if both is None:
+        return None
+    difference_kV = (both[0] - both[1]).double()
     return difference_kV.square().mean().sqrt() if norm == "rms" else difference_kV.square().sum().sqrt()
 
 
-def branch_gaps(logits: Sequence[BranchLogits | None], norm: Literal["rms", "l2"]) -> Float[Tensor, " B"] | None:
+def branch_gaps(logits: Sequence[BranchLogits], norm: Literal["rms", "l2"]) -> Float[Tensor, " B"] | None:
     """The gap of every image; NaN where one branch ran alone, None if that is so for all."""
-    gaps = [None if both is None else branch_gap(both, norm) for both in logits]
+    gaps = [branch_gap(both, norm) for both in logits]
     known = next((gap for gap in gaps if gap is not None), None)
     if known is None:
         return None
@@ -118,13 +124,16 @@ class BoundLDPruning(Bound):
         kinds = (Directive.SCALES, Directive.BRANCH, Directive.TOKENS)
         self.directives = tuple(kind for kind, is_on in zip(kinds, wants, strict=True) if is_on)
         self.is_static = not (self.has_lhep or self.has_sats)
+        self.base = Base.PREVIOUS if policy.fill == "base" else Base.ZERO
 
-    def record(self, scale: int) -> frozenset[Signal]:
+    def record(self, scale: int) -> frozenset[Record]:
         """The residual for LHEP, the logits for SATS; both from one scale before the first use."""
-        wanted: set[Signal] = set()
+        wanted: set[Record] = set()
         is_read = scale < self.last - 1
         if is_read and self.has_lhep and scale >= self.first_lhep - 1:
             wanted.add(Signal.RESIDUAL)
+            if self.policy.energy_of == "residual+latent":
+                wanted.add(Signal.F_HAT)
         if is_read and self.has_sats and scale >= self.first_sats - 1:
             wanted.add(Signal.LOGITS)
         return frozenset(wanted)
@@ -134,8 +143,9 @@ class BoundLDPruning(Bound):
         return _State()
 
     def ceiling(self, scale: int) -> ScalePlan:
-        """Content decides, so the bound is everything but the scales that never run."""
-        return ScalePlan(runs=scale < self.last)
+        """Content decides, so the bound is everything but the scales that never run; the base shows what conflicts."""
+        is_pruned = self.has_lhep and self.first_lhep <= scale < self.last
+        return ScalePlan(runs=scale < self.last, base=self.base if is_pruned else Base.ZERO)
 
     def plan(self, scale: int, signals: Signals | None, state: Any) -> tuple[ScalePlan, Any]:
         """Prunes by energy and stops branches."""
@@ -145,21 +155,27 @@ class BoundLDPruning(Bound):
             state = self._watch_gap(signals, state)
         if not self.has_lhep or scale < self.first_lhep or signals is None or signals.residual_BZhw is None:
             return ScalePlan(guided_B=state.guided_B), state
-        energy_B1hw = self._token_energy(signals.residual_BZhw, scale, state)
+        energy_B1hw = self._token_energy(signals.residual_BZhw, signals.f_hat_BZHW, scale, state)
         selection = TokenSelection(score_Bl=energy_B1hw.flatten(1), share=self.policy.energy_share, rule=Rule.MASS)
-        base = Base.PREVIOUS if self.policy.fill == "base" else Base.ZERO
-        plan = ScalePlan(guided_B=state.guided_B, selections=(selection,), base=base)
+        plan = ScalePlan(guided_B=state.guided_B, selections=(selection,), base=self.base)
         if self.policy.energy_from == "previous":
             return plan, state
         kept_Bl = selection.narrow(torch.ones_like(selection.score_Bl, dtype=torch.bool))
         return plan, replace(state, energy_B1hw=energy_B1hw, kept_B1hw=kept_Bl.view_as(energy_B1hw))
 
-    def _token_energy(self, residual_BZhw: Tensor, scale: int, state: _State) -> Float[Tensor, "B 1 y x"]:
+    def _token_energy(
+        self, residual_BZhw: Tensor, f_hat_BZHW: Tensor | None, scale: int, state: _State
+    ) -> Float[Tensor, "B 1 y x"]:
         """Energy per token: on the latent grid, averaged over the latents of a token.
 
+        With "residual+latent", the energy of the latent on the residual's grid is added, both as shares of their means.
         With "last_computed", a token that did not run at the latest scale keeps the energy it had there.
         """
-        energy_Byx = detail_energy(residual_BZhw, self.schedule.latent_grid(scale))
+        grid = self.schedule.latent_grid(scale)
+        energy_Byx = detail_energy(residual_BZhw, grid)
+        if self.policy.energy_of == "residual+latent" and f_hat_BZHW is not None:
+            latent_BZhw = F.interpolate(f_hat_BZHW, size=residual_BZhw.shape[-2:], mode="area")
+            energy_Byx = share_of_mean(energy_Byx) + share_of_mean(detail_energy(latent_BZhw, grid))
         energy_B1yx = F.avg_pool2d(energy_Byx[:, None], self.schedule.patch)
         if self.policy.energy_from == "previous" or state.energy_B1hw is None or state.kept_B1hw is None:
             return energy_B1yx
@@ -186,7 +202,7 @@ class LDPruning(Policy):
     `energy_share` (rho, in (0, 1]) of the energy is refined on the last `lhep_scales` scales; the unconditional branch
     may stop on the last `sats_scales` once its gap changes by less than `sats_threshold` (delta). `skip_last` scales do
     not run at all. `energy_from` = "last_computed" lets a dropped token keep the energy it had when it last ran, since
-    areas once dropped look flat to later scales.
+    areas once dropped look flat to later scales. `energy_of` = "residual+latent" adds the energy of the latent so far.
     """
 
     name: ClassVar[str] = "ld-pruning"
@@ -200,6 +216,7 @@ class LDPruning(Policy):
     fill: Literal["base", "zero"] = "base"
     energy_from: Literal["previous", "last_computed"] = "previous"
     gap_norm: Literal["rms", "l2"] = "rms"
+    energy_of: Literal["residual", "residual+latent"] = "residual"
 
     def __post_init__(self) -> None:
         """Checks the fields."""
@@ -211,6 +228,8 @@ class LDPruning(Policy):
         sources = ("previous", "last_computed")
         require(self.energy_from in sources, "energy_from", " or ".join(sources), self.energy_from)
         require(self.gap_norm in ("rms", "l2"), "gap_norm", "rms or l2", self.gap_norm)
+        energies = ("residual", "residual+latent")
+        require(self.energy_of in energies, "energy_of", " or ".join(energies), self.energy_of)
 
     @classmethod
     def neutral(cls) -> "LDPruning":

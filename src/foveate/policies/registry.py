@@ -8,8 +8,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from foveate.core.composition import Composed
 from foveate.core.errors import FoveateError, unknown
-from foveate.core.plan import Composed, Policy
+from foveate.core.policy import Policy
 from foveate.policies.depthvar import DepthVAR
 from foveate.policies.drop_branch import DropBranch
 from foveate.policies.full import Full
@@ -19,7 +20,16 @@ from foveate.policies.skip_scales import SkipScales
 from foveate.policies.uniform_depth import UniformDepth
 
 REGISTRY: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Full, LDPruning, DepthVAR, SkipScales, DropBranch, RandomTokens, UniformDepth)
+    policy.name: policy
+    for policy in (
+        Full,
+        LDPruning,
+        DepthVAR,
+        SkipScales,
+        DropBranch,
+        RandomTokens,
+        UniformDepth,
+    )
 }
 """Every policy that foveate ships, by name."""
 

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from foveate.core.cost import ModelShape
-from foveate.core.plan import Bound, DepthMap, Directive, Fill, Policy, ScalePlan, require
+from foveate.core.plan import CachedFill, DepthMap, Keep, KeepOutputs, ScalePlan
+from foveate.core.policy import Bound, Directive, Policy, require
 from foveate.core.schedule import ScaleSchedule
-from foveate.core.signals import Signal, Signals
+from foveate.core.signals import Signals
 from foveate.policies.scores import bit_reversal_order
 
 
@@ -26,10 +27,10 @@ class BoundUniformDepth(Bound):
         self.is_on = self.depth < num_blocks and self.first < len(schedule)
         self.directives = (Directive.BLOCKS,) if self.is_on else ()
 
-    def record(self, scale: int) -> frozenset[Signal]:
-        """Deltas, if skipped blocks are filled from them."""
+    def keeps(self, scale: int) -> frozenset[Keep]:
+        """What blocks added, if skipped ones are filled with it."""
         is_read = self.is_on and self.policy.fill == "cached" and self.first - 1 <= scale < len(self.schedule) - 1
-        return frozenset({Signal.BLOCK_DELTAS}) if is_read else frozenset()
+        return frozenset({KeepOutputs()}) if is_read else frozenset()
 
     def plan(self, scale: int, signals: Signals | None, state: Any) -> tuple[ScalePlan, Any]:
         """One depth for all."""
@@ -38,7 +39,7 @@ class BoundUniformDepth(Bound):
         num_tokens = self.schedule.scales[scale].num_tokens
         depth_Bl = torch.full((1, num_tokens), self.depth)
         counts = tuple(num_tokens * (place < self.depth) for place in range(len(self.order)))
-        fill = Fill.CACHED if self.policy.fill == "cached" else Fill.IDENTITY
+        fill = CachedFill() if self.policy.fill == "cached" else None
         depth = DepthMap(depth_Bl=depth_Bl, order=self.order, counts=counts)
         return ScalePlan(depths=(depth,), fill=fill), state
 

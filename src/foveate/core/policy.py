@@ -1,0 +1,147 @@
+"""A policy: frozen settings that decide how much of a model runs; bound to a schedule, it plans every scale."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+
+from foveate.core.atomic import write_text
+from foveate.core.cost import ModelShape
+from foveate.core.errors import FoveateError
+from foveate.core.plan import Keep, ScalePlan
+from foveate.core.schedule import ScaleSchedule
+from foveate.core.signals import Record, Signals
+
+P = TypeVar("P", bound="Policy")
+
+
+class Directive(Enum):
+    """What a policy promises to reduce; one that never happened is reported as a policy with no effect."""
+
+    SCALES = "skip scales"
+    BRANCH = "stop the unconditional branch"
+    GUIDED_TOKENS = "run the unconditional branch on fewer tokens"
+    TOKENS = "drop tokens"
+    BLOCKS = "skip blocks"
+    SUBLAYERS = "skip sublayers"
+    KEYS = "evict keys"
+    DTYPE = "run blocks in a narrower dtype"
+
+
+class Bound(ABC):
+    """A policy bound to one schedule and one model shape; it holds no state of a request."""
+
+    directives: tuple[Directive, ...] = ()
+    """What it means to reduce on this schedule."""
+    notes: tuple[str, ...] = ()
+    """What the settings imply on this schedule, for people."""
+    is_static: bool = True
+    """Whether the counts (not necessarily the tokens) are known before the run."""
+
+    @property
+    def label(self) -> str:
+        """How errors name it."""
+        return type(self).__name__.removeprefix("Bound")
+
+    def record(self, scale: int) -> frozenset[Record]:
+        """Signals to record while a scale runs; the plan of the next scale that runs receives them."""
+        return frozenset()
+
+    def keeps(self, scale: int) -> frozenset[Keep]:
+        """What the engine itself keeps of a scale for later fills."""
+        return frozenset()
+
+    def start(self) -> Any:  # noqa: ANN401 - a policy's state is its own business
+        """State before the first scale; immutable, owned by the request."""
+        return None
+
+    @abstractmethod
+    def plan(self, scale: int, signals: Signals | None, state: Any) -> tuple[ScalePlan, Any]:  # noqa: ANN401 - as above
+        """Plans a scale, given what the latest scale that ran left behind (None before scale 0)."""
+
+    def ceiling(self, scale: int) -> ScalePlan:
+        """The most that `plan` can return for one image: same counts if static, an upper bound otherwise.
+
+        Tokens of smaller index count as the ones that run most, so that ceilings of several policies nest.
+        """
+        return self.plan(scale, None, self.start())[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy(ABC):
+    """A method: frozen settings, checked at construction, that decide how much of a model runs.
+
+    `revision` grows when the same settings come to mean something else.
+    """
+
+    name: ClassVar[str]
+    revision: ClassVar[int] = 0
+
+    @abstractmethod
+    def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> Bound:
+        """Fixes everything that follows from the schedule and the model's shape, once per request."""
+
+    @classmethod
+    @abstractmethod
+    def neutral(cls) -> "Policy":
+        """The setting that changes nothing, bit for bit."""
+
+    def __or__(self, other: "Policy") -> "Policy":
+        """Both policies as one; each lets run at most what it would alone."""
+        from foveate.core.composition import Composed  # noqa: PLC0415 - a composition is a policy itself
+
+        return Composed(parts=(*self.parts_of(), *other.parts_of()))
+
+    def parts_of(self) -> tuple["Policy", ...]:
+        """The single policies of a composition, itself otherwise."""
+        return (self,)
+
+    def settings(self) -> dict[str, Any]:
+        """Field names and values."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def changed(self) -> dict[str, Any]:
+        """Fields that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+    @property
+    def spec(self) -> str:
+        """The policy as one line: name, then the fields that differ from their defaults."""
+        given = [f"{name}={_plain(value)}" for name, value in self.changed().items()]
+        return self.name + (":" + ",".join(given) if given else "")
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits over the fields that differ from their defaults and the revision.
+
+        A new field with a neutral default changes no old fingerprint.
+        """
+        text = "|".join(f"{part.name}:{part.revision}:{sorted(part.changed().items())}" for part in self.parts_of())
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Writes the policy with every field, so that later defaults cannot change it."""
+        parts = [{"policy": part.name, **part.settings()} for part in self.parts_of()]
+        write_text(path, yaml.safe_dump(parts if len(parts) > 1 else parts[0], sort_keys=False))
+
+    def replace(self: P, **changes: Any) -> P:
+        """The same policy with some fields changed and checked again."""
+        return replace(self, **changes)
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def require(ok: bool, name: str, rule: str, value: object) -> None:
+    """Checks one field of a policy.
+
+    Raises:
+        FoveateError: `name must be rule, got value`.
+    """
+    if not ok:
+        raise FoveateError(f"{name} must be {rule}, got {value}")

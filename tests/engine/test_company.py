@@ -1,0 +1,229 @@
+"""Alone and in company: an image is the same bit for bit, whatever shares its products, joins, leaves or fails."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+
+from foveate.core.policy import Bound
+from foveate.core.schedule import ScaleSchedule
+from foveate.engine.executor import Engine
+from foveate.engine.sample import Filter, KeyedSampler, ReferenceSampler
+from foveate.engine.state import Request, RequestState
+from foveate.policies.registry import load_policy
+from tests.engine.test_invariants import ACTIVE
+from tests.models import test_switti
+from tests.toys import GRIDS, SpySampler, Toy, label_request, make_request, toy, toy_var, with_sampler
+
+SCHEDULES = {
+    "square": ScaleSchedule.from_grids(GRIDS["square"][0]),
+    "wide": ScaleSchedule.from_grids(GRIDS["wide"][0]),
+    "odd": ScaleSchedule.from_grids(GRIDS["odd"][0]),
+}
+"""Sizes that one model draws side by side."""
+
+
+def member(seed: int) -> Request:
+    """A request of one image whose size, guidance, prompt length and filters follow from its seed."""
+    schedule = list(SCHEDULES.values())[seed % 3]
+    weights = ((2.0, 2.5, 3.0, 3.0, 2.0), (1.0, 1.0, 3.0, 1.0, 1.0), (1.0,) * 5, (4.0,) * 5)[seed % 4]
+    rule = Filter(top_k=0, top_p=0.9 if seed % 2 else 0.0)
+    return make_request(schedule, [seed], [3 + seed % 5], weights, rule=rule, wants_maps=False)
+
+
+def bound_of(subject: Toy, spec: str, request: Request) -> Bound:
+    return load_policy(spec).bind(request.schedule, subject.model.shape)
+
+
+def alone(engine: Engine, bound: Bound, request: Request) -> list[torch.Tensor]:
+    return [step.f_hat_BZHW for step in engine.run(bound, request)]
+
+
+@cache
+def known_alone(spec: str, seed: int, dtype: torch.dtype, kernels: str) -> tuple[torch.Tensor, ...]:
+    """All latents of a member that runs by itself."""
+    subject = toy("square", dtype)
+    request = member(seed)
+    return tuple(alone(Engine(subject.model, subject.tokenizer), bound_of(subject, spec, request), request))
+
+
+GROUPS = tuple(ACTIVE[first::3] for first in range(3))
+"""Every active policy, in companies of eight or so."""
+
+
+def assert_company(specs: Sequence[str], dtype: torch.dtype, kernels: str) -> None:
+    """A company on the toy of bits, one policy each, against every member alone."""
+    subject = toy("square", dtype)
+    expected = [known_alone(spec, 20 + i, dtype, kernels) for i, spec in enumerate(specs)]
+    members = [(spec, member(20 + i)) for i, spec in enumerate(specs)]
+    assert_same_in_company(Engine(subject.model, subject.tokenizer), subject, members, expected)
+
+
+@contextmanager
+def threads_of(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def assert_same_in_company(
+    engine: Engine,
+    subject: Toy,
+    members: Sequence[tuple[str, Request]],
+    expected: Sequence[Sequence[torch.Tensor]] | None = None,
+) -> None:
+    """All latents of all members, joining one after the other, equal those of each alone."""
+    if expected is None:
+        expected = [alone(engine, bound_of(subject, spec, request), request) for spec, request in members]
+    states: list[RequestState | None] = [None] * len(members)
+    found: list[list[torch.Tensor]] = [[] for _ in members]
+    for tick in range(len(members) + 5):
+        for i in (2 * tick, 2 * tick + 1):
+            if i < len(members):
+                states[i] = engine.open(bound_of(subject, *members[i]), members[i][1])
+        there = [i for i, state in enumerate(states) if state is not None and not state.is_done]
+        if not there:
+            break
+        for i, outcome in zip(there, engine.step([states[i] for i in there]), strict=True):
+            assert not isinstance(outcome, Exception), outcome
+            found[i].append(outcome.f_hat_BZHW)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert len(ours) == len(theirs)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", range(3))
+def test_an_image_is_the_same_alone_and_in_company(group: int, dtype: torch.dtype, threads: int):
+    """Every policy, among other sizes, guidance and prompts; two join at every step, each leaves when done."""
+    with threads_of(threads):
+        assert_company(GROUPS[group], dtype, f"native, {threads} threads")
+
+
+@pytest.mark.usefixtures("plain_torch")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("group", range(3))
+def test_an_image_is_the_same_in_plain_torch(group: int, dtype: torch.dtype, threads: int):
+    with threads_of(threads):
+        assert_company(GROUPS[group], dtype, f"plain, {threads} threads")
+
+
+@pytest.mark.parametrize("family", ["patches", "var", "switti"])
+@pytest.mark.parametrize("group", range(3))
+def test_every_family_has_company(group: int, family: str):
+    """2x2 latents a token; codebooks; and a model that keeps no keys: every policy on each."""
+    seeds = range(len(GROUPS[group]))
+    if family == "switti":
+        subject = test_switti.subject_of(use_ar=False)
+        requests = [test_switti.request_of(subject, [seed], [3 + seed]) for seed in seeds]
+    elif family == "var":
+        subject = toy_var()
+        requests = [label_request(subject.schedule, [seed], [1 + seed]) for seed in seeds]
+    else:
+        subject = toy("patches")
+        requests = [make_request(subject.schedule, [seed], [3 + seed], wants_maps=False) for seed in seeds]
+    members = list(zip(GROUPS[group], requests, strict=True))
+    assert_same_in_company(Engine(subject.model, subject.tokenizer), subject, members)
+
+
+def test_a_neighbour_that_fails_or_is_cancelled_changes_nothing():
+    """Only the one that fails is answered with its error; it is as it was and goes on when the cause is gone."""
+    subject = toy("square")
+    engine = Engine(subject.model, subject.tokenizer)
+    requests = [member(seed) for seed in (20, 23, 26, 29)]
+    expected = [alone(engine, bound_of(subject, "depthvar", r), r) for r in requests]
+    spy = SpySampler(inner=requests[1].sampler, fails_at=3)
+    requests[1] = with_sampler(requests[1], spy)
+    states = [engine.open(bound_of(subject, "depthvar", r), r) for r in requests]
+    for scale in range(5):
+        if scale == 2:
+            states[3].release()
+            states.pop()
+        outcomes = engine.step(states)
+        if scale == 3:
+            assert isinstance(outcomes[1], RuntimeError)
+            assert states[1].scale == 3
+            spy.fails_at = None
+            (outcomes[1],) = engine.step([states[1]])
+        for outcome, latents in zip(outcomes, expected, strict=False):
+            assert torch.equal(outcome.f_hat_BZHW, latents[scale])
+
+
+def test_a_scale_that_fails_leaves_its_request_as_it_was():
+    """Cache, policy, trace and the order of draws: after the failure the run goes on to the same image."""
+    subject = toy("square")
+    engine = Engine(subject.model, subject.tokenizer)
+    plain = make_request(subject.schedule, sampler=ReferenceSampler(generator=torch.Generator().manual_seed(5)))
+    expected = alone(engine, bound_of(subject, "ld-pruning|depthvar", plain), plain)
+
+    class FailsAfterDrawing(ReferenceSampler):
+        """Draws, and fails once."""
+
+        is_broken = True
+
+        def choose(self, scale, grid, logits, kept, rule):
+            drawn = ReferenceSampler.choose(self, scale, grid, logits, kept, rule)
+            if scale == 4 and FailsAfterDrawing.is_broken:
+                FailsAfterDrawing.is_broken = False
+                raise RuntimeError("the toy broke")
+            return drawn
+
+    request = with_sampler(plain, FailsAfterDrawing(generator=torch.Generator().manual_seed(5)))
+    state = engine.open(bound_of(subject, "ld-pruning|depthvar", request), request)
+    found = []
+    while not state.is_done:
+        lengths, scales = [list(block) for block in state.cache.lengths], len(state.trace.scales)
+        (outcome,) = engine.step([state])
+        if isinstance(outcome, Exception):
+            assert [list(block) for block in state.cache.lengths] == lengths
+            assert len(state.trace.scales) == scales
+        else:
+            found.append(outcome.f_hat_BZHW)
+    assert not FailsAfterDrawing.is_broken
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_was_prepared_is_joined_only_when_the_company_changes():
+    subject = toy("square")
+    engine = Engine(subject.model, subject.tokenizer)
+    states = [engine.open(bound_of(subject, "full", member(seed)), member(seed)) for seed in (20, 24)]
+    seen = []
+    for _ in range(3):
+        engine.step(states)
+        seen.append(states[0].joined)
+    assert seen[0] is seen[1] is seen[2] is states[1].joined
+    engine.step([*states, engine.open(bound_of(subject, "full", member(28)), member(28))])
+    assert states[0].joined is not seen[0]
+
+
+def test_the_time_of_a_step_is_shared():
+    """Times of members add up to no more than the time that passed."""
+    import time  # noqa: PLC0415 - of this test alone
+
+    subject = toy("square")
+    engine = Engine(subject.model, subject.tokenizer)
+    began = time.perf_counter()
+    states = [engine.open(bound_of(subject, "full", member(seed)), member(seed)) for seed in range(6)]
+    while not states[0].is_done:
+        engine.step(states)
+    passed_ms = 1e3 * (time.perf_counter() - began)
+    assert 0 < sum(state.trace.transformer_ms for state in states) <= passed_ms
+    assert all(len(state.trace.scales) == 5 for state in states)
+
+
+def test_keyed_seeds_of_equal_requests_differ_only_by_seed():
+    subject = toy("square")
+    engine = Engine(subject.model, subject.tokenizer)
+    requests = [with_sampler(member(20), KeyedSampler(seeds=(seed,))) for seed in (1, 1, 2)]
+    states = [engine.open(bound_of(subject, "full", r), r) for r in requests]
+    while not states[0].is_done:
+        first, second, third = (step.f_hat_BZHW for step in engine.step(states))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
