@@ -18,7 +18,7 @@ def run(name: str, case: Case, record: Record) -> Result:
     """Runs one case."""
     schedule = ScaleSchedule.from_grids([(n, n) for n in case["model"]["patch_nums"]])
     request = build_request(case, record, schedule)
-    return compare(name, build_engine(case), request, record, recorded_ids(record, len(schedule)))
+    return compare(name, build_engine(case), request, record, recorded_ids(record))
 
 
 def build_engine(case: Case) -> Engine:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from foveate.pipeline import Pipeline as Pipeline
     from foveate.policies.depthvar import DepthVAR as DepthVAR
     from foveate.policies.drop_branch import DropBranch as DropBranch
+    from foveate.policies.fastvar import FastVAR as FastVAR
     from foveate.policies.full import Full as Full
     from foveate.policies.ld_pruning import LDPruning as LDPruning
     from foveate.policies.random_tokens import RandomTokens as RandomTokens
@@ -27,6 +28,7 @@ _HOMES = {
     "Cancelled": "foveate.core.errors",
     "DepthVAR": "foveate.policies.depthvar",
     "DropBranch": "foveate.policies.drop_branch",
+    "FastVAR": "foveate.policies.fastvar",
     "FoveateError": "foveate.core.errors",
     "Full": "foveate.policies.full",
     "LDPruning": "foveate.policies.ld_pruning",

@@ -13,6 +13,7 @@ from foveate.core.errors import FoveateError, unknown
 from foveate.core.policy import Policy
 from foveate.policies.depthvar import DepthVAR
 from foveate.policies.drop_branch import DropBranch
+from foveate.policies.fastvar import FastVAR
 from foveate.policies.full import Full
 from foveate.policies.ld_pruning import LDPruning
 from foveate.policies.random_tokens import RandomTokens
@@ -25,6 +26,7 @@ REGISTRY: dict[str, type[Policy]] = {
         Full,
         LDPruning,
         DepthVAR,
+        FastVAR,
         SkipScales,
         DropBranch,
         RandomTokens,
