@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from foveate.core.errors import FoveateError as FoveateError
     from foveate.eval.compare import compare as compare
     from foveate.pipeline import Pipeline as Pipeline
+    from foveate.policies.cached_guidance import CachedGuidance as CachedGuidance
     from foveate.policies.depthvar import DepthVAR as DepthVAR
     from foveate.policies.drop_branch import DropBranch as DropBranch
     from foveate.policies.fastvar import FastVAR as FastVAR
     from foveate.policies.full import Full as Full
+    from foveate.policies.kv_eviction import KVEviction as KVEviction
+    from foveate.policies.late_bfloat16 import LateBfloat16 as LateBfloat16
     from foveate.policies.ld_pruning import LDPruning as LDPruning
     from foveate.policies.random_tokens import RandomTokens as RandomTokens
     from foveate.policies.registry import load_policy as load_policy
@@ -25,13 +28,16 @@ if TYPE_CHECKING:
     from foveate.policies.uniform_depth import UniformDepth as UniformDepth
 
 _HOMES = {
+    "CachedGuidance": "foveate.policies.cached_guidance",
     "Cancelled": "foveate.core.errors",
     "DepthVAR": "foveate.policies.depthvar",
     "DropBranch": "foveate.policies.drop_branch",
     "FastVAR": "foveate.policies.fastvar",
     "FoveateError": "foveate.core.errors",
     "Full": "foveate.policies.full",
+    "KVEviction": "foveate.policies.kv_eviction",
     "LDPruning": "foveate.policies.ld_pruning",
+    "LateBfloat16": "foveate.policies.late_bfloat16",
     "Pipeline": "foveate.pipeline",
     "RandomTokens": "foveate.policies.random_tokens",
     "SkipScales": "foveate.policies.skip_scales",

@@ -11,10 +11,13 @@ import yaml
 from foveate.core.composition import Composed
 from foveate.core.errors import FoveateError, unknown
 from foveate.core.policy import Policy
+from foveate.policies.cached_guidance import CachedGuidance
 from foveate.policies.depthvar import DepthVAR
 from foveate.policies.drop_branch import DropBranch
 from foveate.policies.fastvar import FastVAR
 from foveate.policies.full import Full
+from foveate.policies.kv_eviction import KVEviction
+from foveate.policies.late_bfloat16 import LateBfloat16
 from foveate.policies.ld_pruning import LDPruning
 from foveate.policies.random_tokens import RandomTokens
 from foveate.policies.skip_scales import SkipScales
@@ -31,6 +34,9 @@ REGISTRY: dict[str, type[Policy]] = {
         DropBranch,
         RandomTokens,
         UniformDepth,
+        CachedGuidance,
+        KVEviction,
+        LateBfloat16,
     )
 }
 """Every policy that foveate ships, by name."""
