@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from foveate.core.errors import FoveateError as FoveateError
     from foveate.eval.compare import compare as compare
     from foveate.pipeline import Pipeline as Pipeline
+    from foveate.policies.attention_entropy import AttentionEntropyTokens as AttentionEntropyTokens
     from foveate.policies.cached_guidance import CachedGuidance as CachedGuidance
     from foveate.policies.depthvar import DepthVAR as DepthVAR
     from foveate.policies.drop_branch import DropBranch as DropBranch
     from foveate.policies.fastvar import FastVAR as FastVAR
+    from foveate.policies.feature_magnitude import FeatureMagnitude as FeatureMagnitude
     from foveate.policies.full import Full as Full
     from foveate.policies.kv_eviction import KVEviction as KVEviction
     from foveate.policies.late_bfloat16 import LateBfloat16 as LateBfloat16
@@ -25,14 +27,19 @@ if TYPE_CHECKING:
     from foveate.policies.random_tokens import RandomTokens as RandomTokens
     from foveate.policies.registry import load_policy as load_policy
     from foveate.policies.skip_scales import SkipScales as SkipScales
+    from foveate.policies.skipvar import SkipVAR as SkipVAR
+    from foveate.policies.sparsevar import SparseVAR as SparseVAR
+    from foveate.policies.token_variance import TokenVariance as TokenVariance
     from foveate.policies.uniform_depth import UniformDepth as UniformDepth
 
 _HOMES = {
+    "AttentionEntropyTokens": "foveate.policies.attention_entropy",
     "CachedGuidance": "foveate.policies.cached_guidance",
     "Cancelled": "foveate.core.errors",
     "DepthVAR": "foveate.policies.depthvar",
     "DropBranch": "foveate.policies.drop_branch",
     "FastVAR": "foveate.policies.fastvar",
+    "FeatureMagnitude": "foveate.policies.feature_magnitude",
     "FoveateError": "foveate.core.errors",
     "Full": "foveate.policies.full",
     "KVEviction": "foveate.policies.kv_eviction",
@@ -41,6 +48,9 @@ _HOMES = {
     "Pipeline": "foveate.pipeline",
     "RandomTokens": "foveate.policies.random_tokens",
     "SkipScales": "foveate.policies.skip_scales",
+    "SkipVAR": "foveate.policies.skipvar",
+    "SparseVAR": "foveate.policies.sparsevar",
+    "TokenVariance": "foveate.policies.token_variance",
     "UniformDepth": "foveate.policies.uniform_depth",
     "attach": "foveate.adapters.attachment",
     "compare": "foveate.eval.compare",

@@ -11,16 +11,21 @@ import yaml
 from foveate.core.composition import Composed
 from foveate.core.errors import FoveateError, unknown
 from foveate.core.policy import Policy
+from foveate.policies.attention_entropy import AttentionEntropyTokens
 from foveate.policies.cached_guidance import CachedGuidance
 from foveate.policies.depthvar import DepthVAR
 from foveate.policies.drop_branch import DropBranch
 from foveate.policies.fastvar import FastVAR
+from foveate.policies.feature_magnitude import FeatureMagnitude
 from foveate.policies.full import Full
 from foveate.policies.kv_eviction import KVEviction
 from foveate.policies.late_bfloat16 import LateBfloat16
 from foveate.policies.ld_pruning import LDPruning
 from foveate.policies.random_tokens import RandomTokens
 from foveate.policies.skip_scales import SkipScales
+from foveate.policies.skipvar import SkipVAR
+from foveate.policies.sparsevar import SparseVAR
+from foveate.policies.token_variance import TokenVariance
 from foveate.policies.uniform_depth import UniformDepth
 
 REGISTRY: dict[str, type[Policy]] = {
@@ -37,6 +42,11 @@ REGISTRY: dict[str, type[Policy]] = {
         CachedGuidance,
         KVEviction,
         LateBfloat16,
+        SparseVAR,
+        SkipVAR,
+        AttentionEntropyTokens,
+        FeatureMagnitude,
+        TokenVariance,
     )
 }
 """Every policy that foveate ships, by name."""
