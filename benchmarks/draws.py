@@ -2,9 +2,9 @@
 
     python benchmarks/draws.py --threads 1
 
-Uniform draws are for bits, exponential ones for ids. The three take turns in one process that keeps its heap, as a
-request does; a figure is the median over the rounds, with p10-p90, and the ratio to the formula is formed within a
-round. All three are compared bit for bit first.
+Uniform draws are for bits, exponential ones for ids. The three take turns in one process, which keeps its heap as a
+request does, or with `--new-pages` asks the system for every large array; a figure is the median over the rounds, with
+p10-p90, and the ratio to the formula is formed within a round. All three are compared bit for bit first.
 """
 
 import argparse
@@ -99,10 +99,11 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--runs", type=int, default=30, help="rounds that count")
+    parser.add_argument("--new-pages", action="store_true", help="let the heap go after every call")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(f"{native.describe()}, {torch.get_num_threads()} threads, {args.runs} rounds")
-    with kept_heap():
+    with nullcontext() if args.new_pages else kept_heap():
         for count in args.count:
             for is_exponential in (False, True):
                 print("\n".join(table(count, is_exponential, args.runs)))

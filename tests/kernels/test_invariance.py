@@ -1,0 +1,378 @@
+"""Rows alone and among others: products, the probe of them, tiles, and every other kernel that works row by row."""
+
+import copy
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from foveate.core.rows import Rows
+from foveate.kernels import invariance, native
+from foveate.kernels import linear as products
+from foveate.kernels.activation import gelu
+from foveate.kernels.attention import attend_group
+from foveate.kernels.fp8 import Fp8Weight
+from foveate.kernels.heads import unit_rotated
+from foveate.kernels.invariance import COUNTS, TILE_ROWS, TOGETHER, Product, failing_layers, is_row_independent
+from foveate.kernels.linear import Linear, linear, takes_onednn
+from foveate.kernels.norm import norm_modulate
+from foveate.kernels.residual import add_gated_
+from foveate.policies.full import Full
+from tests.models.test_switti import request_of, subject_of
+from tests.toys import Toy, label_request, make_request, run, toy, toy_var
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+SHAPES = [(320, 256), (96, 40), (50, 70), (16, 288), (5, 1)]
+"""Outputs and inputs."""
+TOGETHER_ROWS = 150
+PARTS = [slice(0, 1), slice(0, 3), slice(7, 8), slice(31, 47), slice(70, 135), slice(149, 150)]
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request, monkeypatch) -> str:
+    """Runs a test on both paths; C needs a processor that has the instructions."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "library", lambda: None)
+    elif native.library() is None:
+        pytest.skip(f"no C kernels on this machine: {native.describe()}")
+    return request.param
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """Runs a test on one thread and on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    """Rows are promised to be independent only where no gradients are wanted."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def fresh_probe():
+    """A probe that knows nothing yet, and forgets what it learns from a broken product."""
+    is_row_independent.cache_clear()
+    yield
+    is_row_independent.cache_clear()
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def product(shape: tuple[int, int], dtype: torch.dtype = torch.float32, **changes) -> Product:
+    return Product(num_outputs=shape[0], num_inputs=shape[1], dtype=dtype, device=CPU, **changes)
+
+
+# Products
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("library", ["onednn", "torch"])
+def test_what_the_probe_finds_holds_for_other_numbers(
+    monkeypatch, threads: int, library: str, shape: tuple[int, int], has_bias: bool, dtype: torch.dtype
+):
+    """Where it finds rows independent they are, all of them; elsewhere they are in tiles."""
+    if library == "torch":
+        monkeypatch.setattr(native, "allows_onednn", lambda: False)
+    elif not native.allows_onednn():
+        pytest.skip("this torch has no oneDNN")
+    probed = product(shape, dtype, has_bias=has_bias)
+    tile_rows = None if is_row_independent(probed) else TILE_ROWS
+    assert is_row_independent(product(shape, dtype, has_bias=has_bias, tile_rows=TILE_ROWS))
+    weight, bias = random(*shape, dtype=dtype), random(shape[0], dtype=dtype) if has_bias else None
+    x = random(TOGETHER, shape[1], dtype=dtype)
+    together = linear(x, weight, bias, tile_rows)
+    for count in (*COUNTS, 4, 7, 33, 64, 128, 500):
+        for first in (0, (TOGETHER - count) // 2, TOGETHER - count):
+            part = slice(first, first + count)
+            assert torch.equal(linear(x[part], weight, bias, tile_rows), together[part]), (count, first, tile_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(768, 768), (96, 320), (40, 24)], ids=str)
+def test_a_single_row_is_the_first_of_two(shape: tuple[int, int], dtype: torch.dtype):
+    layer = Linear(shape[1], shape[0]).to(dtype)
+    x = random(2, shape[1], dtype=dtype)
+    wanted = layer(x)[0]
+    for axes in ((), (1,), (1, 1)):
+        found = layer(x[0].view(*axes, -1))
+        assert found.shape == (*axes, shape[0])
+        assert torch.equal(found.flatten(), wanted)
+
+
+def test_a_single_row_with_gradients_is_the_product_of_torch():
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        layer, x = Linear(24, 40), torch.randn(1, 24, requires_grad=True)
+        layer.tile_rows = 8
+        assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+        layer(x).sum().backward()
+        assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 7, 8, 9, 24, 29])
+def test_tiles_equal_a_loop_over_full_tiles(num_rows: int, dtype: torch.dtype):
+    """The twin gives every row a tile of its own, in a place of the tile that it has in the list."""
+    weight, bias = random(40, 24, dtype=dtype), random(40, dtype=dtype)
+    x = random(num_rows, 24, dtype=dtype)
+    found = linear(x, weight, bias, 8)
+    assert found.shape == (num_rows, 40)
+    for row in range(num_rows):
+        tile = random(8, 24, dtype=dtype)
+        tile[row % 8] = x[row]
+        assert torch.equal(found[row], linear(tile, weight, bias)[row % 8])
+    assert torch.equal(linear(x.unflatten(0, (1, num_rows)), weight, bias, 8), found[None])
+
+
+@pytest.mark.parametrize("tile_rows", [3, 64])
+def test_tiled_rows_have_no_company(tile_rows: int):
+    layer = Linear(70, 50)
+    layer.tile_rows = tile_rows
+    x = random(131, 70)
+    together = layer(x)
+    assert torch.allclose(together, x @ layer.weight.T + layer.bias, atol=1e-5)
+    for part in (slice(0, 1), slice(5, 8), slice(64, 130)):
+        # Tiles begin elsewhere here, so this also asks that places within a tile are equal.
+        assert torch.equal(layer(x[part]), together[part])
+
+
+def counted_rows(monkeypatch) -> list[int]:
+    """Rows of every product from here on."""
+    counts: list[int] = []
+    inner = products._product
+
+    def counting(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        counts.append(x.shape[:-1].numel())
+        return inner(x, weight, bias)
+
+    monkeypatch.setattr(products, "_product", counting)
+    return counts
+
+
+SUBJECTS: dict[str, Callable[[], Toy]] = {
+    "infinity": lambda: toy("square"),
+    "var": toy_var,
+    "var-shared": lambda: toy_var(shared_aln=True),
+    "switti": lambda: subject_of(use_ar=False),
+}
+
+
+@pytest.mark.parametrize("family", SUBJECTS)
+def test_every_layer_of_a_model_passes_its_tiles_on(monkeypatch, family: str):
+    subject = SUBJECTS[family]()
+    requests = {
+        "infinity": lambda: make_request(subject.schedule, (3,), (5,)),
+        "switti": lambda: request_of(subject, (3,), (5,)),
+    }
+    request = requests.get(family, lambda: label_request(subject.schedule, (3,), (1,)))()
+    model = copy.deepcopy(subject.model)
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    assert all(isinstance(layer, Linear) for layer in layers)
+    for layer in layers:
+        layer.tile_rows = TILE_ROWS
+    counts = counted_rows(monkeypatch)
+    run(subject, Full(), request, model)
+    assert len(counts) > len(layers)
+    assert set(counts) == {TILE_ROWS}
+
+
+# The probe
+
+
+def with_error(is_wrong: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """A product whose result is another one in the last place where `is_wrong` says so."""
+
+    def broken(x: Tensor, weight: Tensor, bias: Tensor | None, tile_rows: int | None) -> Tensor:
+        exact = linear(x, weight, bias, TILE_ROWS)
+        return torch.where(is_wrong(x), torch.nextafter(exact, exact + 1), exact)
+
+    return broken
+
+
+@pytest.mark.usefixtures("fresh_probe")
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_probe_sees_a_product_that_depends_on_how_many_rows_there_are(monkeypatch, count: int):
+    monkeypatch.setattr(invariance, "linear", with_error(lambda x: torch.tensor(len(x) == count)))
+    assert not is_row_independent(product((40, 24)))
+
+
+@pytest.mark.usefixtures("fresh_probe")
+@pytest.mark.parametrize("row", [0, 1, 273, 300, 337])
+def test_the_probe_sees_a_single_row_that_differs_among_others(monkeypatch, row: int):
+    def is_wrong(x: Tensor) -> Tensor:
+        return (torch.arange(len(x)) == row)[:, None] & torch.tensor(len(x) == TOGETHER)
+
+    monkeypatch.setattr(invariance, "linear", with_error(is_wrong))
+    assert not is_row_independent(product((40, 24)))
+
+
+@pytest.mark.usefixtures("fresh_probe")
+def test_the_probe_finds_nothing_in_an_exact_product_and_asks_once(monkeypatch):
+    calls = []
+
+    def exact(x: Tensor, weight: Tensor, bias: Tensor | None, tile_rows: int | None) -> Tensor:
+        calls.append(len(x))
+        return (x[:, None].double() * weight.double()).sum(-1) + (0.0 if bias is None else bias)
+
+    monkeypatch.setattr(invariance, "linear", exact)
+    assert is_row_independent(product((3, 4)))
+    assert len(calls) == 1 + 2 * len(COUNTS)
+    assert is_row_independent(product((3, 4)))
+    assert len(calls) == 1 + 2 * len(COUNTS)
+    for other in (product((3, 5)), product((3, 4), torch.bfloat16), product((3, 4), has_bias=False)):
+        assert is_row_independent(other)
+    assert is_row_independent(product((3, 4), num_threads=99))
+    assert len(calls) == 5 * (1 + 2 * len(COUNTS))
+
+
+def test_the_probe_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    is_row_independent(product((21, 11), tile_rows=5))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("fresh_probe")
+def test_failing_layers_are_named_by_outputs_inputs_and_dtype(monkeypatch):
+    """Only the product of 24 inputs without a bias, and every one in bfloat16, is broken here."""
+    quantised = Linear(24, 16, bias=False)
+    weight = quantised.weight
+    del quantised.weight
+    quantised.weight = Fp8Weight.of(weight)
+    layers = [
+        Linear(24, 40),
+        Linear(24, 16, bias=False),
+        Linear(12, 16, bias=False),
+        Linear(8, 8).bfloat16(),
+        quantised,
+    ]
+
+    def broken(x: Tensor, weight: Tensor, bias: Tensor | None, tile_rows: int | None) -> Tensor:
+        is_wrong = len(x) == 3 and not tile_rows and (x.dtype is torch.bfloat16 or (x.shape[1] == 24 and bias is None))
+        return linear(x, weight, bias, TILE_ROWS) + int(is_wrong)
+
+    monkeypatch.setattr(invariance, "linear", broken)
+    assert failing_layers(layers) == {(16, 24, torch.float32), (8, 8, torch.bfloat16)}
+    assert failing_layers(iter(layers), dtype=torch.float32) == {(16, 24, torch.float32)}
+    assert failing_layers(layers[3:], dtype=torch.float32) == frozenset()
+    assert failing_layers(layers, tile_rows=TILE_ROWS) == frozenset()
+    assert failing_layers([]) == frozenset()
+
+
+# Processors without AVX-512
+
+PROBE_AVX2 = """
+import json, torch
+from foveate.kernels.invariance import Product, is_row_independent
+from foveate.kernels.linear import Linear, takes_onednn
+found, cpu = {}, torch.device("cpu")
+for dtype in (torch.float32, torch.bfloat16):
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found[f"{dtype} {threads}"] = [
+            is_row_independent(Product(num_outputs=o, num_inputs=i, dtype=dtype, device=cpu, tile_rows=t))
+            for o, i in ((96, 40), (64, 64), (50, 70)) for t in (None, 64)
+        ]
+layer = Linear(64, 64).bfloat16()
+with torch.inference_mode():
+    rows = layer(torch.ones(3, 64, dtype=torch.bfloat16)).isfinite().all().item()
+print(json.dumps({"found": found, "takes": takes_onednn(torch.bfloat16), "is_finite": rows}))
+"""
+
+
+def test_without_avx512_products_run_in_both_dtypes_and_rows_are_independent():
+    """OneDNN has no bfloat16 products there and raises if it is asked for one."""
+    if not native.allows_onednn() or platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("oneDNN is not held to instructions here")
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE_AVX2],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    said = json.loads(done.stdout)
+    assert said["is_finite"]
+    assert not said["takes"]
+    assert takes_onednn(torch.float32)
+    assert all(all(answers) for answers in said["found"].values()), said
+
+
+# The other kernels
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [24, 64, 768])
+def test_norm_and_residual_of_rows_alone(path: str, threads: int, width: int, dtype: torch.dtype):
+    rows = Rows((3, 0, 140, 1))
+    x, change = random(rows.total, width) * 3 + 1, random(rows.total, width, dtype=dtype)
+    factor, shift = random(4, 6, width)[:, 2:4].unbind(1)
+    normed = norm_modulate(x, factor, shift, rows, dtype)
+    added = x.clone()
+    add_gated_(added, change, factor, rows)
+    for row, (begin, end) in enumerate(zip(rows.starts, rows.starts[1:], strict=False)):
+        for first, last in ((begin, end), (end - 1, end)):
+            if row == 1:
+                continue
+            alone, own = Rows((last - first,)), slice(row, row + 1)
+            assert torch.equal(norm_modulate(x[first:last], factor[own], shift[own], alone, dtype), normed[first:last])
+            mine = x[first:last].clone()
+            add_gated_(mine, change[first:last], factor[own], alone)
+            assert torch.equal(mine, added[first:last])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotates", [True, False])
+@pytest.mark.parametrize("shape", [(4, 16), (3, 20), (12, 64)], ids=str)
+def test_heads_of_tokens_alone(path: str, threads: int, shape: tuple[int, int], rotates: bool, dtype: torch.dtype):
+    qkv, gain = random(TOGETHER_ROWS, 3, *shape, dtype=dtype), torch.rand(shape[0]) * 5
+    angle = random(TOGETHER_ROWS, shape[1] // 2)
+    rotation = torch.cat((angle.cos(), angle.sin()), -1) if rotates else torch.empty(TOGETHER_ROWS, 0)
+    together = unit_rotated(qkv.clone(), gain, rotation)
+    for part in PARTS:
+        alone = unit_rotated(qkv[part].clone(), gain, rotation[part].clone())
+        assert all(torch.equal(a, b[part]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [24, 128, 576])
+def test_gelu_of_tokens_alone(path: str, threads: int, width: int, dtype: torch.dtype):
+    if path == "torch" and width % 64:
+        pytest.skip("torch computes what is left over behind its vectors by other code")
+    x = random(TOGETHER_ROWS, width, dtype=dtype) * 3
+    together = gelu(x.clone())
+    for part in PARTS:
+        assert torch.equal(gelu(x[part].clone()), together[part])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(4, 16, 16, 30), (4, 64, 1, 40), (1, 32, 9, 530), (2, 128, 100, 131)], ids=str)
+def test_attention_of_rows_alone(path: str, threads: int, shape: tuple[int, int, int, int], dtype: torch.dtype):
+    if path == "torch" and threads > 1:
+        pytest.skip("torch's attention in float32 gives a head other bits on its second thread")
+    heads, width, queries, keys = shape
+    q = random(5 * queries, 3, heads, width, dtype=dtype)[:, 0]
+    k, v = (random(5, heads, keys + 9, width, dtype=dtype)[:, :, :keys] for _ in range(2))
+    together = attend_group(q, k, v, 0.3)
+    for a, b in ((0, 1), (4, 5), (1, 3)):
+        part = slice(a * queries, b * queries)
+        assert torch.equal(attend_group(q[part], k[a:b], v[a:b], 0.3), together[part])
+    if path == "native":
+        for first, last in ((0, 1), (queries - 1, queries), (queries // 3, queries // 2 + 1)):
+            alone = attend_group(q[queries + first : queries + last], k[1:2], v[1:2], 0.3)
+            assert torch.equal(alone, together[queries + first : queries + last])
