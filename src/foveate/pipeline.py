@@ -297,7 +297,8 @@ class Pipeline:
             bar = stack.enter_context(tqdm(total=num_scales, disable=self._hides_progress, unit="scale", leave=False))
             for scale in range(num_scales):
                 with self._working(TRANSFORMER, CODEBOOK, *((DECODER,) if scale > num_scales - previews else ())):
-                    steps = _all_steps(self._engine.step(states))
+                    companies = [states] if self.model.has_independent_rows else [[state] for state in states]
+                    steps = _all_steps([outcome for part in companies for outcome in self._engine.step(part)])
                 latents = [step.f_hat_BZHW for step in steps]
                 f_hat_BZHW = latents[0] if len(latents) == 1 else torch.cat(latents)
                 bar.set_description(f"scale {scale + 1}/{num_scales}")
@@ -331,7 +332,7 @@ class Pipeline:
             )
 
         everything = range(job.num_images)
-        if job.is_batch_invariant(self.model.device):
+        if job.is_batch_invariant(self.model.has_independent_rows):
             return tuple(request([i]) for i in everything)
         return (request(everything),)
 

@@ -192,12 +192,12 @@ class Job:
         """Images of all prompts."""
         return len(self.prompts) * self.images_per_prompt
 
-    def is_batch_invariant(self, device: torch.device) -> bool:
-        """Whether every image gets the bits that it has alone: if asked for, and on a CPU wherever draws are keyed.
+    def is_batch_invariant(self, has_independent_rows: bool) -> bool:
+        """Whether every image gets the bits that it has alone: if asked for, and where that costs nothing.
 
-        The images are then requests of their own, which share their products.
+        The images are then requests of their own, which share their products where rows are independent.
         """
-        return self.settings.batch_invariant or (device.type == "cpu" and self.settings.rng == "keyed")
+        return self.settings.batch_invariant or (has_independent_rows and self.settings.rng == "keyed")
 
     def per_image(self, per_prompt: Sequence[Any]) -> tuple[Any, ...]:
         """Repeats entries per prompt for each of its images."""

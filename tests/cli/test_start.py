@@ -63,7 +63,6 @@ def test_help_of_generate_shows_groups_in_order_and_examples_that_run(
         "1 is off for Infinity, 0 for VAR and Switti",
         "Keep the k likeliest values; 0 keeps all",
         "Number format of the decoder; default: --dtype.",
-        "Multiply in fp8 at the last N scales. Needs --dtype bfloat16;",
     ):
         assert taught in words
     examples = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("  foveate ")]

@@ -17,7 +17,6 @@ from foveate.kernels import invariance, native
 from foveate.kernels import linear as products
 from foveate.kernels.activation import gelu
 from foveate.kernels.attention import attend_group
-from foveate.kernels.fp8 import Fp8Weight
 from foveate.kernels.heads import unit_rotated
 from foveate.kernels.invariance import COUNTS, TILE_ROWS, TOGETHER, Product, failing_layers, is_row_independent
 from foveate.kernels.linear import Linear, linear, takes_onednn
@@ -250,16 +249,11 @@ def test_the_probe_leaves_the_random_state_alone():
 @pytest.mark.usefixtures("fresh_probe")
 def test_failing_layers_are_named_by_outputs_inputs_and_dtype(monkeypatch):
     """Only the product of 24 inputs without a bias, and every one in bfloat16, is broken here."""
-    quantised = Linear(24, 16, bias=False)
-    weight = quantised.weight
-    del quantised.weight
-    quantised.weight = Fp8Weight.of(weight)
     layers = [
         Linear(24, 40),
         Linear(24, 16, bias=False),
         Linear(12, 16, bias=False),
         Linear(8, 8).bfloat16(),
-        quantised,
     ]
 
     def broken(x: Tensor, weight: Tensor, bias: Tensor | None, tile_rows: int | None) -> Tensor:

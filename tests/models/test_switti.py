@@ -42,6 +42,12 @@ ACTIVE = (
     "random-tokens:keep_ratio=0.3,num_scales=2",
     "uniform-depth:fill=identity,keep_ratio=0.7",
     "skip-scales|random-tokens:keep_ratio=0.6|uniform-depth:num_scales=2|drop-branch:count=3",
+    "fastvar:skip_last=1,reference_scale=-4",
+    "cached-guidance:count=2,keep_ratio=0.3",
+    "sparsevar:threshold=0.995,stride=3",
+    "skipvar|attention-entropy:num_scales=1",
+    "feature-magnitude",
+    "token-variance",
 )
 variants = pytest.mark.parametrize("use_ar", [False, True], ids=["window", "ar"])
 
@@ -63,8 +69,8 @@ def random_state(module: torch.nn.Module, seed: int = 5) -> dict[str, Tensor]:
 
 
 @cache
-def subject_of(use_ar: bool, dtype: torch.dtype = torch.float32) -> Toy:
-    model = Switti(replace(CONFIG, use_ar=use_ar)).requires_grad_(requires_grad=False).eval()
+def subject_of(use_ar: bool, dtype: torch.dtype = torch.float32, ff_width: int | None = None) -> Toy:
+    model = Switti(replace(CONFIG, use_ar=use_ar, ff_width=ff_width)).requires_grad_(requires_grad=False).eval()
     load_switti(model, random_state(model), dtype=dtype)
     config = VQAutoencoderConfig(
         latent_channels=8, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, codebook_size=48
@@ -178,7 +184,7 @@ def test_neutral_equals_full(policy: str, use_ar: bool):
 
 
 def test_every_registered_policy_is_among_the_active_ones():
-    assert {part.name for spec in ACTIVE for part in load_policy(spec).parts_of()} == set(REGISTRY) - {"full"}
+    assert {part.name for spec in ACTIVE for part in load_policy(spec).parts_of()} == set(REGISTRY) - {"full", "late-bfloat16", "kv-eviction"}
 
 
 @variants

@@ -28,12 +28,17 @@ ACTIVE = (
     "drop-branch:count=2",
     "random-tokens:keep_ratio=0.5",
     "uniform-depth:fill=identity",
+    "kv-eviction:keep_first=1,window=1",
+    "sparsevar:threshold=0.995,stride=3",
+    "attention-entropy:num_scales=1",
+    "feature-magnitude",
+    "token-variance",
 )
-"""Every registered policy, with fills that need no resizing of stored deltas (torch counts that as matrix products)."""
+"""Policies whose fills need no resizing of what was kept, and that decode nothing: torch counts those as products."""
 
 
 def test_every_registered_policy_is_among_the_active_ones():
-    assert {part.name for spec in ACTIVE for part in load_policy(spec).parts_of()} == set(REGISTRY)
+    assert {part.name for spec in ACTIVE for part in load_policy(spec).parts_of()} == set(REGISTRY) - {"fastvar", "cached-guidance", "late-bfloat16", "skipvar"}
 
 
 # 1. The slow twin

@@ -66,12 +66,14 @@ class ModelShape:
 class RowWork:
     """What one row ran at one scale: tokens per block, and tokens that reached the head.
 
-    `sublayer_tokens` has an entry for each block whose sublayers ran fewer tokens than it: one count per sublayer.
+    `attended_twice` are the blocks whose self-attention ran once more, for its entropy. `sublayer_tokens` has an entry
+    for each block whose sublayers ran fewer tokens than it: one count per sublayer.
     """
 
     block_tokens: tuple[int, ...]
     head_tokens: int
     sublayer_tokens: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    attended_twice: tuple[int, ...] = ()
 
     def tokens_of(self, block: int, num_sublayers: int) -> tuple[int, ...]:
         """Tokens that ran each sublayer of a block."""
@@ -141,7 +143,7 @@ def _block_flops(shape: ModelShape, work: RowWork, block: int, past: int, text_t
     parts = shape.sublayer_flops
     tokens = work.tokens_of(block, len(parts))
     flops = sum(n * per_token for n, per_token in zip(tokens, parts, strict=True))
-    flops += shape.attention_flops(tokens[0], past + tokens[0])
+    flops += (1 + (block in work.attended_twice)) * shape.attention_flops(tokens[0], past + tokens[0])
     return flops + (shape.attention_flops(tokens[1], text_tokens) if shape.has_cross_attention else 0)
 
 

@@ -120,6 +120,7 @@ class Trace:
                             "conditional": c,
                             "head_tokens": r.head_tokens,
                             "block_tokens": list(r.block_tokens),
+                            "attended_twice": list(r.attended_twice),
                             "sublayer_tokens": {str(b): list(counts) for b, counts in r.sublayer_tokens.items()},
                         }
                         for (image, c), r in s.work.rows.items()
@@ -148,6 +149,7 @@ class Trace:
                 (r["image"], r["conditional"]): RowWork(
                     block_tokens=tuple(r["block_tokens"]),
                     head_tokens=r["head_tokens"],
+                    attended_twice=tuple(r.get("attended_twice", ())),
                     sublayer_tokens={int(b): tuple(counts) for b, counts in r.get("sublayer_tokens", {}).items()},
                 )
                 for r in s["rows"]

@@ -24,6 +24,7 @@ def trace_of(run: ScaleRun) -> ScaleTrace:
         row: RowWork(
             block_tokens=tuple(counts[r] for counts in blocks),
             head_tokens=headed[r],
+            attended_twice=run.attended_twice,
             sublayer_tokens={b: tuple(counts[r] for counts in by) for b, by in narrowed.items()},
         )
         for r, row in enumerate(run.live)

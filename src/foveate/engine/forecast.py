@@ -7,28 +7,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from foveate.core.cost import Cost, ModelShape, RowWork, ScaleWork, request_cost
-from foveate.core.plan import KeepDifference, ScalePlan, narrowed
+from foveate.core.plan import Keep, KeepDifference, ScalePlan, narrowed
 from foveate.core.policy import Bound
 from foveate.core.schedule import Scale
-from foveate.core.signals import Signal
+from foveate.core.signals import AttentionEntropy, Record, Signal
 from foveate.engine.state import Request, ceiling_tokens
 
 
 def planned_work(
-    plans: Sequence[ScalePlan], heads_both: Sequence[bool], request: Request, shape: ModelShape
+    plans: Sequence[ScalePlan],
+    recorded: Sequence[frozenset[Record | Keep]],
+    request: Request,
+    shape: ModelShape,
 ) -> tuple[ScaleWork, ...]:
     """What plans make every row run.
 
     Args:
         plans: One per scale; selections for one image stand for all.
-        heads_both: Per scale, whether something reads the unconditional logits although guidance does not.
+        recorded: Per scale, the signals that are recorded and what is kept.
         request: Sizes, guidance and rows.
         shape: Of the model.
     """
     text_tokens = request.text_tokens()
     live = list(text_tokens)
     work = []
-    for plan, scale, reads_both in zip(plans, request.schedule.scales, heads_both, strict=True):
+    for plan, scale, records in zip(plans, request.schedule.scales, recorded, strict=True):
         wanted = plan.unconditional
         is_needed = request.guidance.is_needed(scale.index)
         live = [
@@ -39,8 +42,10 @@ def planned_work(
         if not plan.runs:
             work.append(ScaleWork(scale=scale.index, grid_tokens=0, rows={}, evicted=plan.evict))
             continue
+        reads_both = Signal.LOGITS in records or KeepDifference() in records
         has_head = reads_both or (request.guidance.on_logits and request.guidance.weights[scale.index] != 1.0)
         branches = {is_cond: _branch_work(plan, scale, shape, is_cond=is_cond) for is_cond in (True, False)}
+        twice = tuple(sorted(record.block for record in records if isinstance(record, AttentionEntropy)))
         rows = {}
         for row in live:
             ahead = shape.prefix_tokens(text_tokens[row]) if scale.index == 0 else 0
@@ -49,6 +54,7 @@ def planned_work(
                 part,
                 block_tokens=tuple(n + ahead for n in part.block_tokens),
                 head_tokens=part.head_tokens if row[1] or has_head else 0,
+                attended_twice=twice,
             )
         work.append(ScaleWork(scale=scale.index, grid_tokens=scale.num_tokens, rows=rows, evicted=plan.evict))
     return tuple(work)
@@ -72,7 +78,7 @@ def _branch_work(plan: ScalePlan, scale: Scale, shape: ModelShape, *, is_cond: b
 def full_work(request: Request, shape: ModelShape) -> tuple[ScaleWork, ...]:
     """What the request runs if nothing is left out."""
     num_scales = len(request.schedule)
-    return planned_work([ScalePlan()] * num_scales, [False] * num_scales, request, shape)
+    return planned_work([ScalePlan()] * num_scales, [frozenset()] * num_scales, request, shape)
 
 
 def full_cost(request: Request, shape: ModelShape, bytes_per_element: int = 4) -> Cost:
@@ -87,6 +93,6 @@ def forecast(bound: Bound, request: Request, shape: ModelShape, bytes_per_elemen
     """
     scales = range(len(request.schedule))
     plans = [bound.ceiling(s) for s in scales]
-    heads_both = [Signal.LOGITS in bound.record(s) or KeepDifference() in bound.keeps(s) for s in scales]
-    work = planned_work(plans, heads_both, request, shape)
+    recorded = [bound.record(s) | bound.keeps(s) for s in scales]
+    work = planned_work(plans, recorded, request, shape)
     return request_cost(work, shape, request.text_tokens(), bytes_per_element)

@@ -149,6 +149,11 @@ class ScaleRun:
         )
 
     @property
+    def attended_twice(self) -> tuple[int, ...]:
+        """Blocks whose attention runs once more, for its entropy."""
+        return tuple(sorted(record.block for record in self.records if isinstance(record, AttentionEntropy)))
+
+    @property
     def ahead(self) -> tuple[int, ...]:
         """Tokens of a prefix in each live row."""
         return (0,) * len(self.live) if self.prefix is None else tuple(self.prefix.counts[p] for p in self.places)

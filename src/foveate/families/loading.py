@@ -4,6 +4,7 @@ Nothing is fetched that is here already, and everything is checked before it is 
 networks belong together, and every key.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,12 +33,15 @@ from foveate.folder import (
     read_text_encoder,
 )
 from foveate.kernels import native
+from foveate.kernels.invariance import TILE_ROWS, tile_failing_
 from foveate.models.infinity import InfinityConfig
 from foveate.models.quantization import check_quantization, quantize_blocks
 from foveate.models.random_weights import RANDOM_SEED, empty_module, fill_randomly
 from foveate.models.switti import SwittiConfig
 from foveate.models.var import VARConfig
 from foveate.models.weight_files import files_of, is_weight_file, weights_sha256
+
+logger = logging.getLogger("foveate")
 
 DATA = Path(__file__).parents[1] / "data"
 BUNDLED = {"emoji": "emoji-tiny", "emoji-tiny": "emoji-tiny"}
@@ -108,6 +112,15 @@ class LoadedModel:
     def dtype(self) -> torch.dtype:
         """What it computes in; the decoder may have another one."""
         return self.precision.dtype
+
+    @property
+    def has_independent_rows(self) -> bool:
+        """Whether a token has the same bits whatever tokens share its products.
+
+        On a CPU, by the probe at loading; quantised weights in float32 take other code for few tokens than for many.
+        """
+        is_quantised = self.precision.quantization is not None and self.precision.dtype is torch.float32
+        return self.device.type == "cpu" and not is_quantised
 
 
 def model_names() -> list[str]:
@@ -288,12 +301,16 @@ def _assemble(
 
 
 def _settle(networks: tuple[Any, Any], precision: Precision) -> None:
-    """Puts a loaded transformer and autoencoder into their number formats."""
+    """Puts a loaded transformer and autoencoder into their dtypes, and probes the rows of its linear layers."""
     transformer, autoencoder = networks
     autoencoder.settle(precision.dtype, precision.decoder_dtype or precision.dtype)
+    blocks = [transformer.block(i) for i in range(transformer.shape.num_blocks)]
     if precision.quantization is not None:
-        blocks = [transformer.block(i) for i in range(transformer.shape.num_blocks)]
         quantize_blocks(blocks, precision.quantization)
+    tiled = tile_failing_(blocks, [transformer.head])
+    if tiled:
+        logger.info("linear layers of %s run in tiles of %d rows, so that no image depends on its batch; slower",
+                    ", ".join(tiled), TILE_ROWS)  # fmt: skip
 
 
 def _conditioner(sources: Sources, dtype: torch.dtype, device: torch.device) -> Conditioner:

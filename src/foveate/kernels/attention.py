@@ -37,6 +37,10 @@ def attend_group(
     q_glND = q_nND.unflatten(0, (len(k_gNmD), -1))
     if _is_for_native(q_nND, k_gNmD, v_gNmD):
         return _native(q_glND, k_gNmD, v_gNmD, scale, None).flatten(0, 1)
+    if q_nND.device.type == "cpu" and len(k_gNmD) > 1 and not torch.is_grad_enabled():
+        # Torch's kernel shares rows among threads, and a head's bits depend on the thread: each row by itself does not.
+        rows = zip(q_glND, k_gNmD, v_gNmD, strict=True)
+        return torch.cat([attend_group(q_lND, k_NmD[None], v_NmD[None], scale) for q_lND, k_NmD, v_NmD in rows])
     out_gNlD = F.scaled_dot_product_attention(q_glND.transpose(1, 2), k_gNmD, v_gNmD, scale=scale)
     return out_gNlD.transpose(1, 2).reshape(q_nND.shape)
 

@@ -111,3 +111,25 @@ def failing_layers(
         for has_bias in ((True, False) if layer.bias is None else (True,))
     }
     return frozenset((p.num_outputs, p.num_inputs, p.dtype) for p in products if not is_row_independent(p))
+
+
+def tile_failing_(blocks: Iterable[nn.Module], heads: Iterable[nn.Linear] = ()) -> tuple[str, ...]:
+    """Makes every linear layer whose rows depend on the rows beside them run in tiles; on a CPU.
+
+    Elsewhere nothing is probed: there an image that shall not depend on its batch runs by itself.
+
+    Args:
+        blocks: Their linear layers are probed in the dtype of their weights.
+        heads: Layers that run in float32 whatever their weights are (`models.layers.linear32`).
+
+    Returns:
+        The shapes that run in tiles now, for people.
+    """
+    layers = [layer for block in blocks for layer in block.modules() if isinstance(layer, nn.Linear)]
+    named = ((layer, None) for layer in layers), ((layer, torch.float32) for layer in heads)
+    found: dict[str, None] = {}
+    for layer, dtype in (pair for group in named for pair in group):
+        if layer.weight.device.type == "cpu" and failing_layers([layer], dtype):
+            layer.tile_rows = TILE_ROWS  # type: ignore[assignment]
+            found[f"{layer.in_features}x{layer.out_features}"] = None
+    return tuple(found)

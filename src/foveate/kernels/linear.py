@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from foveate.kernels import native
-from foveate.kernels.fp8 import Fp8Weight
 
 LEAST_ROWS = 2
 """Rows that a CPU multiplies at least: a single one runs as so many, as no library sums it like a row of a matrix."""
@@ -26,7 +25,7 @@ _WIDENED_FROM = 128
 
 def linear(
     x: Float[Tensor, "*n i"],
-    weight: Float[Tensor, "o i"] | Fp8Weight,
+    weight: Float[Tensor, "o i"],
     bias: Float[Tensor, " o"] | None = None,
     tile_rows: int | None = None,
 ) -> Float[Tensor, "*n o"]:
@@ -34,7 +33,7 @@ def linear(
 
     Torch multiplies float32 matrices with MKL, which on AMD's processors reaches half of what oneDNN does. Weights of a
     class of their own (quantised ones) take torch's way but for many tokens in float32; so does everything under
-    autocast. See `Fp8Weight` for those.
+    autocast.
 
     Args:
         x: Tokens.
@@ -84,11 +83,9 @@ def _is_traced() -> bool:
 
 
 def _product(
-    x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"] | Fp8Weight, bias: Float[Tensor, " o"] | None
+    x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "*n o"]:
     """All rows at once, by the library that suits the weights."""
-    if isinstance(weight, Fp8Weight):
-        return weight.product(x, bias)
     is_ours = not _is_traced() and not torch.is_autocast_enabled("cpu") and x.dtype == weight.dtype
     if not is_ours or weight.device.type != "cpu" or not takes_onednn(weight.dtype):
         return F.linear(x, weight, bias)
@@ -100,7 +97,7 @@ def _product(
 
 
 def _tiled(
-    x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"] | Fp8Weight, bias: Float[Tensor, " o"] | None, tile_rows: int
+    x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None, tile_rows: int
 ) -> Float[Tensor, "*n o"]:
     """Products of `tile_rows` rows each; the last tile is filled up with repeats of its last row."""
     x_ni = x.reshape(-1, x.shape[-1])
