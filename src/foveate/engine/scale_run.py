@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foveate.core.cost import PREFIX_SCALE, Row
 from foveate.core.errors import PlanConflictError
+from foveate.core.held import held_bytes
 from foveate.core.plan import CachedFill, Keep, KeepDifference, KeepOutputs, ScalePlan, Unit
 from foveate.core.protocols import NextScaleModel, PrefixTokens, Prepared
 from foveate.core.rows import Rows
@@ -23,6 +24,7 @@ from foveate.engine.fills import Fills, Key
 from foveate.engine.kv_cache import KVCache, Slot
 from foveate.engine.select import Chosen, choose, in_front
 from foveate.engine.state import RequestState
+from foveate.kernels.residual import add_gated_
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,6 +75,7 @@ class ScaleRun:
     values: dict[Record, Tensor] = field(default_factory=dict)
     narrowed: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
     known_rows: dict[tuple[int, ...], Rows] = field(default_factory=dict)
+    known_changes: dict[int, list[BlockChange]] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, state: RequestState, model: NextScaleModel) -> "ScaleRun":
@@ -234,7 +237,10 @@ class ScaleRun:
         return bool(self.keeps or self.records) and (bool(self._changes(block)) or self.has_key(block, None))
 
     def _changes(self, block: int) -> list[BlockChange]:
-        return [r for r in self.records if isinstance(r, BlockChange) and r.first <= block < r.end]
+        if block not in self.known_changes:
+            changes = [r for r in self.records if isinstance(r, BlockChange) and r.first <= block < r.end]
+            self.known_changes[block] = changes
+        return self.known_changes[block]
 
     def fill_(self, block: int, x_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n C"] | None:
         """Adds the kept outputs of a block to all packed tokens, in place; returns them where `record` needs them."""
@@ -246,7 +252,7 @@ class ScaleRun:
             return None
         fill_nC = self.filling((block, None), fill, None)
         if fill_nC is not None:
-            x_nC += fill_nC.float()
+            add_gated_(x_nC, fill_nC, None, self.rows)
         return fill_nC
 
     def filling(self, key: Key, fill: CachedFill, index_n: Int[Tensor, " a"] | None) -> Float[Tensor, "a C"] | None:
@@ -254,8 +260,11 @@ class ScaleRun:
         resized_RlC = self.fills.resized(key, fill, self.scale.grid)
         if resized_RlC is None:
             return None
-        pairs = zip(resized_RlC, self.kept, strict=True)
-        packed_nC = torch.cat([row_lC if kept is None else row_lC[kept] for row_lC, kept in pairs])
+        if self.chosen.keep_GBl is None:
+            packed_nC = resized_RlC.flatten(0, 1)
+        else:
+            pairs = zip(resized_RlC, self.kept, strict=True)
+            packed_nC = torch.cat([row_lC if kept is None else row_lC[kept] for row_lC, kept in pairs])
         return packed_nC if index_n is None else packed_nC[index_n]
 
     def record(self, block: int, delta_aC: Tensor, index_a: Tensor | None, fill_nC: Tensor | None) -> None:
@@ -361,6 +370,7 @@ class ScaleRun:
             if len(self.live) < len(state.live):
                 state.cache.keep(self.places)
                 state.live, state.prepared, state.fills = self.live, self.prepared, self.fills
+                state.prepared_bytes = held_bytes(self.prepared)
             if self.scale.index < state.limits.num_stored and state.graph is None:
                 if self.prefix is not None:
                     state.cache.commit(PREFIX_SCALE, [list(self.ahead)] * len(state.cache.lengths))

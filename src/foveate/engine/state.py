@@ -183,6 +183,7 @@ class RequestState:
     policy: Any
     trace: Trace
     clock: Clock
+    prepared_bytes: int
     fills: Fills = field(default_factory=Fills)
     difference: Difference | None = None
     scale: int = 0
@@ -235,6 +236,7 @@ class RequestState:
                 peak_kv_bytes=cache.num_bytes,
             ),
             clock=clock,
+            prepared_bytes=held_bytes(prepared),
             graph=None if graphs is None else _lease(graphs, model, request, limits.num_stored, prepared),
         )
         clock.stop()
@@ -247,7 +249,7 @@ class RequestState:
 
     def cache_bytes(self) -> int:
         """Bytes kept for later scales beside keys and values."""
-        return held_bytes((self.prepared, self.fills, self.difference))
+        return self.prepared_bytes + held_bytes((self.fills, self.difference))
 
     def leave_graph(self) -> None:
         """From here on the plain loop runs, with the keys and values so far."""
