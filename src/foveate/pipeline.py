@@ -22,7 +22,7 @@ from foveate.engine.executor import Engine, ScaleStep
 from foveate.engine.graphs import DeviceCapture, Graphs
 from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler, SmoothSampler
 from foveate.engine.state import Request
-from foveate.families.loading import LoadedModel, Origin, Precision, load_model
+from foveate.families.loading import LoadedModel, Origin, Precision, load_model, with_independent_rows
 from foveate.families.offload import CODEBOOK, DECODER, TEXT_ENCODER, TRANSFORMER, Offload
 from foveate.families.residency import Residency
 from foveate.kernels.heap import kept_heap
@@ -71,7 +71,7 @@ class Pipeline:
             model: What draws.
             offload: Moves its parts to the device and back; None leaves all of them where they are.
         """
-        self.model = model
+        self.model = with_independent_rows(model)
         self._offload = offload
         self._engine = self._new_engine(None)
         self._hides_progress: bool | None = None

@@ -257,6 +257,7 @@ def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
             "fingerprint": job.policy.fingerprint,
             "parts": [{"policy": part.name, **part.settings()} for part in job.policy.parts_of()],
         },
+        **({"tiled_layers": list(model.tiled_layers)} if model.tiled_layers else {}),
         "batch_invariant": job.is_batch_invariant(model.has_independent_rows),
         **describe_precision(model.precision),
         "device": model.device.type,

@@ -323,3 +323,15 @@ def test_keys_and_values_are_gone_before_the_last_picture_is_decoded(
         pass
     assert caches
     assert held == [True, True, False]
+
+
+def test_layers_that_run_in_tiles_are_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Where the library's products depend on the rows beside them: in the log, and in the image's configuration."""
+    monkeypatch.setattr("foveate.kernels.invariance.is_row_independent", lambda _: False)
+    with caplog.at_level("INFO", logger="foveate"):
+        pipe = Pipeline.from_pretrained("emoji-tiny")
+    assert "run in tiles of 64 rows" in caplog.text
+    assert pipe.model.transformer.block(0).ffn.fc1.tile_rows == 64
+    assert "256x1024" in pipe.generate("owl", seed=1, output_type="latent").config["tiled_layers"]
+    monkeypatch.undo()
+    assert Pipeline.from_pretrained("emoji-tiny").model.tiled_layers == ()

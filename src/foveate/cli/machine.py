@@ -12,6 +12,7 @@ from foveate.families.loading import BUNDLED, DATA, Origin, find_folder, find_sp
 from foveate.families.memory import count_parameters, memory_need
 from foveate.families.residency import Residency
 from foveate.folder import CONFIG_NAME
+from foveate.kernels.invariance import describe_rows
 from foveate.pipeline import DTYPES
 from foveate.pipeline_options import Settings, resolve
 
@@ -21,6 +22,7 @@ def describe() -> dict[str, Any]:
     folders = [DATA / name for name in dict.fromkeys(BUNDLED.values())]
     return {
         **describe_machine(),
+        "rows_of_linear_layers": describe_rows(),
         "bundled_models": [str(folder) for folder in folders if (folder / CONFIG_NAME).is_file()],
     }
 

@@ -305,10 +305,12 @@ class ScaleRun:
 
     def _size(self, delta_RlC: Float[Tensor, "R l C"], change: BlockChange) -> Float[Tensor, "B l"]:
         """Mean over channels of |delta| or its square, of the conditional rows or averaged over an image's rows."""
-        sized_Rl = (delta_RlC.abs() if change.power == 1 else delta_RlC.float().square()).mean(-1, dtype=torch.float32)
         num_images = self.state.request.num_images
-        if change.branches == "conditional" or len(self.live) == num_images:
-            return sized_Rl[:num_images]
+        if change.branches == "conditional":
+            delta_RlC = delta_RlC[:num_images]
+        sized_Rl = (delta_RlC.abs() if change.power == 1 else delta_RlC.float().square()).mean(-1, dtype=torch.float32)
+        if len(sized_Rl) == num_images:
+            return sized_Rl
         sized_Bl = sized_Rl[:num_images].clone()
         for r, (image, is_cond) in enumerate(self.live):
             if not is_cond:

@@ -95,7 +95,8 @@ class LoadedModel:
 
     `weights` is `pretrained` or `random`; `sha256` identifies the weights (`folder.weights_sha256`), those of a text
     encoder only where it lies in the model's own folder: `text_encoders` names the others by folder or repository.
-    `device` is where it runs; an offloaded model (`offload`) lies in main memory between calls.
+    `tiled_layers` are shapes of linear layers that run in tiles (`kernels.invariance`). `device` is where it runs; an
+    offloaded model (`offload`) lies in main memory between calls.
     """
 
     spec: ModelSpec
@@ -107,6 +108,7 @@ class LoadedModel:
     precision: Precision
     device: torch.device
     text_encoders: tuple[str, ...] = ()
+    tiled_layers: tuple[str, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -301,16 +303,25 @@ def _assemble(
 
 
 def _settle(networks: tuple[Any, Any], precision: Precision) -> None:
-    """Puts a loaded transformer and autoencoder into their dtypes, and probes the rows of its linear layers."""
+    """Puts a loaded transformer and autoencoder into their dtypes."""
     transformer, autoencoder = networks
     autoencoder.settle(precision.dtype, precision.decoder_dtype or precision.dtype)
-    blocks = [transformer.block(i) for i in range(transformer.shape.num_blocks)]
     if precision.quantization is not None:
+        blocks = [transformer.block(i) for i in range(transformer.shape.num_blocks)]
         quantize_blocks(blocks, precision.quantization)
-    tiled = tile_failing_(blocks, [transformer.head])
+
+
+def with_independent_rows(model: LoadedModel) -> LoadedModel:
+    """The model after the probe of its linear layers: those whose rows depend on the rows beside them run in tiles."""
+    transformer: Any = model.transformer
+    tiled = tile_failing_([transformer.block(i) for i in range(transformer.shape.num_blocks)], [transformer.head])
     if tiled:
-        logger.info("linear layers of %s run in tiles of %d rows, so that no image depends on its batch; slower",
-                    ", ".join(tiled), TILE_ROWS)  # fmt: skip
+        logger.info(
+            "linear layers of %s run in tiles of %d rows, so that no image depends on its batch; slower",
+            ", ".join(tiled),
+            TILE_ROWS,
+        )
+    return replace(model, tiled_layers=tiled)
 
 
 def _conditioner(sources: Sources, dtype: torch.dtype, device: torch.device) -> Conditioner:

@@ -113,6 +113,17 @@ def failing_layers(
     return frozenset((p.num_outputs, p.num_inputs, p.dtype) for p in products if not is_row_independent(p))
 
 
+def describe_rows() -> str:
+    """For people: whether linear layers of this machine compute each row by itself, as far as one shape tells."""
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    failing = [
+        name
+        for name, dtype in kinds.items()
+        if not is_row_independent(Product(num_outputs=1024, num_inputs=256, dtype=dtype, device=torch.device("cpu")))
+    ]
+    return "independent" if not failing else f"{' and '.join(failing)} in tiles of {TILE_ROWS}"
+
+
 def tile_failing_(blocks: Iterable[nn.Module], heads: Iterable[nn.Linear] = ()) -> tuple[str, ...]:
     """Makes every linear layer whose rows depend on the rows beside them run in tiles; on a CPU.
 

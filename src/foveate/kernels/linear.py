@@ -42,11 +42,12 @@ def linear(
         tile_rows: Rows of one product, at least 1, so that a row never sees how many there are; None for all at once.
             Ignored where gradients are wanted.
     """
-    if not _is_traced():
-        if tile_rows is not None:
-            return _tiled(x, weight, bias, tile_rows)
-        if x.device.type == "cpu" and x.shape[:-1].numel() == 1:
-            return _tiled(x, weight, bias, LEAST_ROWS)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    if tile_rows is not None:
+        return _tiled(x, weight, bias, tile_rows)
+    if x.numel() == x.shape[-1] and x.device.type == "cpu":
+        return _tiled(x, weight, bias, LEAST_ROWS)
     return _product(x, weight, bias)
 
 
@@ -78,15 +79,11 @@ def _multiplies_bfloat16() -> bool:
     return supported
 
 
-def _is_traced() -> bool:
-    return torch.is_grad_enabled() or torch.compiler.is_compiling()
-
-
 def _product(
     x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "*n o"]:
-    """All rows at once, by the library that suits the weights."""
-    is_ours = not _is_traced() and not torch.is_autocast_enabled("cpu") and x.dtype == weight.dtype
+    """All rows at once, by the library that suits the weights; no gradients are wanted."""
+    is_ours = not torch.is_autocast_enabled("cpu") and x.dtype == weight.dtype
     if not is_ours or weight.device.type != "cpu" or not takes_onednn(weight.dtype):
         return F.linear(x, weight, bias)
     if is_traceable_wrapper_subclass(weight) and x.dtype is torch.float32 and x[..., 0].numel() >= _WIDENED_FROM:
