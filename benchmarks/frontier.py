@@ -50,6 +50,15 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     ),
     "random-tokens": ("random-tokens", "random-tokens:num_scales=1"),
     "uniform-depth": ("uniform-depth:num_scales=1",),
+    "fastvar": ("fastvar", "fastvar:skip_last=0,reference_scale=-3"),
+    "sparsevar": ("sparsevar:num_scales=1",),
+    "skipvar": ("skipvar",),
+    "attention-entropy": ("attention-entropy:num_scales=1,polarity=low", "attention-entropy:num_scales=1"),
+    "feature-magnitude": ("feature-magnitude:num_scales=1",),
+    "token-variance": ("token-variance:num_scales=1",),
+    "cached-guidance": ("cached-guidance", "cached-guidance:keep_ratio=0.25"),
+    "kv-eviction": ("kv-eviction:keep_first=2,window=1",),
+    "late-bfloat16": ("late-bfloat16:count=1", "late-bfloat16"),
     "compose": ("drop-branch:count=1|depthvar:reference_scale=-2",),
 }
 
@@ -89,6 +98,9 @@ HEADER = (
     "text match |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
+CONTROLS = ("full", "skip-scales", "drop-branch")
+"""Families that stand in the table of every page."""
+
 HEADLINE = (
     "full",
     "ld-pruning",
@@ -100,6 +112,7 @@ HEADLINE = (
     "drop-branch",
     "random-tokens:num_scales=1",
     "uniform-depth:num_scales=1",
+    "late-bfloat16",
 )
 """Settings of the README's table."""
 
@@ -165,6 +178,9 @@ def plot(results: Sequence[Result], yardstick: float, path: Path) -> None:
             "drop-branch",
             "random-tokens",
             "uniform-depth",
+            "feature-magnitude",
+            "token-variance",
+            "late-bfloat16",
         )
         axis.plot(*zip(*points, strict=True), "o--" if control else "s-", label=family, alpha=0.9, lw=1.2, ms=5)
     axis.axhline(yardstick, color="grey", lw=1, ls=":")
@@ -179,12 +195,18 @@ def plot(results: Sequence[Result], yardstick: float, path: Path) -> None:
     plt.close(figure)
 
 
-def measure(pipe: Pipeline, prompts: Sequence[str], timed: Sequence[str], matcher: Matcher | None) -> list[Result]:
-    """Every setting, one after the other."""
+def measure(
+    pipe: Pipeline,
+    prompts: Sequence[str],
+    timed: Sequence[str],
+    matcher: Matcher | None,
+    families: Sequence[str] = tuple(SETTINGS),
+) -> list[Result]:
+    """Every setting of some families, one after the other."""
     results: list[Result] = []
     reference, _ = draw(pipe, prompts, "full", 0)
-    for family, specs in SETTINGS.items():
-        for spec in specs:
+    for family in families:
+        for spec in SETTINGS[family]:
             images, ratio = (reference, 1.0) if spec == "full" else draw(pipe, prompts, spec, 0)
             report = fidelity_report(images, reference).to_json()
             speedup, end_to_end = clock(pipe, timed, spec)
@@ -212,8 +234,11 @@ def tables(results: Sequence[Result], yardstick: dict[str, Any]) -> dict[str, st
         f"| *another seed* | - | - | 100 % | {yardstick['psnr']['mean']:.1f} | {yardstick['psnr']['p10']:.1f} | "
         f"{yardstick['foreground_psnr']['mean']:.1f} | {yardstick['ssim']['mean']:.3f} | - |"
     )
-    controls = ("full", "skip-scales", "drop-branch")
-    chosen = {name: [r for r in results if r.family in (*controls, name)] for name in SETTINGS}
+    families = {result.family for result in results}
+    chosen = {name: [r for r in results if r.family in (*CONTROLS, name)] for name in SETTINGS if name in families}
+    if families != set(SETTINGS):
+        chosen = {name: rows for name, rows in chosen.items() if name not in CONTROLS}
+        return {name: "\n".join([HEADER, *(r.row() for r in rows), seed_row]) for name, rows in chosen.items()}
     chosen |= {"readme": [r for r in results if r.spec in HEADLINE], "all": list(results)}
     return {name: "\n".join([HEADER, *(r.row() for r in rows), seed_row]) for name, rows in chosen.items()}
 
@@ -251,16 +276,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for frontier.json, .md and .png")
     parser.add_argument("--update-pages", action="store_true", help="also fill the tables of the README and docs")
     parser.add_argument("--timed", type=int, default=12, help="prompts that are timed at batch 1")
+    parser.add_argument("--only", nargs="+", choices=list(SETTINGS), metavar="FAMILY", help="the pages of these alone")
+    parser.add_argument("--prompts", type=int, help="take so many of the prompts; the tables say so")
     parser.add_argument("--labels", type=Path, default=HERE / "labels.txt")
     given = parser.parse_args()
-    out: Path = given.out or ROOT / ("docs/results" if given.update_pages else "out/frontier")
-    prompts = (HERE / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    is_whole = given.update_pages and not given.only
+    out: Path = given.out or ROOT / ("docs/results" if is_whole else "out/frontier")
+    families = [name for name in SETTINGS if not given.only or name in (*CONTROLS, *given.only)]
+    prompts = (HERE / "prompts.txt").read_text(encoding="utf-8").splitlines()[: given.prompts]
     pipe = Pipeline.from_pretrained(given.model)
     pipe.set_progress_bar_config(disable=True)
     labels = given.labels.read_text(encoding="utf-8").splitlines()
     pipe(prompts[:2], seed=0)
     timed = prompts[: given.timed]
-    results = measure(pipe, prompts, timed, Matcher(given.model, labels))
+    results = measure(pipe, prompts, timed, Matcher(given.model, labels), families)
     reference, other = draw(pipe, prompts, "full", 0)[0], draw(pipe, prompts, "full", 1000)[0]
     yardstick = fidelity_report(other, reference).to_json()
     schedule = pipe.model.spec.default_schedule
@@ -278,9 +307,12 @@ def main() -> None:
         "results": [asdict(result) for result in results],
     }
     found = tables(results, yardstick)
+    if given.prompts:
+        found = {name: f"{table}\n\n*{len(prompts)} prompts, {len(timed)} timed.*" for name, table in found.items()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "frontier.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (out / "frontier.md").write_text(page(data, found["all"]), encoding="utf-8")
+    table = found["all"] if "all" in found else "\n\n".join(found.values())
+    (out / "frontier.md").write_text(page(data, table), encoding="utf-8")
     plot(results, yardstick["psnr"]["mean"], out / "frontier.png")
     if given.update_pages:
         fill_pages(found)
