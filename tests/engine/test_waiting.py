@@ -23,8 +23,11 @@ from tests.engine.test_invariants import ACTIVE
 from tests.toys import toy
 
 ROOT = Path(__file__).parents[2]
+NOT_PRETENDED = {"late-bfloat16", "skipvar"}
+"""A copy of weights in another dtype, and a decoder, which the pretended device does not know."""
+
 CASES = [
-    *((spec, "square") for spec in ACTIVE),
+    *((spec, "square") for spec in ACTIVE if spec not in NOT_PRETENDED),
     ("ld-pruning", "patches"),
     ("depthvar", "odd"),
     ("full", "var"),
@@ -62,9 +65,11 @@ def test_the_device_is_read_once_per_scale_at_most(pretended: list[dict], case: 
     assert bool(found["replays"]) == bool(graphs)
     assert found["in_replays"] == [0, 0], "a graph cannot wait, nor read what lies on the host"
     assert found["is_same"]
-    for waits in found["scales"]:
+    for scale, waits in enumerate(found["scales"]):
         assert set(waits) <= {"copy to the host"}
-        assert sum(waits.values()) <= (0 if found["is_static"] else 1)
+        # Copies whose source did not run are counted on the device and read once, when the last scale has run.
+        is_end = scale == len(found["scales"]) - 1 and spec.startswith("sparsevar")
+        assert sum(waits.values()) <= (0 if found["is_static"] else 1) + is_end
     if spec.startswith("ld-pruning"):
         assert any(found["scales"])
 

@@ -312,7 +312,9 @@ def _committed(outcome: _Outcome, share: int) -> ScaleStep:
         opened_ms, *step_ms = state.clock.read()
         shared = [ms / share for ms, share in zip(step_ms, state.shares, strict=True)]
         shared[0] += opened_ms
-        lost = [0 if number is None else int(number) for number in state.lost]
+        numbers = [number for number in state.lost if number is not None]
+        read = iter(torch.stack(numbers).cpu().tolist() if numbers else [])
+        lost = [0 if number is None else next(read) for number in state.lost]
         trace.scales = [
             replace(part, ms=ms, lost_copies=n) for part, ms, n in zip(trace.scales, shared, lost, strict=True)
         ]
