@@ -143,7 +143,7 @@ def test_default_plan_is_neutral_for_every_word():
         (
             ScalePlan(unconditional_tokens=(mask(1, 0, kept=1),), difference=CachedDifference()),
             ScalePlan(guided_B=torch.tensor([False])),
-            None,
+            1.0,
         ),
         (
             ScalePlan(unconditional_tokens=(mask(1, 0, kept=1),), difference=CachedDifference(weight=0.25)),
@@ -153,7 +153,10 @@ def test_default_plan_is_neutral_for_every_word():
     ],
 )
 def test_the_cheaper_guidance_stays(a: ScalePlan, b: ScalePlan, expected: float | None):
-    """Both branches > cached difference > the conditional branch alone; weights of two differences multiply."""
+    """Both branches > cached difference > the conditional branch alone; weights of two differences multiply.
+
+    A branch that content stops says nothing about the difference: where it stopped before, a kept one is zero.
+    """
     for met in (a.meet(b), b.meet(a)):
         assert (None if met.difference is None else met.difference.weight) == (
             None if expected is None else pytest.approx(expected)

@@ -69,6 +69,11 @@ def attend_group_lse(
     if _is_for_native(q_nND, k_gNmD, v_gNmD):
         lse_glN = q_glND.new_empty(q_glND.shape[:3], dtype=torch.float32)
         return _native(q_glND, k_gNmD, v_gNmD, scale, lse_glN).flatten(0, 1), lse_glN.flatten(0, 1)
+    if q_nND.device.type == "cpu" and len(k_gNmD) > 1 and not torch.is_grad_enabled():
+        # As in `attend_group`.
+        rows = zip(q_glND, k_gNmD, v_gNmD, strict=True)
+        parts = [attend_group_lse(q_lND, k_NmD[None], v_NmD[None], scale) for q_lND, k_NmD, v_NmD in rows]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     q_gNlD = q_glND.transpose(1, 2)
     if _is_for_flash_on_cpu(q_gNlD, k_gNmD, v_gNmD, scale):
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
