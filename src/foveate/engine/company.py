@@ -53,32 +53,38 @@ class Company:
         self, x_nC: Float[Tensor, "n C"], rotation_nD: Float[Tensor, "n D"], blocks: Sequence[Callable[[], Block]]
     ) -> None:
         """Runs all blocks over the packed tokens, which they change in place."""
-        x_parts = self.split(x_nC, [run.rows.total for run in self.runs])
         for index, block in enumerate(blocks):
-            actives = [run.active(index) for run in self.runs]
-            active = self._packed(actives)
-            part_nC = x_nC if active.index_n is None else x_nC[active.index_n]
-            parts = self.split(part_nC, [own.rows.total for own in actives])
-            befores = [
-                part.clone() if run.reads_change(index) else None for run, part in zip(self.runs, parts, strict=True)
-            ]
-            if active.rows.total:
-                rotation_aD = rotation_nD if active.index_n is None else rotation_nD[active.index_n]
-                self._sublayers(block(), index, actives, active.rows, part_nC, rotation_aD)
-            fills = [
-                None if own.index_n is None else run.fill_(index, x_part)
-                for run, own, x_part in zip(self.runs, actives, x_parts, strict=True)
-            ]
-            if active.index_n is not None:
-                x_nC[active.index_n] = part_nC
-            for run, own, part, before, fill, x_part in zip(
-                self.runs, actives, parts, befores, fills, x_parts, strict=True
-            ):
-                if before is not None:
-                    run.record(index, part - before, own.index_n, fill)
-                guidance = run.state.request.guidance
-                if index in guidance.hidden_blocks:
-                    combine_hidden_(x_part, run.live, run.rows, guidance.weights[run.scale.index])
+            self._block(index, block, x_nC, rotation_nD)
+
+    def _block(
+        self, index: int, block: Callable[[], Block], x_nC: Float[Tensor, "n C"], rotation_nD: Float[Tensor, "n D"]
+    ) -> None:
+        """Runs one block; a function of its own, so that its large tensors are freed before the next one's are made."""
+        x_parts = self.split(x_nC, [run.rows.total for run in self.runs])
+        actives = [run.active(index) for run in self.runs]
+        active = self._packed(actives)
+        part_nC = x_nC if active.index_n is None else x_nC[active.index_n]
+        parts = self.split(part_nC, [own.rows.total for own in actives])
+        befores = [
+            part.clone() if run.reads_change(index) else None for run, part in zip(self.runs, parts, strict=True)
+        ]
+        if active.rows.total:
+            rotation_aD = rotation_nD if active.index_n is None else rotation_nD[active.index_n]
+            self._sublayers(block(), index, actives, active.rows, part_nC, rotation_aD)
+        fills = [
+            None if own.index_n is None else run.fill_(index, x_part)
+            for run, own, x_part in zip(self.runs, actives, x_parts, strict=True)
+        ]
+        if active.index_n is not None:
+            x_nC[active.index_n] = part_nC
+        for run, own, part, before, fill, x_part in zip(
+            self.runs, actives, parts, befores, fills, x_parts, strict=True
+        ):
+            if before is not None:
+                run.record(index, part - before, own.index_n, fill)
+            guidance = run.state.request.guidance
+            if index in guidance.hidden_blocks:
+                combine_hidden_(x_part, run.live, run.rows, guidance.weights[run.scale.index])
 
     def _packed(self, actives: Sequence[Active]) -> Active:
         """The active tokens of all runs as places in the packed list of all."""
