@@ -20,7 +20,10 @@ from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 from tests.policies.twins import assert_same, full_steps, generate_image, reads_inputs
 from tests.toys import (
     LATENT_CHANNELS,
+    LENGTHS,
+    SEEDS,
     VAR_GRIDS,
+    VAR_LABELS,
     Toy,
     cached_run,
     checked,
@@ -238,6 +241,25 @@ def test_another_part_that_drops_the_branch_decides():
     both = cached_run("drop-branch:count=3|cached-guidance", "odd")
     assert same_bits(both, cached_run("drop-branch:count=3", "odd"))
     assert same_bits(run(toy("odd"), load_policy("cached-guidance|drop-branch:count=3")), both)
+
+
+@pytest.mark.parametrize("name", ["odd", "wide var"])
+def test_branch_that_stopped_by_content_leaves_the_conditional_one_alone(name: str):
+    """Whether all images stopped before the difference could be kept or some: the same as each of them alone."""
+    subject, request = subject_of(name)
+    stopping = "ld-pruning:lhep=false,sats_threshold={}"
+    always = run(subject, load_policy(f"{stopping.format(1e9)}|cached-guidance"), request)
+    assert same_bits(always, run(subject, load_policy(stopping.format(1e9)), request))
+    some = load_policy(f"{stopping.format(0.2)}|cached-guidance")
+    together = run(subject, some, request)
+    assert {len(scale.work.rows) for scale in together.trace.scales} > {3, 6}, "no scale has images of both kinds"
+    for image, f_hat_ZHW in enumerate(together.f_hat):
+        own = slice(image, image + 1)
+        if name.endswith("var"):
+            one = run(subject, some, label_request(subject.schedule, SEEDS[own], VAR_LABELS[own]))
+        else:
+            one = run(subject, some, make_request(subject.schedule, SEEDS[own], LENGTHS[own]))
+        assert torch.allclose(one.f_hat[0], f_hat_ZHW, atol=1e-5)
 
 
 def test_skipped_scales_leave_what_the_others_read():

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from foveate.core.cost import Row
 from foveate.core.errors import PlanConflictError
-from foveate.core.plan import KeepDifference
 from foveate.core.rows import Rows
 from foveate.core.signals import BranchLogits
 from foveate.engine.fills import Difference
@@ -80,14 +79,18 @@ def _inside(run: ScaleRun, kept: Tensor | None, uncond_kept: Tensor | None) -> I
 def guide_by_difference(run: ScaleRun, images: Sequence[BranchLogits]) -> tuple[BranchLogits, ...]:
     """Adds the cached difference where the unconditional branch did not run: w cond + (1 - w) (cond - d).
 
+    A branch that had stopped before a difference could be kept leaves the conditional branch alone.
+
     Raises:
-        PlanConflictError: No difference was kept.
+        PlanConflictError: No difference was kept, though the branch of an image ran until now.
     """
     word, weight = run.plan.difference, run.weight
     is_whole = all(image.uncond_kV is not None and image.uncond_index_u is None for image in images)
     if word is None or weight == 1.0 or is_whole:
         return tuple(images)
     if run.state.difference is None:
+        if run.state.dropped >= set(range(len(images))):
+            return tuple(images)
         raise PlanConflictError(
             f"{run.state.bound.label}: scale {run.scale.index} is guided by a cached difference, but no scale "
             "that ran both branches was kept"
@@ -106,9 +109,9 @@ def _guided(image: BranchLogits, map_lW: Float[Tensor, "l W"], factor: float) ->
 
 
 def difference_of(run: ScaleRun, images: Sequence[BranchLogits]) -> Difference | None:
-    """Difference of the branches on the whole grid, to be kept; the one kept before where no branch ran."""
-    if KeepDifference() not in run.keeps or all(image.uncond_kV is None for image in images):
-        return run.state.difference
+    """Difference of the branches on the whole grid, to be kept: zero where the branch has stopped, None if all have."""
+    if all(image.uncond_kV is None for image in images):
+        return None
     width = images[0].cond_kV.shape[-1]
     map_BlW = images[0].cond_kV.new_zeros(len(images), run.scale.num_tokens, width)
     for map_lW, image in zip(map_BlW, images, strict=True):
