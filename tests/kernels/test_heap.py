@@ -36,8 +36,6 @@ try:
         raise KeyError
 except KeyError:
     found["after_exception"] = resident() - start
-touch()
-found["later"] = resident() - start
 print(json.dumps(found))
 """
 
@@ -47,4 +45,4 @@ def test_memory_is_kept_inside_and_given_back_after() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found["inside"] > 80e6
-    assert all(found[name] < 30e6 for name in ("without", "after", "after_exception", "later"))
+    assert all(found[name] < 30e6 for name in ("without", "after", "after_exception"))
