@@ -19,8 +19,8 @@ from foveate.bench.rounds import alternate
 from foveate.bench.spread import Spread
 from foveate.core.prompt_file import read_prompt_file
 from foveate.kernels import native
-from foveate.pipeline import Pipeline, stack_uint8
-from foveate.pipeline_options import Options
+from foveate.pipeline.call import Options
+from foveate.pipeline.pipeline import Pipeline, stack_uint8
 
 POLICIES = ("full", "ld-pruning", "ld-pruning:sats=false", "depthvar", "drop-branch")
 PROMPTS = Path(__file__).parent / "prompts.txt"

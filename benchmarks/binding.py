@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from foveate.models.infinity import Infinity
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.tokenizers.bsq import BSQTokenizer, quantise
 from foveate.train.contrast import rim_contrast
 from foveate.train.corpus import Corpus, load_corpus

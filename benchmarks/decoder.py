@@ -21,7 +21,7 @@ from foveate.bench.rounds import alternate
 from foveate.bench.spread import Spread
 from foveate.families.loading import Origin, find_spec
 from foveate.models.random_weights import empty_module, fill_randomly
-from foveate.pipeline import DTYPES
+from foveate.pipeline.pipeline import DTYPES
 
 Decode = Callable[[Tensor], Tensor]
 

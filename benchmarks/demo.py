@@ -18,9 +18,9 @@ from rich.table import Table
 from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
 from foveate.eval.compare import ComparisonReport, compare
-from foveate.pipeline import Pipeline
-from foveate.pipeline_output import PipelineOutput
-from foveate.png import save_png
+from foveate.pipeline.output import PipelineOutput
+from foveate.pipeline.pipeline import Pipeline
+from foveate.pipeline.provenance import save_png
 
 PROMPTS = ("a hamburger", "a strawberry", "a cactus", "a red car")
 POLICIES = ("full", "ld-pruning", "depthvar", "skip-scales", "drop-branch")

@@ -24,8 +24,8 @@ from foveate.core.atomic import write_text
 from foveate.core.policy import Policy
 from foveate.core.prompt_file import read_prompt_file
 from foveate.eval.fidelity import psnr
-from foveate.pipeline import Pipeline
-from foveate.pipeline_output import to_uint8
+from foveate.pipeline.output import to_uint8
+from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.drop_branch import DropBranch
 from foveate.policies.full import Full
 from foveate.policies.skipvar import FEATURES, SIDE, CountModel, features

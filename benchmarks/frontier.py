@@ -26,7 +26,7 @@ from foveate.bench.spread import Spread
 from foveate.conditioning.minilm import TextEncoder
 from foveate.eval.fidelity import fidelity_report
 from foveate.families.loading import Origin, find_folder
-from foveate.pipeline import Pipeline, stack_uint8
+from foveate.pipeline.pipeline import Pipeline, stack_uint8
 from foveate.policies.registry import load_policy
 
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ from pathlib import Path
 from frontier import SETTINGS
 from PIL import Image, ImageDraw, ImageFont
 
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.viz.maps import compute_map
 
 HERE = Path(__file__).parent

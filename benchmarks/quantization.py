@@ -17,9 +17,9 @@ from foveate.bench.memory import weights_bytes
 from foveate.bench.rounds import alternate
 from foveate.bench.spread import Spread
 from foveate.core.prompt_file import read_prompt_file
+from foveate.engine.report import Milliseconds
 from foveate.eval.fidelity import psnr, summarise
-from foveate.pipeline import DTYPES, Pipeline, stack_uint8
-from foveate.pipeline_output import Milliseconds
+from foveate.pipeline.pipeline import DTYPES, Pipeline, stack_uint8
 
 SIDES: dict[str, dict[str, Any]] = {
     "plain": {},

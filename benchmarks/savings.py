@@ -28,8 +28,8 @@ from foveate.engine.state import Bounds, RequestState
 from foveate.families.loading import model_names
 from foveate.kernels import activation, attention, heads, linear, native, norm, residual
 from foveate.kernels.attention import attend_group
-from foveate.pipeline import Pipeline
-from foveate.pipeline_options import Options
+from foveate.pipeline.call import Options
+from foveate.pipeline.pipeline import Pipeline
 
 _TORCH = SimpleNamespace(serves=lambda *_: False, allows_onednn=lambda: False)
 """Stands in for `foveate.kernels.native` in one kernel: plain torch runs there."""

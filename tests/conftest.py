@@ -13,7 +13,7 @@ from foveate.folder import save_folder
 from foveate.kernels import native
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.models.random_weights import fill_randomly
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 
 # The first example of a test pays for imports and shape checks, so none has a deadline.

@@ -8,7 +8,7 @@ import pytest
 
 import foveate as fv
 from foveate.families.loading import DATA
-from foveate.pipeline import Pipeline, stack_uint8
+from foveate.pipeline.pipeline import Pipeline, stack_uint8
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from foveate.core.errors import Cancelled as Cancelled
     from foveate.core.errors import FoveateError as FoveateError
     from foveate.eval.compare import compare as compare
-    from foveate.pipeline import Pipeline as Pipeline
+    from foveate.pipeline.pipeline import Pipeline as Pipeline
     from foveate.policies.attention_entropy import AttentionEntropyTokens as AttentionEntropyTokens
     from foveate.policies.cached_guidance import CachedGuidance as CachedGuidance
     from foveate.policies.depthvar import DepthVAR as DepthVAR
@@ -45,7 +45,7 @@ _HOMES = {
     "KVEviction": "foveate.policies.kv_eviction",
     "LDPruning": "foveate.policies.ld_pruning",
     "LateBfloat16": "foveate.policies.late_bfloat16",
-    "Pipeline": "foveate.pipeline",
+    "Pipeline": "foveate.pipeline.pipeline",
     "RandomTokens": "foveate.policies.random_tokens",
     "SkipScales": "foveate.policies.skip_scales",
     "SkipVAR": "foveate.policies.skipvar",

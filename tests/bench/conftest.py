@@ -7,7 +7,7 @@ import pytest
 from foveate.bench.report import BenchReport
 from foveate.bench.run import BenchPlan, run_bench
 from foveate.bench.workload import Workload
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import load_policy
 
 

@@ -10,8 +10,8 @@ from foveate.bench.rounds import Stop, alternate
 from foveate.bench.spread import Spread, runs_for, supported_percentiles
 from foveate.bench.timing import TimedRun, Timing, scale_flops
 from foveate.bench.workload import Workload
-from foveate.pipeline import Pipeline
-from foveate.pipeline_output import Milliseconds
+from foveate.engine.report import Milliseconds
+from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.full import Full
 from foveate.policies.registry import load_policy
 

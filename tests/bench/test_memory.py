@@ -10,7 +10,7 @@ from torch import nn
 from foveate.bench.memory import Memory, MemoryRun, meter_for, weights_bytes
 from foveate.bench.report import BenchReport
 from foveate.core.cost import ModelShape
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.full import Full
 
 MIB = 2**20

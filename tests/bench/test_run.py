@@ -19,7 +19,7 @@ from foveate.bench.rounds import Stop
 from foveate.bench.run import BenchPlan, run_bench
 from foveate.bench.workload import DEFAULT_PROMPT, Workload, default_prompt
 from foveate.core.errors import FoveateError
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.full import Full
 from tests.bench.conftest import make_plan
 

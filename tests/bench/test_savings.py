@@ -6,7 +6,7 @@ import pytest
 import savings
 import torch
 
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 
 
 def latent(pipe: Pipeline) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 
 from foveate.cli.bench import sizes_of
 from foveate.cli.options import SizeOptions
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 
 QUICK = ("--policy", "skip-scales:count=5", "--policy", "skip-scales:count=4|drop-branch:count=1", "--quiet")
 

@@ -13,7 +13,7 @@ from foveate.conditioning.label import class_index
 from foveate.core.errors import FoveateError
 from foveate.eval.compare import FIGURES, compare
 from foveate.families.published import PUBLISHED
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from tests.pipeline.test_precision import SMALL
 
 

@@ -15,8 +15,8 @@ from foveate.cli import drawing
 from foveate.cli.options import ModelOptions
 from foveate.core.errors import FoveateError
 from foveate.core.trace import Trace
-from foveate.pipeline import Pipeline
-from foveate.png import read_png_config, save_png
+from foveate.pipeline.pipeline import Pipeline
+from foveate.pipeline.provenance import read_png_config, save_png
 
 
 def names(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from foveate.families.memory import transformer_bytes
-from foveate.png import read_png_config
+from foveate.pipeline.provenance import read_png_config
 from tests.conftest import TOY_SPEC
 
 

@@ -10,7 +10,7 @@ from foveate.core.guidance import GuidanceSchedule
 from foveate.engine.forecast import forecast, full_cost
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request, bounds_of
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import REGISTRY, load_policy
 from tests.engine.naive import generate
 from tests.engine.test_invariants import ACTIVE, assert_keyed, assert_nothing_stays, same_choice, total_after

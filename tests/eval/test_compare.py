@@ -7,7 +7,7 @@ import pytest
 
 from foveate.core.errors import FoveateError
 from foveate.eval.compare import ComparisonReport, compare, read_prompts
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")

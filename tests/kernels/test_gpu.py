@@ -81,7 +81,7 @@ def test_kernels_compile_for_ampere_and_hopper(tmp_path: Path):
 def test_the_cpu_never_imports_triton():
     """Neither the library nor a drawn picture does, and the kernels do not serve tensors on the CPU."""
     code = (
-        "import sys, torch, foveate.pipeline, foveate.engine.executor, foveate.policies.registry\n"
+        "import sys, torch, foveate.pipeline.pipeline, foveate.engine.executor, foveate.policies.registry\n"
         "from tests.toys import run, toy\n"
         "from foveate.policies.registry import load_policy\n"
         "run(toy('square'), load_policy('ld-pruning'))\n"

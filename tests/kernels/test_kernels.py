@@ -20,7 +20,7 @@ from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
 from foveate.kernels.residual import add_gated_, gated
 from foveate.kernels.resize import add_resized_, resize_matrix, resize_tokens
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 
 DTYPES = (torch.float32, torch.bfloat16)
 RAGGED = Rows((3, 0, 40, 1))

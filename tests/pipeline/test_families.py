@@ -17,7 +17,7 @@ from foveate.families.memory import count_parameters
 from foveate.families.published import PUBLISHED
 from foveate.families.spec import ModelSpec
 from foveate.folder import folder_sha256, save_folder
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from tests.conftest import TOY_SPEC, toy_autoencoder, toy_text_encoder, toy_transformer
 
 

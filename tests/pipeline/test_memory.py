@@ -15,7 +15,7 @@ from foveate.families.memory import memory_need
 from foveate.families.published import PUBLISHED
 from foveate.families.residency import Residency
 from foveate.models.infinity import Infinity
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.depthvar import DepthVAR
 from foveate.policies.full import Full
 from foveate.policies.registry import load_policy
@@ -28,7 +28,7 @@ from dataclasses import replace
 import torch
 from foveate.families.loading import Origin, load_model
 from foveate.families.published import PUBLISHED
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 
 def held():
     with open("/proc/self/statm") as file:

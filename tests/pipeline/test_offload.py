@@ -18,7 +18,7 @@ from foveate.core.errors import FoveateError
 from foveate.families.loading import LoadedModel
 from foveate.families.offload import CODEBOOK, DECODER, HOME, TEXT_ENCODER, TRANSFORMER, Offload, parts_of
 from foveate.models.var import VAR
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder
 from tests.pipeline.test_published import TOY_VAR, VQ, filled
 

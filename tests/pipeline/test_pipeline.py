@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from foveate import pipeline_output
 from foveate.core.errors import Cancelled, FoveateError
 from foveate.engine.forecast import forecast
 from foveate.engine.kv_cache import KVCache
 from foveate.engine.state import RequestState
 from foveate.families.published import PUBLISHED
-from foveate.pipeline import Pipeline, stack_uint8
-from foveate.pipeline_options import Settings, resolve
+from foveate.pipeline import output as pipeline_output
+from foveate.pipeline.call import Settings, resolve
+from foveate.pipeline.pipeline import Pipeline, stack_uint8
 from foveate.policies.registry import load_policy
 
 PROMPTS = ["a red cat", "two big dogs on the left of the house"]
@@ -251,7 +251,7 @@ def test_an_index_of_a_class_may_come_from_numpy() -> None:
 WRONG_TYPES = """
 import sys, numpy as np
 from foveate.core.errors import FoveateError
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 
 pipe = Pipeline.from_pretrained(sys.argv[1])
 cases = [(None, {}), (1.5, {}), (5, {}), ([None], {}), (np.array(3), {})]

@@ -22,9 +22,9 @@ from foveate.families.spec import Defaults, ModelSpec
 from foveate.models.infinity import InfinityConfig
 from foveate.models.switti import SwittiConfig
 from foveate.models.var import VARConfig
-from foveate.pipeline import Pipeline, stack_uint8
-from foveate.pipeline_output import PipelineOutput
-from foveate.png import regenerate, save_png
+from foveate.pipeline.output import PipelineOutput
+from foveate.pipeline.pipeline import Pipeline, stack_uint8
+from foveate.pipeline.provenance import regenerate, save_png
 from foveate.policies.full import Full
 from foveate.tokenizers.autoencoder import AutoencoderConfig
 from foveate.tokenizers.vq_autoencoder import VQAutoencoderConfig
@@ -183,7 +183,7 @@ MEASURE = """
 import json, sys, torch
 from foveate.bench.memory import ResidentMeter, weights_bytes
 from foveate.models.quantization import quantize_blocks
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 
 quantize_blocks([torch.nn.Linear(64, 64).requires_grad_(False)], "int8")
 torch.randn(64, 64, generator=torch.Generator().manual_seed(1)) @ torch.randn(64, 64)

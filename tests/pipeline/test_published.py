@@ -18,8 +18,8 @@ from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.models.random_weights import fill_randomly
 from foveate.models.switti import SwittiConfig
 from foveate.models.var import GRIDS_256, GRIDS_512, VAR, VARConfig
-from foveate.pipeline import Pipeline
-from foveate.png import regenerate, save_png
+from foveate.pipeline.pipeline import Pipeline
+from foveate.pipeline.provenance import regenerate, save_png
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 from tests.conftest import toy_text_encoder

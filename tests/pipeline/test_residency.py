@@ -16,7 +16,7 @@ from foveate.core.conditions import ClassLabel
 from foveate.core.errors import CheckpointError
 from foveate.families import loading
 from foveate.models.infinity import Infinity
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.tokenizers.autoencoder import Autoencoder
 from tests.conftest import toy_text_encoder
 from tests.pipeline.test_published import BSQ, TOY_INFINITY, filled

@@ -11,7 +11,7 @@ import pytest
 from foveate.core.errors import FoveateError
 from foveate.eval.figures import Figure
 from foveate.eval.paraphrases import bundled_paraphrases
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.train.corpus import load_corpus
 from foveate.train.examiner import Examiner
 from foveate.train.scenes import Scene

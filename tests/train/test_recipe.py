@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from foveate.core.errors import FoveateError
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.train import recipe as recipes
 from foveate.train.loop import PauseError
 from foveate.train.recipe import Route, load_corpus_config, load_recipe, train

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from foveate.eval.figures import Figure
-from foveate.pipeline import Pipeline
-from foveate.pipeline_output import to_uint8
+from foveate.pipeline.output import to_uint8
+from foveate.pipeline.pipeline import Pipeline
 from foveate.train.captions import Drawing
 from foveate.train.corpus import Corpus
 from foveate.train.examiner import Examiner

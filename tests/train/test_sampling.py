@@ -8,8 +8,8 @@ import pytest
 
 from foveate.core.errors import FoveateError
 from foveate.families.spec import Defaults
-from foveate.pipeline import Pipeline
-from foveate.pipeline_options import resolve, settings_of
+from foveate.pipeline.call import resolve, settings_of
+from foveate.pipeline.pipeline import Pipeline
 from foveate.train import sampling
 from foveate.train.loop import PauseError
 from foveate.train.sampling import SamplingSearch, ScoreBook, Setting, search

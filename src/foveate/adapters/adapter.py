@@ -19,8 +19,8 @@ from foveate.core.errors import FoveateError, UnsupportedError
 from foveate.core.policy import Policy
 from foveate.core.trace import Trace
 from foveate.engine.executor import Engine
+from foveate.engine.report import Milliseconds, Report, build_report
 from foveate.engine.state import Request
-from foveate.pipeline_output import Milliseconds, Report, build_report
 
 logger = logging.getLogger("foveate")
 

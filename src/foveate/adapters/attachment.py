@@ -19,8 +19,8 @@ from foveate.adapters.var import OfficialVAR
 from foveate.core.errors import FoveateError, UnsupportedError
 from foveate.core.policy import Policy
 from foveate.core.trace import Trace
+from foveate.engine.report import Report
 from foveate.models.checkpoint import kind_of
-from foveate.pipeline_output import Report
 from foveate.policies.registry import load_policy
 
 _ADAPTERS: dict[str, type[OfficialInfinity | OfficialVAR]] = {"Infinity": OfficialInfinity, "VAR": OfficialVAR}

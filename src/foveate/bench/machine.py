@@ -8,7 +8,7 @@ import torch
 
 from foveate.core.version import __version__
 from foveate.kernels import native
-from foveate.pipeline_output import installed_version, processor_name
+from foveate.pipeline.output import installed_version, processor_name
 
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "triton", "pillow", "torchmetrics")
 

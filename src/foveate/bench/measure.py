@@ -8,7 +8,7 @@ from foveate.bench.report import Entry
 from foveate.bench.rounds import Rounds
 from foveate.bench.workload import Workload
 from foveate.core.policy import Policy
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from foveate.core.policy import Policy
 from foveate.families.loading import LoadedModel
 from foveate.families.offload import modules_of
 from foveate.models.quantization import stored_bytes
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_PEAK = "5"

@@ -20,8 +20,8 @@ from foveate.bench.workload import Picture, Workload, check_workload
 from foveate.core.errors import FoveateError
 from foveate.core.policy import Policy
 from foveate.families.loading import LoadedModel
-from foveate.pipeline import Pipeline
-from foveate.pipeline_output import describe_precision, processor_name
+from foveate.pipeline.output import describe_precision, processor_name
+from foveate.pipeline.pipeline import Pipeline
 
 T = TypeVar("T")
 

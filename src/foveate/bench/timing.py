@@ -14,8 +14,9 @@ from foveate.core.cost import request_cost
 from foveate.core.policy import Policy
 from foveate.core.schedule import Grid
 from foveate.core.trace import Trace
-from foveate.pipeline import Pipeline
-from foveate.pipeline_output import Milliseconds, PipelineOutput
+from foveate.engine.report import Milliseconds
+from foveate.pipeline.output import PipelineOutput
+from foveate.pipeline.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

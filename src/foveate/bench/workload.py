@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from foveate.core.conditions import ClassLabel
 from foveate.core.policy import Policy
-from foveate.pipeline import Pipeline
-from foveate.pipeline_options import Job, Options, resolve, settings_of
+from foveate.pipeline.call import Job, Options, resolve, settings_of
+from foveate.pipeline.pipeline import Pipeline
 
 DEFAULT_PROMPT, DEFAULT_CLASS = "a red apple on a wooden table in the morning light", "0"
 """One prompt or one class, so that the time of the text encoder does not vary from run to run."""

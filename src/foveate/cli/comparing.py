@@ -10,7 +10,7 @@ from foveate.cli.prompts import BUILT_IN_CLASSES, BUILT_IN_PROMPTS
 from foveate.cli.staging import Staging
 from foveate.eval.compare import STATISTICS, ComparisonReport, FigureBound, compare
 from foveate.families.spec import ModelSpec
-from foveate.pipeline_options import draws_classes
+from foveate.pipeline.call import draws_classes
 from foveate.policies.registry import load_policy
 
 

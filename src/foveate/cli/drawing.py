@@ -15,11 +15,12 @@ from foveate.cli.loading import call_options, open_pipeline
 from foveate.cli.options import ModelOptions, SamplingOptions, SizeOptions, numbers
 from foveate.cli.staging import Staging, slug, unique_names
 from foveate.core.errors import FoveateError
+from foveate.engine.report import Report
 from foveate.families.loading import Origin, find_spec
-from foveate.pipeline import Pipeline
-from foveate.pipeline_options import Options, draws_classes
-from foveate.pipeline_output import Images, PipelineOutput, Report
-from foveate.png import save_png
+from foveate.pipeline.call import Options, draws_classes
+from foveate.pipeline.output import Images, PipelineOutput
+from foveate.pipeline.pipeline import Pipeline
+from foveate.pipeline.provenance import save_png
 from foveate.policies.registry import load_policy
 
 _ALL_SCALES = 1000

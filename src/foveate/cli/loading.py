@@ -4,8 +4,8 @@ import torch
 
 from foveate.cli.options import ModelOptions, SamplingOptions, SizeOptions, numbers
 from foveate.core.errors import FoveateError
-from foveate.pipeline import Pipeline
-from foveate.pipeline_options import Options
+from foveate.pipeline.call import Options
+from foveate.pipeline.pipeline import Pipeline
 
 
 def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:

@@ -13,8 +13,8 @@ from foveate.families.memory import count_parameters, memory_need
 from foveate.families.residency import Residency
 from foveate.folder import CONFIG_NAME
 from foveate.kernels.invariance import describe_rows
-from foveate.pipeline import DTYPES
-from foveate.pipeline_options import Settings, resolve
+from foveate.pipeline.call import Settings, resolve
+from foveate.pipeline.pipeline import DTYPES
 
 
 def describe() -> dict[str, Any]:

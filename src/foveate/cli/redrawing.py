@@ -9,7 +9,7 @@ from foveate.cli.generate import GenerateOptions
 from foveate.cli.loading import open_pipeline
 from foveate.cli.options import ModelOptions
 from foveate.cli.staging import Staging
-from foveate.png import (
+from foveate.pipeline.provenance import (
     Regenerated,
     loading_options,
     naming_damage,

@@ -95,10 +95,15 @@ class ScaleWork:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """Totals of a request. `tokens` counts tokens that reached the head in the conditional branch."""
+    """Totals of a request.
+
+    `tokens` counts tokens that reached the head in the conditional branch; `token_blocks` how many blocks all tokens of
+    both branches ran, which shows a saving by depth or by branch, too.
+    """
 
     flops: int
     tokens: int
+    token_blocks: int
     kv_bytes: int
 
 
@@ -114,7 +119,7 @@ def request_cost(
         bytes_per_element: Of the cache.
 
     Returns:
-        FLOPs, tokens, and the most bytes of keys and values held at the end of a scale if no row were released: the
+        FLOPs, tokens, token-blocks, and the most bytes of keys and values held at the end of a scale if no row were released: the
         last scale that runs is never stored, and none where the model is not cached.
     """
     flops = sum(shape.request_flops(tokens) for tokens in text_tokens.values())
@@ -135,7 +140,8 @@ def request_cost(
         store.end_scale(w.evicted)
     per_token = 2 * shape.num_heads * shape.head_width * bytes_per_element
     tokens_kept = sum(r.head_tokens for w in ran for (_, is_cond), r in w.rows.items() if is_cond)
-    return Cost(flops=flops, tokens=tokens_kept, kv_bytes=per_token * store.most)
+    token_blocks = sum(sum(r.block_tokens) for w in ran for r in w.rows.values())
+    return Cost(flops=flops, tokens=tokens_kept, token_blocks=token_blocks, kv_bytes=per_token * store.most)
 
 
 def _block_flops(shape: ModelShape, work: RowWork, block: int, past: int, text_tokens: int) -> int:

@@ -21,11 +21,12 @@ from foveate.core.atomic import write_text
 from foveate.core.errors import FoveateError, unknown
 from foveate.core.policy import Policy
 from foveate.core.prompt_file import read_prompt_file
+from foveate.engine.report import Report
 from foveate.eval.compare_page import Pair, render
 from foveate.eval.fidelity import FidelityReport, fidelity_report, missing_extra, psnr, ssim
-from foveate.pipeline import Pipeline, stack_uint8
-from foveate.pipeline_options import Options
-from foveate.pipeline_output import PipelineOutput, Report
+from foveate.pipeline.call import Options
+from foveate.pipeline.output import PipelineOutput
+from foveate.pipeline.pipeline import Pipeline, stack_uint8
 from foveate.policies.registry import load_policy
 
 _CHECK = re.compile(r"\s*([a-z_]+(?:\.[a-z0-9_]+)?)\s*(>=|<=|==|>|<)\s*(-?\d+(?:\.\d+)?)\s*")

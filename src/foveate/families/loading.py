@@ -18,6 +18,7 @@ from foveate.conditioning.t5 import T5Text
 from foveate.conditioning.text import ClassNames, Conditioner, RandomPooledText, RandomText
 from foveate.core.errors import CheckpointError, FoveateError, unknown
 from foveate.core.protocols import NextScaleModel, ScaleTokenizer
+from foveate.core.warnings import CallWarning
 from foveate.families.family import OWN_CONDITIONERS, PLACES_CONDITIONER
 from foveate.families.published import PUBLISHED
 from foveate.families.residency import Residency
@@ -95,8 +96,8 @@ class LoadedModel:
 
     `weights` is `pretrained` or `random`; `sha256` identifies the weights (`folder.weights_sha256`), those of a text
     encoder only where it lies in the model's own folder: `text_encoders` names the others by folder or repository.
-    `tiled_layers` are shapes of linear layers that run in tiles (`kernels.invariance`). `device` is where it runs; an
-    offloaded model (`offload`) lies in main memory between calls.
+    `tiled_layers` are shapes of linear layers that run in tiles (`kernels.invariance`). `warnings` belong to every
+    call. `device` is where it runs; an offloaded model (`offload`) lies in main memory between calls.
     """
 
     spec: ModelSpec
@@ -109,6 +110,7 @@ class LoadedModel:
     device: torch.device
     text_encoders: tuple[str, ...] = ()
     tiled_layers: tuple[str, ...] = ()
+    warnings: tuple[CallWarning, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,9 +26,9 @@ from foveate.eval.memorisation import COPY_DB, THUMBNAIL, copied_share, nearest_
 from foveate.eval.paraphrases import bundled_paraphrases, unseen
 from foveate.eval.quality import TextMatch, kid, nearest
 from foveate.eval.style import fit_style_probe
-from foveate.pipeline import Pipeline, stack_uint8
-from foveate.pipeline_options import PerScale
-from foveate.pipeline_output import to_uint8
+from foveate.pipeline.call import PerScale
+from foveate.pipeline.output import to_uint8
+from foveate.pipeline.pipeline import Pipeline, stack_uint8
 from foveate.tokenizers.bsq import BSQTokenizer, quantise
 from foveate.train.captions import Drawing, all_captions, framed_captions, with_style
 from foveate.train.contrast import rim_contrast

@@ -22,7 +22,7 @@ from foveate.core.errors import FoveateError
 from foveate.eval.quality import unit_rows
 from foveate.families.spec import ModelSpec, per_scale
 from foveate.folder import CONFIG_NAME
-from foveate.pipeline import Pipeline
+from foveate.pipeline.pipeline import Pipeline
 from foveate.train.corpus import Corpus
 from foveate.train.examiner import Examiner
 

@@ -15,9 +15,9 @@ from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
 from foveate.core.policy import Policy
 from foveate.families.loading import model_names
-from foveate.pipeline import Pipeline
-from foveate.pipeline_options import Options, resolve, settings_of
-from foveate.pipeline_output import PipelineOutput
+from foveate.pipeline.call import Options, resolve, settings_of
+from foveate.pipeline.output import PipelineOutput
+from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import all_policies, join
 
 CHUNK = "foveate"

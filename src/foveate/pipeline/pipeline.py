@@ -20,19 +20,18 @@ from foveate.core.policy import Bound
 from foveate.core.trace import Trace
 from foveate.engine.executor import Engine, ScaleStep
 from foveate.engine.graphs import DeviceCapture, Graphs
+from foveate.engine.report import Milliseconds, build_report
 from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler, SmoothSampler
 from foveate.engine.state import Request
 from foveate.families.loading import LoadedModel, Origin, Precision, load_model, with_independent_rows
 from foveate.families.offload import CODEBOOK, DECODER, TEXT_ENCODER, TRANSFORMER, Offload
 from foveate.families.residency import Residency
 from foveate.kernels.heap import kept_heap
-from foveate.pipeline_options import Job, Options, Prompts, resolve, settings_of, warn_untrained
-from foveate.pipeline_output import (
+from foveate.pipeline.call import Job, Options, Prompts, resolve, settings_of, warn_untrained
+from foveate.pipeline.output import (
     Images,
-    Milliseconds,
     PipelineOutput,
     ScaleEvent,
-    build_report,
     describe,
     merge_traces,
     to_images,
@@ -184,7 +183,7 @@ class Pipeline:
 
         Args:
             prompts: One or several texts, none of them empty; names or indices of classes where a model draws those.
-            **options: See `foveate.pipeline_options.Settings`.
+            **options: See `foveate.pipeline.call.Settings`.
 
         Returns:
             Images, seeds, configuration and report; `(images,)` with `return_dict=False`.
@@ -218,7 +217,7 @@ class Pipeline:
         Args:
             prompts: One or several texts.
             previews: How many of the last scales come with decoded pictures, the final one included; 0 or more.
-            **options: See `foveate.pipeline_options.Settings`.
+            **options: See `foveate.pipeline.call.Settings`.
         """
         if previews < 0:
             raise FoveateError(f"previews must be 0 or more, got {previews}")

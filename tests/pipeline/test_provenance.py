@@ -8,8 +8,8 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from foveate.core.errors import FoveateError
-from foveate.pipeline import Pipeline
-from foveate.png import differences, read_png_config, regenerate, save_png
+from foveate.pipeline.pipeline import Pipeline
+from foveate.pipeline.provenance import differences, read_png_config, regenerate, save_png
 
 
 @pytest.fixture

@@ -1,0 +1,91 @@
+"""What finished requests cost, beside what they would have cost in full."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from foveate.core.policy import Bound
+from foveate.core.trace import Trace
+from foveate.core.warnings import CallWarning
+from foveate.engine.forecast import full_cost
+from foveate.engine.state import Request, bounds_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Milliseconds:
+    """Wall-clock time of the parts of a call, and of the whole call."""
+
+    text: float
+    transformer: float
+    decoder: float
+    total: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Report:
+    """What a call cost, counted while it ran; text encoder and decoder are not part of the FLOPs.
+
+    `full` stands for the same request with nothing left out; `cache_bytes_peak` is what was kept between scales beside
+    keys and values. `unfired` names savings that the policy promised and that never happened; `notes` says what its
+    settings imply, `warnings` what the call did otherwise than one would expect.
+    """
+
+    flops_run: int
+    flops_full: int
+    tokens_run: int
+    tokens_full: int
+    token_blocks_run: int
+    token_blocks_full: int
+    kv_bytes_peak: int
+    kv_bytes_bound: int
+    cache_bytes_peak: int
+    ms: Milliseconds
+    unfired: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    warnings: tuple[CallWarning, ...] = ()
+
+    @property
+    def flops_ratio(self) -> float:
+        """Run over full, in (0, 1]."""
+        return self.flops_run / self.flops_full
+
+    @property
+    def predicted_speedup(self) -> float:
+        """Full over run: what the transformer gains at most if time followed FLOPs; nothing was measured."""
+        return self.flops_full / self.flops_run
+
+
+def build_report(
+    trace: Trace,
+    bound: Bound,
+    requests: Sequence[Request],
+    ms: Milliseconds,
+    warnings: Sequence[CallWarning] = (),
+) -> Report:
+    """What finished requests cost, beside what they would have cost in full.
+
+    Args:
+        trace: Of all requests together.
+        bound: The policy that all of them obeyed.
+        requests: As they were asked.
+        ms: Measured by the caller.
+        warnings: What the caller has to say of it.
+    """
+    shape, size = trace.shape, trace.bytes_per_element
+    run = trace.cost
+    full = [full_cost(request, shape, size) for request in requests]
+    limits = [bounds_of(bound, request, shape) for request in requests]
+    return Report(
+        flops_run=run.flops,
+        flops_full=sum(cost.flops for cost in full),
+        tokens_run=run.tokens,
+        tokens_full=sum(cost.tokens for cost in full),
+        token_blocks_run=run.token_blocks,
+        token_blocks_full=sum(cost.token_blocks for cost in full),
+        kv_bytes_peak=trace.peak_kv_bytes,
+        kv_bytes_bound=sum(limit.kv_bytes(shape.num_heads * shape.head_width, size) for limit in limits),
+        cache_bytes_peak=trace.peak_cache_bytes,
+        ms=ms,
+        unfired=trace.unfired,
+        notes=bound.notes,
+        warnings=tuple(warnings),
+    )
