@@ -119,8 +119,8 @@ def request_cost(
         bytes_per_element: Of the cache.
 
     Returns:
-        FLOPs, tokens, token-blocks, and the most bytes of keys and values held at the end of a scale if no row were released: the
-        last scale that runs is never stored, and none where the model is not cached.
+        FLOPs, tokens, token-blocks, and the most bytes of keys and values held at the end of a scale if no row were
+        released: the last scale that runs is never stored, and none where the model is not cached.
     """
     flops = sum(shape.request_flops(tokens) for tokens in text_tokens.values())
     store = _Store(shape.num_blocks)
