@@ -15,13 +15,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from foveate.conditioning.minilm import TextEncoder
+from foveate.conditioning.minilm import TOKENIZER_NAME, WEIGHTS_NAME, TextEncoder
 from foveate.conditioning.places import PLACES_NAME
 from foveate.core.atomic import write_text
 from foveate.core.errors import CheckpointError
+from foveate.core.finite import broken_weight, names_of_broken
+from foveate.core.stand_in import refuse_stand_in
 from foveate.models.random_weights import empty_module
 from foveate.models.stored import State
-from foveate.models.weight_files import read_weights, save_sharded, weights_sha256
+from foveate.models.weight_files import naming, read_weights, save_sharded, weights_sha256
 
 CONFIG_NAME = "config.json"
 TRANSFORMER, AUTOENCODER = "transformer", "autoencoder"
@@ -51,16 +53,31 @@ def save_folder(
         notice: Whose work the weights rest on.
         model_card: Markdown.
         dtype: Of transformer and autoencoder on disk.
+
+    Raises:
+        CheckpointError: A weight holds NaN or an infinity, or overflows `dtype`; nothing is written then.
     """
+    modules: tuple[tuple[str, nn.Module], ...] = ((TRANSFORMER, transformer), (AUTOENCODER, autoencoder))
+    stored = [(stem, _converted(module, dtype, stem)) for stem, module in modules]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).unlink(missing_ok=True)
-    modules: tuple[tuple[str, nn.Module], ...] = ((TRANSFORMER, transformer), (AUTOENCODER, autoencoder))
-    for stem, module in modules:
-        save_sharded({key: value.detach().to(dtype) for key, value in module.state_dict().items()}, folder, stem)
+    for stem, state in stored:
+        save_sharded(state, folder, stem)
     text_encoder.save(folder)
     write_text(folder / "NOTICE", notice)
     write_text(folder / "MODEL_CARD.md", model_card)
     write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+
+
+def _converted(module: nn.Module, dtype: torch.dtype, what: str) -> State:
+    """A module's weights in another dtype, which must hold them."""
+    own = module.state_dict()
+    state = {key: value.detach().to(dtype) for key, value in own.items()}
+    broken = names_of_broken(state.items())
+    if broken:
+        error = broken_weight(broken[0], own[broken[0]], dtype, "dtype")
+        raise CheckpointError(f"the {what} is not written: {error}")
+    return state
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -70,6 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: It is missing or not a JSON object.
     """
     path = folder / CONFIG_NAME
+    refuse_stand_in(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
@@ -94,10 +112,13 @@ def read_network(
         device: Where.
 
     Raises:
-        CheckpointError: A file is missing or damaged, or weights do not fit.
+        CheckpointError: A file is missing or damaged, or weights do not fit, are no numbers or overflow the dtype; the
+            file is named.
     """
     model = empty_module(build, dtype, device)
-    load(model, read_weights(path))
+    state = read_weights(path)
+    with naming(path):
+        load(model, state)
     return model
 
 
@@ -113,12 +134,25 @@ def read_text_encoder(folder: Path, text_tokens: int, device: torch.device, *, h
     Raises:
         CheckpointError: A file is missing, damaged or too many.
     """
+    for name in (WEIGHTS_NAME, TOKENIZER_NAME, PLACES_NAME):
+        refuse_stand_in(folder / name)
     encoder = TextEncoder.from_folder(folder)
+    _check_numbers(folder / WEIGHTS_NAME, encoder.model)
+    if encoder.places is not None:
+        _check_numbers(folder / PLACES_NAME, encoder.places)
     if has_places != (encoder.places is not None):
         needed = "needs" if has_places else "takes no"
         raise CheckpointError(f"{folder}: its conditioner {needed} {PLACES_NAME}, fetch the folder again")
     encoder.to(device)
     return replace(encoder, max_tokens=min(encoder.max_tokens, text_tokens))
+
+
+def _check_numbers(path: Path, module: nn.Module) -> None:
+    """Refuses a module that was read from a file and holds what is no number."""
+    own = module.state_dict()
+    broken = names_of_broken(own.items())
+    if broken:
+        raise CheckpointError(f"{path}: {broken_weight(broken[0], own[broken[0]], own[broken[0]].dtype)}")
 
 
 def folder_sha256(folder: Path) -> str:

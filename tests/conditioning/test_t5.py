@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -99,23 +100,19 @@ def test_alone_equals_batch(text: T5Text) -> None:
         assert torch.equal(text.encode([prompt])[0], together[index])
 
 
-def test_too_long_prompt_is_cut_with_a_warning(text: T5Text, caplog: pytest.LogCaptureFixture) -> None:
+def test_too_long_prompt_is_cut_before_its_end(text: T5Text) -> None:
     short = T5Text(model=text.model, tokenizer=text.tokenizer, max_tokens=8)
     prompt = " ".join(["red", "cat"] * 5)
-    with caplog.at_level(logging.WARNING, logger="foveate"):
-        (cut_TE,) = short.encode([prompt])
-    assert [record.getMessage() for record in caplog.records] == [
-        "prompt of 11 tokens is longer than 8: the last 3 tokens were cut"
-    ]
+    (cut_TE,) = short.encode([prompt])
+    assert short.num_cut(prompt) == 3
     torch.testing.assert_close(cut_TE, published(text.model, prompt, max_tokens=8), rtol=1e-4, atol=1e-5)
     assert torch.equal(cut_TE, text.encode(["red cat red cat red cat red"])[0])
 
 
-def test_prompt_that_just_fits_is_silent(text: T5Text, caplog: pytest.LogCaptureFixture) -> None:
+def test_prompt_that_just_fits_is_read_whole(text: T5Text) -> None:
     short = T5Text(model=text.model, tokenizer=text.tokenizer, max_tokens=8)
-    with caplog.at_level(logging.WARNING, logger="foveate"):
-        assert short.encode(["red " * 7])[0].shape[0] == 8
-    assert not caplog.records
+    assert short.encode(["red " * 7])[0].shape[0] == 8
+    assert short.num_cut("red " * 7) == 0
 
 
 def test_from_pretrained_takes_the_encoder_of_a_full_checkpoint(
@@ -178,6 +175,55 @@ def test_weights_of_another_shape_are_refused(folder: Path) -> None:
         T5Text.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_stand_ins_are_named(folder: Path, name: str) -> None:
+    for content, what in (
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"<html>", "web page"),
+    ):
+        (folder / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{name}: the file is a {what}"):
+            T5Text.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("is_pickled", [False, True])
+@pytest.mark.parametrize("key", ["shared.weight", "encoder.block.1.layer.1.DenseReluDense.wo.weight"])
+def test_weights_that_are_no_numbers_are_refused(folder: Path, key: str, *, is_pickled: bool) -> None:
+    path = folder / "model.safetensors"
+    stored = load_file(path)
+    if is_pickled:
+        path.unlink()
+        path = folder / "pytorch_model.bin"
+
+    def write(value: float) -> None:
+        changed = stored[key].clone()
+        changed[0, 0] = value
+        save = torch.save if is_pickled else partial(save_file, metadata={"format": "pt"})
+        save(stored | {key: changed}, path)
+
+    for value, what in ((float("nan"), "NaN"), (float("-inf"), "infinity")):
+        write(value)
+        with pytest.raises(CheckpointError) as caught:
+            T5Text.from_pretrained(folder, dtype=torch.float16)
+        assert str(caught.value).startswith(f"{path}: {key} holds {what} at 1 of {stored[key].numel()} values; ")
+        assert "\n" not in str(caught.value)
+    write(7e4)
+    T5Text.from_pretrained(folder, dtype=torch.bfloat16)
+    if key.endswith(".wo.weight"):
+        # In float32 beside float16, as published.
+        T5Text.from_pretrained(folder, dtype=torch.float16)
+        return
+    with pytest.raises(
+        CheckpointError, match=f"{path}: {key} reaches 70000, but float16 ends at 65504; take --dtype bf"
+    ):
+        T5Text.from_pretrained(folder, dtype=torch.float16)
+
+
+def test_a_file_is_no_text_encoder(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"a text encoder is a folder .*, .*model\.safetensors is a file$"):
+        T5Text.from_pretrained(folder / "model.safetensors")
+
+
 class Harm:
     """Makes a folder when it is unpickled."""
 
@@ -209,9 +255,18 @@ def test_without_transformers_the_remedy_is_named(folder: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        (Path("no/such/folder"), "no text encoder at no/such/folder: there is no such folder"),
-        ("./folder", "no text encoder at ./folder: there is no such folder"),
-        ("/no/such/folder", "no text encoder at /no/such/folder: there is no such folder"),
+        (Path("no/such/folder"), "no text encoder at no/such/folder: no such file or folder; give an existing path"),
+        ("./folder", "no text encoder at ./folder: no such file or folder; give an existing path"),
+        ("/no/such/folder", "no text encoder at /no/such/folder: no such file or folder; give an existing path"),
+        (
+            "~/folder",
+            "no text encoder at ~/folder: no such file or folder (`~` is not expanded); give an existing path",
+        ),
+        ("folder", "no text encoder at folder: no such file or folder"),
+        ("a/b/c", "no text encoder at a/b/c: no such file or folder"),
+        ("weights/t5.safetensors", "no text encoder at weights/t5.safetensors: no such file or folder"),
+        (Path("nobody-at-all/nothing"), "no text encoder at nobody-at-all/nothing: no such file or folder"),
+        ("nobody-at-all/nothing-2.5", "no folder nobody-at-all/nothing-2.5, and no tokenizer.json from the hub: "),
         ("nobody-at-all/nothing", "no folder nobody-at-all/nothing, and no tokenizer.json from the hub: "),
     ],
 )

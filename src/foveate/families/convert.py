@@ -6,6 +6,7 @@ What is written loads like the original; the manifest beside it lets anyone chec
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ from torch import Tensor
 
 from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError, FoveateError
+from foveate.core.finite import broken_weight, names_of_broken
+from foveate.core.stand_in import refuse_stand_in
 from foveate.families.family import FAMILIES, Network
-from foveate.models.checkpoint import check_fit, check_floats, kind_of
+from foveate.models.checkpoint import check_fit, check_floats
 from foveate.models.checkpoint_infinity import autoencoder_state, infer_infinity_config, transformer_tensors
+from foveate.models.checkpoint_names import kind_within
 from foveate.models.checkpoint_switti import switti_state
 from foveate.models.checkpoint_var import var_state
 from foveate.models.checkpoint_vq import vq_state
 from foveate.models.stored import State
-from foveate.models.weight_files import INDEX_END, files_of, read_weights, save_sharded, weights_sha256
+from foveate.models.weight_files import INDEX_END, files_of, naming, read_weights, save_sharded, some, weights_sha256
 
 MANIFEST_NAME = "manifest.json"
 SHARD_BYTES = 5 * 2**30
@@ -88,51 +92,133 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None = None) -> Con
 
     Raises:
         FoveateError: The target exists, or is no place for safetensors.
-        CheckpointError: The source is damaged, of no known kind, or does not fit its own shape.
+        CheckpointError: The source is damaged, of no known kind, or does not fit its own shape; a weight is no number,
+            or overflows `dtype`. Nothing is written then.
     """
-    is_file = target.suffix == ".safetensors"
-    manifest = target.with_name(f"{target.stem}.{MANIFEST_NAME}") if is_file else target / MANIFEST_NAME
-    if target.suffix and not is_file:
-        raise FoveateError(f"{target}: the target must end in .safetensors, or be a folder")
-    if manifest.exists() or (is_file and target.exists()) or (not is_file and any(target.glob("*.safetensors*"))):
-        raise FoveateError(f"{target} exists; remove it or choose another place")
+    place = _Place(target=target)
+    place.refuse()
     state = read_weights(source)
-    kind = kind_of(state)
-    if kind is None:
-        raise CheckpointError(f"{source}: the weights are of no kind that is known here ({', '.join(_KINDS)})")
-    plain = _KINDS[kind].plain(state)
-    _check(kind, plain)
-    cast = _Cast(plain, dtype)
-    if is_file:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with replace_file(target) as partial:
-            save_file({key: cast[key].contiguous() for key in cast}, partial)
-        written = [target]
-    else:
-        written = save_sharded(cast, target, "model", SHARD_BYTES)
-    beside = (source if source.is_dir() else source.parent) / "config.json"
-    if kind == "Switti" and beside.is_file():
-        write_text(manifest.with_name("config.json"), beside.read_text(encoding="utf-8"))
-    described = _describe(kind, source, written)
-    write_text(manifest, json.dumps(described, indent=1) + "\n")
+    with naming(source):
+        kind, plain = _plain(state)
+        cast = _Cast(plain, dtype)
+        _check_numbers(cast)
+    facts = _facts_beside(source) if kind == "Switti" else None
+    with place.writing(facts):
+        written = _write(cast, target) if place.is_file else save_sharded(cast, target, "model", SHARD_BYTES)
+        described = _describe(kind, source, written)
+        write_text(place.manifest, json.dumps(described, indent=1) + "\n")
     tensors = described["tensors"]
     return Converted(
         kind=kind,
-        files=(*written, manifest),
+        files=(*written, place.manifest),
         num_tensors=len(tensors),
         num_bytes=sum(entry["bytes"] for entry in tensors.values()),
     )
 
 
-def _check(kind: str, plain: Mapping[str, Tensor]) -> None:
-    """Refuses weights that would not load: a converted file is complete or does not exist."""
-    network = _KINDS[kind].network
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Place:
+    """Where weights are written: a file, or a folder."""
+
+    target: Path
+
+    @property
+    def is_file(self) -> bool:
+        return self.target.suffix == ".safetensors"
+
+    @property
+    def folder(self) -> Path:
+        return self.target.parent if self.is_file else self.target
+
+    @property
+    def manifest(self) -> Path:
+        return self.folder / (f"{self.target.stem}.{MANIFEST_NAME}" if self.is_file else MANIFEST_NAME)
+
+    def refuse(self) -> None:
+        """Refuses a place where something would be overwritten."""
+        if self.target.suffix and not self.is_file:
+            raise FoveateError(f"{self.target}: the target must end in .safetensors, or be a folder")
+        if self.manifest.exists() or self._weights():
+            raise FoveateError(f"{self.target} exists; remove it or choose another place")
+
+    def _weights(self) -> list[Path]:
+        """The files of weights that are there, which are ours once writing has begun."""
+        if self.is_file:
+            return [self.target] if self.target.exists() else []
+        return list(self.target.glob("*.safetensors*"))
+
+    def _make(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FoveateError(f"cannot make {self.folder}: {error.strerror}; choose another place") from error
+
+    @contextmanager
+    def writing(self, facts: str | None) -> Iterator[None]:
+        """Makes the folder and a config.json with `facts`; takes away all that was written if the block raises.
+
+        Raises:
+            FoveateError: Another config.json is there.
+        """
+        config = self.folder / "config.json"
+        is_new = facts is not None and not config.exists()
+        if facts is not None and not is_new and config.read_text(encoding="utf-8") != facts:
+            raise FoveateError(f"{config} exists and is another than the source's; choose another place")
+        made = [place for place in (self.folder, *self.folder.parents) if not place.exists()]
+        try:
+            self._make()
+            if facts is not None and is_new:
+                write_text(config, facts)
+            yield
+        except BaseException:
+            for path in (*self._weights(), self.manifest, *([config] if is_new else [])):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                for place in made:
+                    place.rmdir()
+            raise
+
+
+def _facts_beside(source: Path) -> str | None:
+    """The config.json beside the source, which says what weights of Switti do not."""
+    config = (source if source.is_dir() else source.parent) / "config.json"
+    refuse_stand_in(config)
+    return config.read_text(encoding="utf-8") if config.is_file() else None
+
+
+def _write(state: State, target: Path) -> list[Path]:
+    with replace_file(target) as partial:
+        save_file({key: state[key].contiguous() for key in state}, partial)
+    return [target]
+
+
+def _plain(state: State) -> tuple[str, State]:
+    """The kind of weights, and them under plain names.
+
+    Raises:
+        CheckpointError: They are of no known kind, or would not load: a converted file is complete or does not exist.
+    """
+    kind = kind_within(state)
+    if kind is None:
+        raise CheckpointError(
+            f"the weights are of no kind that is known here ({', '.join(_KINDS)}); the file holds {some(sorted(state))}"
+        )
+    plain, network = _KINDS[kind].plain(state), _KINDS[kind].network
     # Whether scales of Switti see earlier ones changes no weight.
     config = network.infer(plain, {"use_ar": False})
     with torch.device("meta"):
         module = network.build(config)
     check_fit(module, plain, kind)
     check_floats(plain, kind)
+    return kind, plain
+
+
+def _check_numbers(cast: _Cast) -> None:
+    """Refuses weights that are no numbers as they would be written; one of them is in memory at a time."""
+    for key in cast:
+        written = cast[key]
+        if names_of_broken([(key, written)]):
+            raise broken_weight(key, cast.state[key], written.dtype)
 
 
 def _describe(kind: str, source: Path, written: list[Path]) -> dict[str, Any]:

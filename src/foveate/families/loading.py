@@ -17,12 +17,14 @@ from foveate.conditioning.on_demand import OnDemand
 from foveate.conditioning.t5 import T5Text
 from foveate.conditioning.text import ClassNames, Conditioner, RandomPooledText, RandomText
 from foveate.core.errors import CheckpointError, FoveateError, unknown
+from foveate.core.finite import largest_magnitude, names_of_broken, too_large
+from foveate.core.hub import is_like_a_path, is_repository, no_such_file
 from foveate.core.protocols import NextScaleModel, ScaleTokenizer
 from foveate.core.warnings import CallWarning
 from foveate.families.family import OWN_CONDITIONERS, PLACES_CONDITIONER
 from foveate.families.published import PUBLISHED
 from foveate.families.residency import Residency
-from foveate.families.sources import Sources, fetch_model, fetch_published, local_sources
+from foveate.families.sources import Sources, fetch_model, fetch_published, local_sources, unpinned
 from foveate.families.spec import ModelSpec
 from foveate.folder import (
     AUTOENCODER,
@@ -40,7 +42,7 @@ from foveate.models.quantization import check_quantization, quantize_blocks
 from foveate.models.random_weights import RANDOM_SEED, empty_module, fill_randomly
 from foveate.models.switti import SwittiConfig
 from foveate.models.var import VARConfig
-from foveate.models.weight_files import files_of, is_weight_file, weights_sha256
+from foveate.models.weight_files import files_of, is_weight_file, naming, weights_sha256
 
 logger = logging.getLogger("foveate")
 
@@ -165,7 +167,8 @@ def load_model(
     folder = _own_folder(origin)
     if folder is not None:
         _refuse_parts(origin, f"{origin.name_or_path}, which holds its own")
-        return _from_folder(folder, precision, device, residency)
+        model = _from_folder(folder, precision, device, residency)
+        return replace(model, warnings=_unpinned(origin, folder))
     return _from_sources(_find_sources(origin), precision, device, residency)
 
 
@@ -211,13 +214,28 @@ def _own_folder(origin: Origin) -> Path | None:
         if not (folder / CONFIG_NAME).is_file():
             raise CheckpointError(f"this installation lacks the weights of {BUNDLED[name]}; install the wheel")
         return folder
-    if name in PUBLISHED or is_weight_file(path):
+    if name in PUBLISHED or path.is_file():
         return None
     if not path.is_dir():
-        if name.count("/") != 1 or path.is_absolute() or name.startswith("."):
-            raise unknown("model", name, model_names(), ", or a folder, a file of weights, or owner/name on the hub")
+        if not is_repository(origin.name_or_path):
+            raise _nothing_at(origin.name_or_path)
         path = fetch_model(name, origin.revision, origin.local_files_only)
     return path if _is_ours(path) else None
+
+
+def _nothing_at(name: str | Path) -> FoveateError:
+    """What is neither a registered name nor on this disk nor a name that the hub can have."""
+    if isinstance(name, Path) or is_like_a_path(name):
+        return no_such_file("model", name)
+    rest = "; or give a folder or a file of weights (there is no such file here), or owner/name on the hub"
+    return unknown("model", name, model_names(), rest)
+
+
+def _unpinned(origin: Origin, path: Path) -> tuple[CallWarning, ...]:
+    """The warning of weights that came from a repository on the hub, if they did."""
+    if not is_repository(origin.name_or_path):
+        return ()
+    return unpinned(str(origin.name_or_path), origin.revision, path)
 
 
 def _is_ours(folder: Path) -> bool:
@@ -237,7 +255,8 @@ def _find_sources(origin: Origin) -> Sources:
     path = Path(origin.name_or_path)
     if not path.exists():
         path = fetch_model(name, origin.revision, origin.local_files_only)
-    return local_sources(path, origin.autoencoder, origin.text_encoder, origin.local_files_only)
+    sources = local_sources(path, origin.autoencoder, origin.text_encoder, origin.local_files_only)
+    return replace(sources, warnings=_unpinned(origin, path))
 
 
 def _from_folder(folder: Path, precision: Precision, device: torch.device, residency: Residency) -> LoadedModel:
@@ -271,7 +290,7 @@ def _from_sources(sources: Sources, precision: Precision, device: torch.device, 
     if residency.release_text_encoder and sources.text_encoders:
         text = OnDemand(read)
     model = _assemble(spec, paths, text, digest, precision, device, residency)
-    return replace(model, text_encoders=sources.text_encoders)
+    return replace(model, text_encoders=sources.text_encoders, warnings=sources.warnings)
 
 
 def _assemble(
@@ -291,7 +310,8 @@ def _assemble(
             (paths[1], kind.autoencoder, spec.autoencoder, precision.autoencoder_dtype),
         )
     )
-    _settle((transformer, autoencoder), precision)
+    with naming(paths[1]):
+        _settle((transformer, autoencoder), precision)
     return LoadedModel(
         spec=spec,
         transformer=transformer,
@@ -305,12 +325,30 @@ def _assemble(
 
 
 def _settle(networks: tuple[Any, Any], precision: Precision) -> None:
-    """Puts a loaded transformer and autoencoder into their dtypes."""
+    """Puts a loaded transformer and autoencoder into their dtypes.
+
+    Raises:
+        CheckpointError: A weight of the autoencoder overflows its dtype.
+    """
     transformer, autoencoder = networks
-    autoencoder.settle(precision.dtype, precision.decoder_dtype or precision.dtype)
+    _settle_autoencoder(autoencoder, precision)
     if precision.quantization is not None:
         blocks = [transformer.block(i) for i in range(transformer.shape.num_blocks)]
         quantize_blocks(blocks, precision.quantization)
+
+
+def _settle_autoencoder(autoencoder: Any, precision: Precision) -> None:  # noqa: ANN401 - of any family
+    decoder_dtype = precision.decoder_dtype or precision.dtype
+    is_mixed = decoder_dtype != precision.dtype
+    # Weights fit the dtype that they were read in; only what is rounded here can overflow.
+    largest = {name: largest_magnitude(weight) for name, weight in autoencoder.named_parameters()} if is_mixed else {}
+    autoencoder.settle(precision.dtype, decoder_dtype)
+    broken = names_of_broken(autoencoder.named_parameters()) if is_mixed else []
+    if broken:
+        dtype = autoencoder.get_parameter(broken[0]).dtype
+        raise too_large(
+            broken[0], largest[broken[0]], dtype, "--decoder-dtype" if dtype == decoder_dtype else "--dtype"
+        )
 
 
 def with_independent_rows(model: LoadedModel) -> LoadedModel:

@@ -44,6 +44,8 @@ class Published:
         autoencoder: Where those of the autoencoder it was trained with are.
         text_encoders: Hub repositories of its text encoders.
         licence: Of the weights, as the model card states it.
+        revision: Commit of the transformer's repository at which the files are known; None where nobody has noted one,
+            and then loading from the hub warns (`weights_unpinned`).
     """
 
     spec: ModelSpec
@@ -51,6 +53,7 @@ class Published:
     autoencoder: WeightSource
     text_encoders: tuple[str, ...]
     licence: str
+    revision: str | None = None
 
 
 def _infinity(

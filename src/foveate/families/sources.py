@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from foveate.core.errors import CheckpointError, FoveateError
+from foveate.core.hub import is_commit, is_repository, no_such_file
 from foveate.core.schedule import Grid
+from foveate.core.stand_in import refuse_stand_in
+from foveate.core.warnings import CallWarning
 from foveate.families.family import FAMILIES, Family, TransformerConfig
 from foveate.families.published import GRIDS_1024, PUBLISHED, Published, WeightSource
 from foveate.families.spec import ALL_RATIOS, ModelSpec, budget_of
-from foveate.models.checkpoint import kind_of
+from foveate.models.checkpoint_names import kind_within
 from foveate.models.infinity import InfinityConfig
 from foveate.models.stored import State
 from foveate.models.var import GRIDS_512, VARConfig
-from foveate.models.weight_files import is_weight_file, read_weights
+from foveate.models.weight_files import files_of, is_weight_file, naming, read_weights, some
 
 _FAMILY_OF_KIND = {"Infinity": "infinity", "VAR": "var", "Switti": "switti"}
 
@@ -34,13 +37,14 @@ _ALIASES = {"infinity_vae_d32_reg": "infinity_vae_d32reg"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
-    """The files of a model; `text_encoders` are folders or hub repositories."""
+    """The files of a model; `text_encoders` are folders or hub repositories, `warnings` belong to every call."""
 
     spec: ModelSpec
     transformer: Path
     autoencoder: Path
     text_encoders: tuple[str, ...]
     local_files_only: bool = False
+    warnings: tuple[CallWarning, ...] = ()
 
 
 def fetch_folder(repo: str, revision: str | None, local_files_only: bool, part: str = "") -> Path:
@@ -90,14 +94,47 @@ def fetch_published(
     """
     if autoencoder is not None:
         _refuse_pair(entry, Path(autoencoder))
-    pinned = revision if entry.autoencoder.repo == entry.transformer.repo else None
+        # What is missing here is said before gigabytes are fetched.
+        files_of(Path(autoencoder))
+    text_encoders = _text_encoders(text_encoder, entry)
+    revision = entry.revision if revision is None else revision
+    transformer = _fetch(entry.transformer, revision, local_files_only)
+    warnings = unpinned(entry.transformer.repo, revision, transformer)
+    if autoencoder is not None:
+        second = Path(autoencoder)
+    elif entry.autoencoder.repo == entry.transformer.repo:
+        second = _fetch(entry.autoencoder, revision, local_files_only)
+    else:
+        # A repository of its own, in which the commits of the first one do not exist.
+        second = _fetch(entry.autoencoder, None, local_files_only)
+        warnings = warnings or (_loose(entry.autoencoder.repo, "give a copy of its file as autoencoder"),)
     return Sources(
         spec=entry.spec,
-        transformer=_fetch(entry.transformer, revision, local_files_only),
-        autoencoder=_fetch(entry.autoencoder, pinned, local_files_only) if autoencoder is None else Path(autoencoder),
-        text_encoders=entry.text_encoders if text_encoder is None else (str(text_encoder),),
+        transformer=transformer,
+        autoencoder=second,
+        text_encoders=text_encoders,
         local_files_only=local_files_only,
+        warnings=warnings,
     )
+
+
+def unpinned(repo: str, revision: str | None, path: Path) -> tuple[CallWarning, ...]:
+    """The warning that weights of the hub may be others tomorrow; none where a commit was asked for.
+
+    Args:
+        repo: Where they came from.
+        revision: What was asked for.
+        path: Their local copy; the cache of the hub names a folder above it by the commit.
+    """
+    if is_commit(revision):
+        return ()
+    commit = next(filter(is_commit, path.parts), "COMMIT")
+    return (_loose(repo, f"ask for this version with revision={commit} (--revision)"),)
+
+
+def _loose(repo: str, remedy: str) -> CallWarning:
+    message = f"the weights come from {repo} without a commit, so they may change there; {remedy}"
+    return CallWarning(code="weights_unpinned", message=message)
 
 
 def local_sources(
@@ -117,21 +154,36 @@ def local_sources(
     path = _transformer_in(path)
     state = read_weights(path)
     family = _family_of(state, path)
-    config = family.transformer.infer(state, _facts_beside(path))
+    with naming(path):
+        config = family.transformer.infer(state, _facts_beside(path))
     entry = _published_like(config, path)
     found = Path(autoencoder) if autoencoder is not None else _autoencoder_beside(path, family, entry)
     if entry is not None:
         _refuse_pair(entry, found)
     # The file may be a fine-tune: under the published name its pictures could not be told from the original's.
-    spec = _unnamed(family, config, read_weights(found), path) if entry is None else replace(entry.spec, name=path.stem)
+    spec = _unnamed(family, config, found, path) if entry is None else replace(entry.spec, name=path.stem)
     default = entry or next(e for e in PUBLISHED.values() if e.spec.family == family.name)
+    text_encoders = _text_encoders(text_encoder, default)
     return Sources(
         spec=spec,
         transformer=path,
         autoencoder=found,
-        text_encoders=default.text_encoders if text_encoder is None else (str(text_encoder),),
+        text_encoders=text_encoders,
         local_files_only=local_files_only,
     )
+
+
+def _text_encoders(given: str | Path | None, entry: Published) -> tuple[str, ...]:
+    """Those given, or the published ones.
+
+    Raises:
+        CheckpointError: A path is given at which nothing is.
+    """
+    if given is None:
+        return entry.text_encoders
+    if not is_repository(given) and not Path(given).exists():
+        raise no_such_file("text encoder", given)
+    return (str(given),)
 
 
 def _fetch(source: WeightSource, revision: str | None, local_files_only: bool) -> Path:
@@ -167,17 +219,24 @@ def _is_autoencoder(path: Path) -> bool:
 
 
 def _family_of(state: State, path: Path) -> Family:
-    kind = kind_of(state)
-    if kind not in _FAMILY_OF_KIND:
-        what = "an autoencoder; name the transformer" if kind else "of no family that is known here"
-        raise CheckpointError(f"{path}: the weights are {what} ({', '.join(sorted(FAMILIES))})")
-    return FAMILIES[_FAMILY_OF_KIND[kind]]
+    with naming(path):
+        kind = kind_within(state)
+    if kind in _FAMILY_OF_KIND:
+        return FAMILIES[_FAMILY_OF_KIND[kind]]
+    if kind is not None:
+        raise CheckpointError(f"{path}: the weights are an autoencoder; name the transformer")
+    raise CheckpointError(
+        f"{path}: the weights are of no family that is known here ({', '.join(sorted(FAMILIES))}); "
+        f"the file holds {some(sorted(state))}"
+    )
 
 
 def _facts_beside(path: Path) -> dict[str, Any]:
     """What a config.json beside the weights says; nothing if there is none."""
+    config = path.parent / "config.json"
+    refuse_stand_in(config)
     try:
-        facts = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        facts = json.loads(config.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -223,9 +282,10 @@ def _refuse_pair(entry: Published, autoencoder: Path) -> None:
         )
 
 
-def _unnamed(family: Family, config: TransformerConfig, state: State, path: Path) -> ModelSpec:
+def _unnamed(family: Family, config: TransformerConfig, found: Path, path: Path) -> ModelSpec:
     """A fine-tune of an unpublished shape: sizes as its family has them, defaults of the family's first model."""
-    autoencoder = family.autoencoder.infer(state, {})
+    with naming(found):
+        autoencoder = family.autoencoder.infer(read_weights(found), {})
     like = next(entry.spec for entry in PUBLISHED.values() if entry.spec.family == family.name)
     named = {"name": path.stem, "transformer": config, "autoencoder": autoencoder}
     try:

@@ -1,6 +1,6 @@
-"""What all families share when published weights become ours: nests, shapes, whose weights they are, and the copy.
+"""What all families share when published weights become ours: shapes, whose weights they are, and the checked copy.
 
-Nothing is copied before every key and every shape fits; each weight that does not is named.
+Nothing is copied before every key and every shape fits, and the numbers are checked behind; each weight is named.
 """
 
 import re
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from foveate.core.errors import CheckpointError
+from foveate.core.finite import broken_weight, names_of_broken
 from foveate.models.stored import State, renamed
 from foveate.models.weight_files import some
 
@@ -30,18 +31,11 @@ _ROLES = {
     "VQ": "a VQ autoencoder (VAR, Switti)",
     "autoencoder": "an Infinity autoencoder",
 }
-_NESTS = (
-    "trainer.gpt_fsdp.", "gpt_fsdp.", "trainer.var_wo_ddp.", "var_wo_ddp.", "trainer.vae_local.", "vae_local.",
-    "trainer.vae_wo_ddp.", "vae_wo_ddp.", "vae.", "ema.", "",
-)  # fmt: skip
 
 
 def kind_of(state: State) -> str | None:
-    """Whose weights these are, a value of `MARKS`, also inside a training checkpoint; None if nobody knows."""
-    for mark, kind in MARKS.items():
-        if any(nest + mark in state for nest in _NESTS):
-            return kind
-    return None
+    """Whose weights these are, a value of `MARKS`; None if nobody knows."""
+    return next((kind for mark, kind in MARKS.items() if mark in state), None)
 
 
 def refuse_foreign(state: State, kind: str) -> None:
@@ -53,15 +47,6 @@ def refuse_foreign(state: State, kind: str) -> None:
     found = kind_of(state)
     if found not in (None, kind):
         raise CheckpointError(f"the weights are those of {_ROLES[found]}, expected {_ROLES[kind]}; give the other file")
-
-
-def below(state: State, nests: Sequence[str]) -> State:
-    """The weights below the first nest that exists, or all of them."""
-    for nest in nests:
-        found = {key.removeprefix(nest): key for key in state if key.startswith(nest)}
-        if found:
-            return renamed(state, found)
-    return state
 
 
 def without(state: State, names: Sequence[str]) -> State:
@@ -86,17 +71,6 @@ def axes_of(state: State, key: str, num_axes: int) -> tuple[int, ...]:
     if state[key].dim() != num_axes:
         raise CheckpointError(f"{key} must have {num_axes} axes, got shape {tuple(state[key].shape)}")
     return tuple(state[key].shape)
-
-
-def put(names: dict[str, str], name: str, key: str) -> None:
-    """Notes the new name of a weight, which must not be taken.
-
-    Raises:
-        CheckpointError: The name is there already.
-    """
-    if name in names:
-        raise CheckpointError(f"the weights hold {name} twice, under two names")
-    names[name] = key
 
 
 def check_fit(module: nn.Module, tensors: State, what: str) -> None:
@@ -130,22 +104,27 @@ def check_floats(tensors: State, what: str) -> None:
             raise CheckpointError(f"the weights do not fit this {what}; {key} wants floats, got {tensor.dtype}")
 
 
-def fill_module(module: nn.Module, tensors: State, what: str, dtype: torch.dtype | None = None) -> None:
-    """Copies weights after everything has been checked.
+def copy_weights(module: nn.Module, tensors: State, what: str, dtype: torch.dtype | None = None) -> None:
+    """Fills a module with weights that fit it and are numbers in its dtype.
 
     Args:
-        module: Is changed; left as it was when the weights are refused.
+        module: Is changed; left as it was when names or shapes are refused, and of no use when numbers are.
         tensors: Under the names of the module's own.
         what: Names the module in errors.
         dtype: Changes the module's dtype; None keeps it.
 
     Raises:
         CheckpointError: A weight is missing, unknown, of another shape or no floating-point number.
+        BrokenWeightError: A weight holds NaN or an infinity, or overflows the dtype of the module.
     """
     check_fit(module, tensors, what)
     check_floats(tensors, what)
     if dtype is not None:
         module.to(dtype)
+    own = module.state_dict()
     with torch.no_grad():
-        for key, own_tensor in module.state_dict().items():
+        for key, own_tensor in own.items():
             own_tensor.copy_(tensors[key])
+    broken = names_of_broken(own.items())
+    if broken:
+        raise broken_weight(broken[0], tensors[broken[0]], own[broken[0]].dtype)

@@ -12,13 +12,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from foveate.models.checkpoint import axes_of, below, count_of, fill_module, put, refuse_foreign, without
+from foveate.models.checkpoint import axes_of, copy_weights, count_of, refuse_foreign, without
+from foveate.models.checkpoint_names import plain_names, put_once
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.models.stored import State, Stored, renamed
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 
-_TRANSFORMER_NESTS = ("trainer.gpt_fsdp.", "gpt_fsdp.")
-_AUTOENCODER_NESTS = ("vae.", "ema.")
 _CONSTANTS = ("zero_k_bias", "lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen")
 _QUANTISERS = ("quantizer.", "quantize.")
 _BLOCK = re.compile(r"(?:block_chunks\.(\d+)\.module|blocks)\.(\d+)\.(.+)")
@@ -80,7 +79,7 @@ def load_transformer(model: Infinity, state: State, *, dtype: torch.dtype | None
     Raises:
         CheckpointError: A weight is missing, unknown or of another shape, or the weights are of another family.
     """
-    fill_module(model, transformer_tensors(state, model.config), "transformer", dtype)
+    copy_weights(model, transformer_tensors(state, model.config), "transformer", dtype)
 
 
 def transformer_tensors(state: State, config: InfinityConfig) -> State:
@@ -99,7 +98,7 @@ def transformer_tensors(state: State, config: InfinityConfig) -> State:
         if match is not None:
             index = int(match[1] or 0) * per_chunk + int(match[2])
             name = f"block_chunks.{index // size}.module.{index % size}.{match[3]}"
-        put(names, name, key)
+        put_once(names, name, key)
     gains = {name: partial(_gain, found, key) for name, key in names.items() if name.endswith("scale_mul_1H11")}
     return Stored(renamed(found, names).readers | gains)
 
@@ -116,24 +115,24 @@ def load_autoencoder(model: Autoencoder, state: State, *, dtype: torch.dtype | N
     Raises:
         CheckpointError: A weight is missing, unknown or of another shape, or the weights are of another family.
     """
-    fill_module(model, autoencoder_state(state), "autoencoder", dtype)
+    copy_weights(model, autoencoder_state(state), "autoencoder", dtype)
 
 
 def transformer_state(state: State) -> State:
     """A transformer's weights without nesting and constant buffers."""
-    state = below(state, _TRANSFORMER_NESTS)
+    state = plain_names(state, "Infinity")
     refuse_foreign(state, "Infinity")
     return without(state, _CONSTANTS)
 
 
 def autoencoder_state(state: State) -> State:
     """An autoencoder's weights without nesting, wrapper names and the quantiser's buffers."""
-    state = below(state, _AUTOENCODER_NESTS)
+    state = plain_names(state, "autoencoder")
     refuse_foreign(state, "autoencoder")
     names: dict[str, str] = {}
     for key in state:
         if not key.startswith(_QUANTISERS):
-            put(names, _unwrap(key), key)
+            put_once(names, _unwrap(key), key)
     return renamed(state, names)
 
 

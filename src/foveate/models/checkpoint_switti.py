@@ -6,8 +6,9 @@ Source: the published checkpoints of Switti (arXiv 2412.01819) and their key nam
 
 import torch
 
-from foveate.models.checkpoint import axes_of, count_of, fill_module, refuse_foreign
-from foveate.models.stored import State, renamed
+from foveate.models.checkpoint import axes_of, copy_weights, count_of, refuse_foreign, without
+from foveate.models.checkpoint_names import plain_names
+from foveate.models.stored import State
 from foveate.models.switti import Switti, SwittiConfig
 
 _CONSTANTS = ("lvl_1L", "attn_bias_for_masking")
@@ -26,7 +27,7 @@ def infer_switti_config(state: State, *, use_ar: bool, heads: int | None = None)
     Raises:
         CheckpointError: A weight that the shape follows from is missing, or the weights are of another family.
     """
-    refuse_foreign(state, "Switti")
+    state = switti_state(state)
     num_levels, width = axes_of(state, "lvl_embed.weight", 2)
     return SwittiConfig(
         depth=count_of(state, r"blocks\.(\d+)\."),
@@ -57,7 +58,7 @@ def load_switti(model: Switti, state: State, *, dtype: torch.dtype | None = None
         CheckpointError: A weight is missing, unknown or of another shape, or the weights are of another family.
     """
     tensors = switti_state(state)
-    fill_module(model, tensors, "transformer", dtype)
+    copy_weights(model, tensors, "transformer", dtype)
     model.crop_embed.weight.data = tensors["crop_embed.weight"].to(model.device, torch.float32, copy=True)
 
 
@@ -67,5 +68,6 @@ def switti_state(state: State) -> State:
     Raises:
         CheckpointError: The weights are of another family.
     """
+    state = plain_names(state, "Switti")
     refuse_foreign(state, "Switti")
-    return renamed(state, {key: key for key in state if key not in _CONSTANTS})
+    return without(state, _CONSTANTS)

@@ -12,11 +12,11 @@ import torch
 
 from foveate.core.errors import CheckpointError
 from foveate.core.schedule import Grid
-from foveate.models.checkpoint import axes_of, below, count_of, fill_module, refuse_foreign, without
+from foveate.models.checkpoint import axes_of, copy_weights, count_of, refuse_foreign, without
+from foveate.models.checkpoint_names import plain_names
 from foveate.models.stored import State
 from foveate.models.var import GRIDS_256, GRIDS_512, VAR, VARConfig
 
-_NESTS = ("trainer.var_wo_ddp.", "var_wo_ddp.")
 _CONSTANTS = ("zero_k_bias", "lvl_1L", "attn_bias_for_masking")
 
 
@@ -57,12 +57,12 @@ def load_var(model: VAR, state: State, *, dtype: torch.dtype | None = None) -> N
     Raises:
         CheckpointError: A weight is missing, unknown or of another shape, or the weights are of another family.
     """
-    fill_module(model, var_state(state), "transformer", dtype)
+    copy_weights(model, var_state(state), "transformer", dtype)
 
 
 def var_state(state: State) -> State:
     """A transformer's weights without nesting and constant buffers."""
-    state = below(state, _NESTS)
+    state = plain_names(state, "VAR")
     refuse_foreign(state, "VAR")
     return without(state, _CONSTANTS)
 

@@ -9,14 +9,14 @@ import logging
 
 import torch
 
-from foveate.models.checkpoint import axes_of, below, count_of, fill_module, refuse_foreign
+from foveate.models.checkpoint import axes_of, copy_weights, count_of, refuse_foreign
+from foveate.models.checkpoint_names import plain_names
 from foveate.models.stored import State, renamed
 from foveate.models.weight_files import some
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 
 _LOG = logging.getLogger("foveate")
 
-_NESTS = ("trainer.vae_local.", "vae_local.", "trainer.vae_wo_ddp.", "vae_wo_ddp.", "vae.")
 _USAGE = "quantize.ema_vocab_hit_SV"
 _ADVERSARY = ("disc.", "discriminator.", "loss.")
 
@@ -57,11 +57,11 @@ def load_vq(model: VQAutoencoder, state: State, *, dtype: torch.dtype | None = N
     dropped = sorted(key for key in own if key.startswith(_ADVERSARY))
     if dropped:
         _LOG.warning("weights of the training's adversary are not loaded: %s", some(dropped))
-    fill_module(model, renamed(own, {key: key for key in own if key not in dropped}), "VQ autoencoder", dtype)
+    copy_weights(model, renamed(own, {key: key for key in own if key not in dropped}), "VQ autoencoder", dtype)
 
 
 def vq_state(state: State) -> State:
     """An autoencoder's weights without nesting and usage counts."""
-    state = below(state, _NESTS)
+    state = plain_names(state, "VQ")
     refuse_foreign(state, "VQ")
     return renamed(state, {key: key for key in state if key != _USAGE})

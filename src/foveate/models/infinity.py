@@ -356,9 +356,9 @@ class Infinity(nn.Module):
         """
         grid, finest = schedule.grids[scale], schedule.finest
         num_angles = self.config.width // self.config.heads // 4
-        frequency = 1.0 / (10000.0 ** (torch.arange(0, 2 * num_angles, 2).float() / (2 * num_angles)))
-        row = (torch.arange(grid[0]) * (finest[0] / grid[0])).round()
-        column = (torch.arange(grid[1]) * (finest[1] / grid[1])).round()
+        frequency = 1.0 / (10000.0 ** (torch.arange(0, 2 * num_angles, 2, device="cpu").float() / (2 * num_angles)))
+        row = (torch.arange(grid[0], device="cpu").float() * (finest[0] / grid[0])).round()
+        column = (torch.arange(grid[1], device="cpu").float() * (finest[1] / grid[1])).round()
         rows_hw = torch.outer(row, frequency)[:, None].expand(-1, grid[1], -1)
         columns_hw = torch.outer(column, frequency)[None].expand(grid[0], -1, -1)
         angles = torch.cat((rows_hw, columns_hw), dim=-1).flatten(0, 1)

@@ -94,7 +94,7 @@ def _read_pickled(path: Path, size: int, described: Tensor) -> Tensor:
     begin = _offset(described)
     whole = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     part = whole[begin : begin + described.untyped_storage().nbytes()]
-    empty = torch.empty(0, dtype=described.dtype)
+    empty = torch.empty(0, dtype=described.dtype, device="cpu")
     return empty.set_(part, described.storage_offset(), described.shape, described.stride())
 
 

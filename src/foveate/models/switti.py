@@ -233,7 +233,7 @@ class CropEmbedding(nn.Module):
 
     def forward(self, numbers: Sequence[float]) -> Float[Tensor, " C"]:
         """Embeds four numbers; float32, in the published order of products: angles reach thousands."""
-        numbers_41 = torch.tensor(numbers, device=self.weight.device)[:, None]
+        numbers_41 = torch.tensor(numbers, dtype=torch.float32, device=self.weight.device)[:, None]
         angles = numbers_41 * self.weight.float() * 2 * math.pi
         return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten()
 
@@ -334,10 +334,14 @@ class Switti(nn.Module):
         """Cosines and sines of the rotary angles of a scale's tokens, columns before rows; float32."""
         height, width = schedule.grids[scale]
         head_width = self.config.width // self.config.heads
-        frequency = 1.0 / (10000.0 ** (torch.arange(0, head_width, 4).float() / head_width))
+        frequency = 1.0 / (10000.0 ** (torch.arange(0, head_width, 4, device="cpu").float() / head_width))
         # The span multiplies the frequencies and not the indices, as published: float32 rounds the two differently.
-        row_hf = torch.outer(torch.arange(height).float(), frequency * (POSITION_SPAN / max(height - 1, 1)))
-        column_wf = torch.outer(torch.arange(width).float(), frequency * (POSITION_SPAN / max(width - 1, 1)))
+        row_hf = torch.outer(
+            torch.arange(height, device="cpu").float(), frequency * (POSITION_SPAN / max(height - 1, 1))
+        )
+        column_wf = torch.outer(
+            torch.arange(width, device="cpu").float(), frequency * (POSITION_SPAN / max(width - 1, 1))
+        )
         angles = torch.cat((column_wf.repeat(height, 1), row_hf.repeat_interleave(width, 0)), dim=-1)
         return to_device(torch.cat((angles.cos(), angles.sin()), dim=-1), self.device)
 

@@ -266,7 +266,7 @@ class VAR(nn.Module):
         if schedule.grids != self.config.grids:
             known, got = (" ".join(f"{h}x{w}" for h, w in grids) for grids in (self.config.grids, schedule.grids))
             raise FoveateError(f"the model has positions for the grids {known} only, got {got}; use its own schedule")
-        return torch.empty(schedule.scales[scale].num_tokens, 0, device=self.device)
+        return torch.empty(schedule.scales[scale].num_tokens, 0, dtype=torch.float32, device=self.device)
 
     def prefix(self, prepared: Prepared) -> None:
         """Nothing stands in front of the first scale."""

@@ -8,7 +8,8 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError
+from foveate.core.finite import BrokenWeightError
+from foveate.core.stand_in import refuse_stand_in
 from foveate.models.stored import State, Stored, stored_pickle, stored_safetensors
 
 INDEX_END = ".safetensors.index.json"
@@ -41,7 +44,8 @@ def read_weights(path: str | Path) -> Stored:
             without its ending, as `save_sharded` was given.
 
     Raises:
-        CheckpointError: There is no such file, or it is empty, damaged or of an unknown kind.
+        CheckpointError: There is no such file, or it is empty, damaged, of an unknown kind, or a stand-in for the real
+            one (`core.stand_in`).
     """
     path = _locate(Path(path))
     if path.name.endswith(".index.json"):
@@ -125,6 +129,30 @@ def files_of(path: Path) -> list[Path]:
     return [path, *(path.parent / name for name in sorted(set(_weight_map(path).values())))]
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file in front of what is refused about its weights; for a weight in a shard, that shard.
+
+    Args:
+        path: What `read_weights` was given.
+    """
+    try:
+        yield
+    except BrokenWeightError as error:
+        raise CheckpointError(f"{_file_with(path, error.name)}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{_locate(path)}: {error}") from error
+
+
+def _file_with(path: Path, name: str) -> Path:
+    """The shard that holds a weight under a name, or one that ends like it; else what stands for all of them."""
+    path = _locate(path)
+    if not path.name.endswith(".index.json"):
+        return path
+    files = {file for key, file in _weight_map(path).items() if key == name or key.endswith(f".{name}")}
+    return path.parent / files.pop() if len(files) == 1 else path
+
+
 def _locate(path: Path) -> Path:
     """The one file that a path means."""
     if path.is_dir():
@@ -138,7 +166,7 @@ def _locate(path: Path) -> Path:
     if not path.exists():
         found = [p for p in (path.with_name(path.name + end) for end in (".safetensors", INDEX_END)) if p.exists()]
         if not found:
-            raise CheckpointError(f"{path}: there is no such weight file")
+            raise CheckpointError(f"{path}: no such file; give a file of weights that exists")
         return found[0]
     return path
 
@@ -148,6 +176,7 @@ def _read_file(path: Path) -> Stored:
         raise CheckpointError(f"{path}: weights must be .safetensors, {', '.join(_PICKLES)} or an index of shards")
     if not path.stat().st_size:
         raise CheckpointError(f"{path}: the file is empty; fetch it again")
+    refuse_stand_in(path)
     try:
         state = stored_safetensors(path) if path.suffix == ".safetensors" else stored_pickle(path)
     except CheckpointError:
@@ -182,6 +211,7 @@ def _read_shards(path: Path) -> Stored:
 
 def _weight_map(path: Path) -> dict[str, str]:
     """File name of every weight, from an index."""
+    refuse_stand_in(path)
     try:
         weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
