@@ -112,23 +112,19 @@ def test_alone_equals_batch(pair: ClipPair) -> None:
         assert torch.equal(alone.pooled_F, together[index].pooled_F)
 
 
-def test_too_long_prompt_is_cut_with_one_warning(pair: ClipPair, caplog: pytest.LogCaptureFixture) -> None:
+def test_too_long_prompt_is_cut_before_its_end(pair: ClipPair) -> None:
     prompt = "cat " * 80
-    with caplog.at_level(logging.WARNING, logger="foveate"):
-        (features,) = pair.encode([prompt])
-    assert [record.getMessage() for record in caplog.records] == [
-        "prompt of 82 tokens is longer than 77: the last 5 tokens were cut"
-    ]
+    (features,) = pair.encode([prompt])
+    assert pair.num_cut(prompt) == 5
     tokens_TE, pooled_F = published(pair, prompt)
     assert tokens_TE.shape == (77, 64)
     torch.testing.assert_close(features.tokens_TE, tokens_TE, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(features.pooled_F, pooled_F, rtol=1e-4, atol=1e-5)
 
 
-def test_prompt_that_just_fits_is_silent(pair: ClipPair, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="foveate"):
-        assert pair.encode(["cat " * 75])[0].tokens_TE.shape == (77, 64)
-    assert not caplog.records
+def test_prompt_that_just_fits_is_read_whole(pair: ClipPair) -> None:
+    assert pair.encode(["cat " * 75])[0].tokens_TE.shape == (77, 64)
+    assert pair.num_cut("cat " * 75) == 0
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def test_an_image_is_the_same_alone_and_in_company(group: int, dtype: torch.dtyp
 
 
 @pytest.mark.usefixtures("plain_torch")
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("group", range(3))
 def test_an_image_is_the_same_in_plain_torch(group: int, dtype: torch.dtype, threads: int):

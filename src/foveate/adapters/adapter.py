@@ -3,7 +3,6 @@
 Axes: B images, (Y, X) pixels.
 """
 
-import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -18,11 +17,11 @@ from foveate.adapters.sharing import attribute
 from foveate.core.errors import FoveateError, UnsupportedError
 from foveate.core.policy import Policy
 from foveate.core.trace import Trace
+from foveate.core.warnings import log_warnings
 from foveate.engine.executor import Engine
-from foveate.engine.report import Milliseconds, Report, build_report
+from foveate.engine.finite import check_pixels
+from foveate.engine.report import Milliseconds, Report, build_report, without_effect
 from foveate.engine.state import Request
-
-logger = logging.getLogger("foveate")
 
 METHOD = "autoregressive_infer_cfg"
 """The method that draws, in both official classes."""
@@ -71,6 +70,7 @@ def draw(engine: Engine, request: Request, policy: Policy) -> Drawn:
 
     Raises:
         PlanConflictError: The policy asks for what cannot be done.
+        BrokenNumbersError: Numbers of an image are NaN or infinite.
     """
     began = time.perf_counter()
     shape = engine.model.shape
@@ -78,15 +78,17 @@ def draw(engine: Engine, request: Request, policy: Policy) -> Drawn:
     for step in engine.run(bound, request):  # noqa: B007 - the last one is what counts
         pass
     decoding = time.perf_counter()
-    pixels_B3YX = engine.tokenizer.decode(step.f_hat_BZHW)
+    with engine.guard():
+        pixels_B3YX = engine.tokenizer.decode(step.f_hat_BZHW)
+    check_pixels(pixels_B3YX)
     if pixels_B3YX.is_cuda:
         torch.cuda.synchronize(pixels_B3YX.device)
     now, trace = time.perf_counter(), step.trace
     trace.decoder_ms = 1e3 * (now - decoding)
-    for promise in trace.unfired:
-        logger.warning("policy %s did not %s on this schedule", policy.spec, promise)
+    warnings = without_effect(policy.spec, trace)
+    log_warnings(warnings)
     ms = Milliseconds(text=0.0, transformer=trace.transformer_ms, decoder=trace.decoder_ms, total=1e3 * (now - began))
-    report = build_report(trace, bound, [request], ms)
+    report = build_report(trace, bound, [request], ms, warnings)
     return Drawn(pixels_B3YX=pixels_B3YX, report=report, trace=trace)
 
 

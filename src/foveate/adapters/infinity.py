@@ -86,7 +86,7 @@ class OfficialInfinity(Adapter):
             raise FoveateError(f"the object wants {wanted}, vae offers {offered}; they are no pair")
         refuse_mixed(transformer)
         refuse_mixed(autoencoder)
-        return Engine(transformer, BSQTokenizer(autoencoder, self._patch))
+        return Engine(transformer, BSQTokenizer(autoencoder, self._patch), obeys_autocast=True)
 
     def request(self, arguments: Mapping[str, Any], engine: Engine) -> Request:
         """Text, grids and settings."""

@@ -63,7 +63,7 @@ class OfficialVAR(Adapter):
         transformer, tokenizer = self._networks()
         refuse_mixed(transformer)
         refuse_mixed(tokenizer.autoencoder)
-        return Engine(transformer, tokenizer)
+        return Engine(transformer, tokenizer, obeys_autocast=True)
 
     def request(self, arguments: Mapping[str, Any], engine: Engine) -> Request:
         """Classes and settings; without a class every image gets a random one, as there."""

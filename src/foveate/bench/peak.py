@@ -55,7 +55,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, sizes: Sequence[int] =
     """
     rates: dict[int, float] = {}
     for size in sizes:
-        a_MM, b_MM = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        a_MM, b_MM = (torch.randn(size, size, dtype=torch.float32, device=device).to(dtype) for _ in range(2))
         ms = min(_best_ms(partial(multiply, a_MM, b_MM), device) for multiply in (torch.matmul, linear))
         rates[size] = 2 * size**3 / (ms / 1e3)
         if 8 * ms > _BUDGET_MS:

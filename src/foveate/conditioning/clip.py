@@ -19,7 +19,7 @@ from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from foveate.conditioning.pretrained import cut_ids, device_of, freeze, read_pretrained, warn_if_cut
+from foveate.conditioning.pretrained import cut_ids, device_of, freeze, read_pretrained
 from foveate.core.conditions import PooledText
 from foveate.core.errors import FoveateError
 
@@ -141,12 +141,16 @@ class ClipPair:
         Returns:
             Per prompt its tokens, both ends included, with the channels of `first` before those of `second`, and the
             pooled vector of `second`; float32. A prompt longer than both encoders read (77 tokens for the published
-            ones) loses the tokens before the end, and a warning says how many.
+            ones) loses the tokens before the end (`num_cut`).
 
         Raises:
             FoveateError: The tokenizers cut a prompt into different numbers of tokens, so they are no pair.
         """
         return [self._encode_one(prompt) for prompt in prompts]
+
+    def num_cut(self, prompt: str) -> int:
+        """Tokens that `encode` leaves out, as the prompt is too long."""
+        return max(len(self.second.tokenizer.encode(prompt).ids) - self.second.max_tokens, 0)
 
     def _encode_one(self, prompt: str) -> PooledText:
         first, second = (encoder.tokenizer.encode(prompt).ids for encoder in (self.first, self.second))
@@ -156,7 +160,6 @@ class ClipPair:
                 f"{prompt!r}; use the tokenizer.json files that were published with the encoders"
             )
         max_tokens = self.second.max_tokens
-        warn_if_cut(len(second), max_tokens)
         first_TE, _ = self.first.features(cut_ids(first, max_tokens))
         second_TE, pooled_F = self.second.features(cut_ids(second, max_tokens))
         return PooledText(tokens_TE=torch.cat((first_TE, second_TE.to(first_TE.device)), dim=1), pooled_F=pooled_F)

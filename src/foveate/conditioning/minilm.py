@@ -283,9 +283,13 @@ class TextEncoder:
         Returns:
             Per prompt a float32 tensor (tokens, width): row 0 is the mean over all tokens, [CLS] included, and the
             others are the tokens behind [CLS], [SEP] included, with their `places`. A prompt longer than `max_tokens`
-            loses the tokens before [SEP], and a warning says how many.
+            loses the tokens before [SEP] (`num_cut`).
         """
         return [self._features([prompt])[0] for prompt in prompts]
+
+    def num_cut(self, prompt: str) -> int:
+        """Tokens that `encode` leaves out, as the prompt is too long."""
+        return max(len(self.tokenizer.encode(prompt).ids) - self.max_tokens, 0)
 
     def encode_together(self, prompts: list[str]) -> list[Tensor]:
         """`encode` in one padded call, several times as fast: equal up to rounding, which depends on the company."""
@@ -299,13 +303,7 @@ class TextEncoder:
 
     def _ids(self, prompt: str) -> list[int]:
         ids: list[int] = self.tokenizer.encode(prompt).ids
-        num_cut = len(ids) - self.max_tokens
-        if num_cut > 0:
-            logger.warning(
-                "prompt of %d tokens is longer than %d: the last %d tokens were cut", len(ids), self.max_tokens, num_cut
-            )
-            ids = [*ids[: self.max_tokens - 1], ids[-1]]
-        return ids
+        return ids if len(ids) <= self.max_tokens else [*ids[: self.max_tokens - 1], ids[-1]]
 
     @torch.no_grad()
     def _features(self, prompts: list[str]) -> list[Tensor]:
@@ -321,10 +319,10 @@ class TextEncoder:
 
     def padded(self, prompts: list[str]) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
         """Token ids, padded on the right, on the device of the model, and True at those that are no padding."""
-        ids = [torch.tensor(self._ids(prompt)) for prompt in prompts]
-        counts_B1 = torch.tensor([[len(own)] for own in ids])
+        ids = [torch.tensor(self._ids(prompt), dtype=torch.long, device="cpu") for prompt in prompts]
+        counts_B1 = torch.tensor([[len(own)] for own in ids], device="cpu")
         ids_BT = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-        mask_BT = torch.arange(ids_BT.shape[1]) < counts_B1
+        mask_BT = torch.arange(ids_BT.shape[1], device="cpu") < counts_B1
         device = self.model.embeddings.word_embeddings.weight.device
         return ids_BT.to(device), mask_BT.to(device)
 
@@ -344,7 +342,7 @@ def _read_model(path: Path) -> MiniLM:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: `config` in its metadata is damaged ({_one_line(error)})") from error
     with torch.device("meta"):
-        model = MiniLM(config)
+        model = MiniLM(config).to(torch.float32)
     own = model.to_empty(device="cpu").state_dict()
     wrong = sorted(own.keys() ^ {name for name in names if not name.endswith(".scale")})
     if wrong:

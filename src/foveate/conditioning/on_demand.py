@@ -19,7 +19,7 @@ class OnDemand:
             load: Reads the conditioner, the same one every time.
         """
         self._load = load
-        self._last: dict[str, Condition] = {}
+        self._last: dict[str, tuple[Condition, int]] = {}
 
     def encode(self, prompts: list[str]) -> list[Condition]:
         """The conditions that the conditioner gives; each prompt by itself, so they are the same bits.
@@ -29,8 +29,15 @@ class OnDemand:
         """
         last = self._last
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in last]
-        found = dict(zip(new, self._load().encode(new), strict=True)) if new else {}
+        found: dict[str, tuple[Condition, int]] = {}
+        if new:
+            text = self._load()
+            found = {prompt: (read, text.num_cut(prompt)) for prompt, read in zip(new, text.encode(new), strict=True)}
         # One assignment: calls of several threads may end between each other's lines.
         kept = {prompt: found[prompt] if prompt in found else last[prompt] for prompt in prompts}
         self._last = kept
-        return [kept[prompt] for prompt in prompts]
+        return [kept[prompt][0] for prompt in prompts]
+
+    def num_cut(self, prompt: str) -> int:
+        """Tokens that were left out of a prompt, which the last call must have encoded."""
+        return self._last[prompt][1]

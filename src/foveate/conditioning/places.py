@@ -122,7 +122,9 @@ class Places(nn.Module):
             with safe_open(file, "pt") as opened:
                 metadata: Mapping[str, str] = opened.metadata() or {}
             weights = {name: w.float() for name, w in load_file(file).items()}
-            places = cls(PlacesConfig(**json.loads(metadata["config"])))
+            with torch.device("meta"):
+                places = cls(PlacesConfig(**json.loads(metadata["config"]))).to(torch.float32)
+            places.to_empty(device="cpu")
             places.load_state_dict(weights)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())

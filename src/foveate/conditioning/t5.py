@@ -15,7 +15,7 @@ from jaxtyping import Float
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from foveate.conditioning.pretrained import cut_ids, device_of, freeze, read_pretrained, warn_if_cut
+from foveate.conditioning.pretrained import cut_ids, device_of, freeze, read_pretrained
 from foveate.core.errors import FoveateError
 
 FLAN_T5_XL = "google/flan-t5-xl"
@@ -85,14 +85,17 @@ class T5Text:
 
         Returns:
             Per prompt a float32 tensor (tokens, width), the end token included. A prompt longer than `max_tokens` loses
-            the tokens before the end, and a warning says how many.
+            the tokens before the end (`num_cut`).
         """
         return [self._encode_one(prompt) for prompt in prompts]
+
+    def num_cut(self, prompt: str) -> int:
+        """Tokens that `encode` leaves out, as the prompt is too long."""
+        return max(len(self.tokenizer.encode(prompt).ids) - self.max_tokens, 0)
 
     @torch.no_grad()
     def _encode_one(self, prompt: str) -> Float[Tensor, "T E"]:
         ids: list[int] = self.tokenizer.encode(prompt).ids
-        warn_if_cut(len(ids), self.max_tokens)
         ids_BT = torch.tensor([cut_ids(ids, self.max_tokens)], device=device_of(self.model))
         x_BTE: Tensor = self.model(input_ids=ids_BT).last_hidden_state
         return x_BTE[0].float()

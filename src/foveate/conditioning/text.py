@@ -4,7 +4,6 @@ Axes: T text tokens, E text width, F width of a pooled vector.
 """
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -17,8 +16,6 @@ from torch import Tensor
 from foveate.conditioning.label import class_index
 from foveate.core.conditions import ClassLabel, Condition, PooledText
 
-logger = logging.getLogger("foveate")
-
 
 @runtime_checkable
 class Conditioner(Protocol):
@@ -26,6 +23,10 @@ class Conditioner(Protocol):
 
     def encode(self, prompts: list[str]) -> Sequence[Condition]:
         """One condition per prompt, text at its real length."""
+        ...
+
+    def num_cut(self, prompt: str) -> int:
+        """Tokens at the end of a prompt that `encode` leaves out, as it is too long."""
         ...
 
 
@@ -43,6 +44,10 @@ class ClassNames:
         """
         return [ClassLabel(index=class_index(prompt, self.num_classes)) for prompt in prompts]
 
+    def num_cut(self, prompt: str) -> int:
+        """None."""
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RandomText:
@@ -56,14 +61,16 @@ class RandomText:
         """The same features for the same prompt, on every machine."""
         return [self._encode_one(prompt) for prompt in prompts]
 
+    def num_cut(self, prompt: str) -> int:
+        """Words behind the longest prompt."""
+        return max(self._num_tokens(prompt) - self.max_tokens, 0)
+
+    def _num_tokens(self, prompt: str) -> int:
+        return len(prompt.split()) + 2
+
     def _encode_one(self, prompt: str) -> Float[Tensor, "T E"]:
-        num_tokens = len(prompt.split()) + 2
-        if num_tokens > self.max_tokens:
-            logger.warning(
-                "prompt of %d tokens is longer than %d: the last %d tokens were cut",
-                num_tokens, self.max_tokens, num_tokens - self.max_tokens,
-            )  # fmt: skip
-        return _keyed_normal(prompt, (min(num_tokens, self.max_tokens), self.width), self.device)
+        num_tokens = min(self._num_tokens(prompt), self.max_tokens)
+        return _keyed_normal(prompt, (num_tokens, self.width), self.device)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +89,10 @@ class RandomPooledText:
             )
             for prompt, tokens_TE in zip(prompts, self.tokens.encode(prompts), strict=True)
         ]
+
+    def num_cut(self, prompt: str) -> int:
+        """Words behind the longest prompt."""
+        return self.tokens.num_cut(prompt)
 
 
 def _keyed_normal(text: str, shape: tuple[int, ...], device: torch.device) -> Tensor:

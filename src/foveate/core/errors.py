@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Sequence
 
+_MAX_NAMED = 5
+"""Images that an error lists."""
+
 
 class FoveateError(ValueError):
     """Something a caller can mend; the message says what was asked, what came and the remedy."""
@@ -20,6 +23,22 @@ class UnsupportedError(FoveateError):
     """What was asked for exists in the field but not in this version of foveate."""
 
 
+class BrokenNumbersError(FoveateError):
+    """Numbers of some images are NaN or infinite; the other images of the batch are whole.
+
+    Attributes:
+        reason: Scale, part and remedy.
+        images: Which images of the request or call.
+    """
+
+    def __init__(self, reason: str, images: Sequence[int]) -> None:
+        """Names the images by index."""
+        self.reason, self.images = reason, tuple(images)
+        which = f"image{'s' if len(self.images) > 1 else ''} {', '.join(map(str, self.images[:_MAX_NAMED]))}"
+        more = len(self.images) - _MAX_NAMED
+        super().__init__(f"{which}{f' and {more} more' if more > 0 else ''}: {reason}")
+
+
 def unknown(kind: str, name: str, known: Sequence[str], rest: str = "") -> FoveateError:
     """The error for a name that does not exist: suggests the closest one and lists all.
 
@@ -29,7 +48,7 @@ def unknown(kind: str, name: str, known: Sequence[str], rest: str = "") -> Fovea
         known: What there is.
         rest: Said behind the list.
     """
-    close = difflib.get_close_matches(name.lower(), known, n=1)
+    close = difflib.get_close_matches(str(name).lower(), known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return FoveateError(f"no {kind} {name!r}; {hint}there are {', '.join(known)}{rest}")
 

@@ -382,8 +382,9 @@ class PlanChecker:
         is_long = len(depth.counts) == self.num_blocks
         self._require(is_long, scale, "depths.counts", f"{self.num_blocks} numbers", depth.counts)
         if depth.depth_Bl.device.type == "cpu":
-            places = torch.arange(self.num_blocks)[:, None, None]
-            is_true = bool(((depth.depth_Bl > places).sum(-1) == torch.tensor(depth.counts)[:, None]).all())
+            places = torch.arange(self.num_blocks, device="cpu")[:, None, None]
+            counts_P1 = torch.tensor(depth.counts, dtype=torch.long, device="cpu")[:, None]
+            is_true = bool(((depth.depth_Bl > places).sum(-1) == counts_P1).all())
             self._require(is_true, scale, "depths.counts", "what its depths give", depth.counts)
 
     def _sublayers(self, plan: ScalePlan, scale: int, num_tokens: int) -> None:

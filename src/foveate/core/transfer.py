@@ -25,4 +25,4 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
 
 def numbers(values: Sequence[int], device: torch.device) -> Tensor:
     """Whole numbers of the host as an int64 tensor (n,) on the device, as `to_device` copies."""
-    return to_device(torch.tensor(values, dtype=torch.long), device)
+    return to_device(torch.tensor(values, dtype=torch.long, device="cpu"), device)

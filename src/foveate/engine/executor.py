@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core.errors import PlanConflictError
+from foveate.core.isolation import inference
 from foveate.core.plan import BlockDtype, KeepDifference
 from foveate.core.policy import Bound
 from foveate.core.protocols import Block, NextScaleModel, Prepared, RefineInput, Refiner, ScaleTokenizer
@@ -23,6 +24,7 @@ from foveate.engine.commit import residual_of
 from foveate.engine.company import Company
 from foveate.engine.counting import trace_of
 from foveate.engine.fills import Difference
+from foveate.engine.finite import broken_numbers, finite_of
 from foveate.engine.graphs import Graphs
 from foveate.engine.kv_cache import KVCache
 from foveate.engine.scale_run import ScaleRun
@@ -58,6 +60,7 @@ class _Outcome:
     residual_BZhw: Tensor | None
     signals: Signals | None
     difference: Difference | None
+    finite: Tensor | None = None
     lost: Tensor | None = None
 
 
@@ -70,6 +73,8 @@ class Engine:
         tokenizer: ScaleTokenizer,
         graphs: Graphs | None = None,
         refiner: Refiner | None = None,
+        *,
+        obeys_autocast: bool = False,
     ) -> None:
         """Takes the parts.
 
@@ -78,7 +83,9 @@ class Engine:
             tokenizer: Of the same family.
             graphs: Replays the first scales of requests that run alone; None launches everything.
             refiner: The family's step between sampling and commit; None where it has none.
+            obeys_autocast: Whether autocast of the caller reaches the model, as for a model of the caller's own.
         """
+        self.guard = torch.inference_mode if obeys_autocast else partial(inference, model.device)
         self.model, self.tokenizer, self.graphs, self.refiner = model, tokenizer, graphs, refiner
         self._narrowed: dict[tuple[int, torch.dtype], Block] = {}
 
@@ -89,7 +96,7 @@ class Engine:
             PlanConflictError: The policy asks for what the request cannot give.
         """
         _refuse_equal_branches(bound, request)
-        with torch.inference_mode():
+        with self.guard():
             return RequestState.open(self.model, self.tokenizer, bound, request, self.graphs)
 
     def run(self, bound: Bound, request: Request) -> Generator[ScaleStep, None, None]:
@@ -125,16 +132,20 @@ class Engine:
         """
         before = [state.request.sampler.state() for state in states]
         try:
-            with torch.inference_mode():
-                return list(self._advance(states))
+            with self.guard():
+                outcomes = self._advance(states)
         except Exception as error:  # whatever a policy, a model or the device raises is the answer of its request
             for state, sampler_state in zip(states, before, strict=True):
                 state.request.sampler.restore(sampler_state)
             if len(states) == 1:
                 return [error]
-        return [outcome for state in states for outcome in self.step([state])]
+            return [outcome for state in states for outcome in self.step([state])]
+        for state, sampler_state, outcome in zip(states, before, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                state.request.sampler.restore(sampler_state)
+        return outcomes
 
-    def _advance(self, states: Sequence[RequestState]) -> list[ScaleStep]:
+    def _advance(self, states: Sequence[RequestState]) -> list[ScaleStep | Exception]:
         """Decide, embed, blocks, sample; then commit. The host reads the device at most once per request, to decide."""
         for state in states:
             state.clock.start()
@@ -143,7 +154,11 @@ class Engine:
         for company in _companies(runs):
             heads |= zip(map(id, company.runs), self._heads(company), strict=True)
         outcomes = [self._sampled(run, heads[id(run)]) if run.plan.runs else _skipped(run) for run in runs]
-        return [_committed(outcome, len(states)) for outcome in outcomes]
+        errors = [broken_numbers(outcome.run.state, outcome.finite) for outcome in outcomes]
+        return [
+            _committed(outcome, len(states)) if error is None else error
+            for outcome, error in zip(outcomes, errors, strict=True)
+        ]
 
     def _heads(self, company: Company) -> Sequence[_Heads]:
         """Embeds and runs the blocks and the head, launched or, for a request by itself, replayed from a graph."""
@@ -233,6 +248,7 @@ class Engine:
             residual_BZhw=residual_BZhw,
             signals=self._signals(run, logits, residual_BZhw, f_hat_BZHW),
             difference=difference,
+            finite=finite_of(logits, guided, f_hat_BZHW),
         )
 
     def _signals(
@@ -306,6 +322,8 @@ def _committed(outcome: _Outcome, share: int) -> ScaleStep:
     trace.stopped = state.dropped
     state.shares.append(share)
     state.lost.append(outcome.lost)
+    if outcome.finite is not None and outcome.finite.device.type != "cpu":
+        state.finite.append(outcome.finite)
     trace.scales.append(replace(outcome.trace, ms=state.clock.stop() / share))
     trace.peak_cache_bytes = max(trace.peak_cache_bytes, state.cache_bytes())
     if state.is_done:

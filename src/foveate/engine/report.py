@@ -10,6 +10,14 @@ from foveate.engine.forecast import full_cost
 from foveate.engine.state import Request, bounds_of
 
 
+def without_effect(policy: str, trace: Trace) -> tuple[CallWarning, ...]:
+    """A warning for each saving that a policy promised and that never happened."""
+    return tuple(
+        CallWarning(code="policy_without_effect", message=f"policy {policy} did not {promise} in this run")
+        for promise in trace.unfired
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Milliseconds:
     """Wall-clock time of the parts of a call, and of the whole call."""

@@ -192,7 +192,9 @@ class ReferenceSampler(Sampler):
         """Draws (B * l * d, V) exponentials, also when greedy."""
         _, num_symbols, num_values = logits[0].shape
         num_tokens = grid[0] * grid[1]
-        e = torch.empty(len(logits) * num_tokens * num_symbols, num_values, device=self.generator.device)
+        e = torch.empty(
+            len(logits) * num_tokens * num_symbols, num_values, dtype=torch.float32, device=self.generator.device
+        )
         e_BldV = e.exponential_(1.0, generator=self.generator).view(len(logits), num_tokens, num_symbols, num_values)
         chosen = []
         for image, logits_kdV in enumerate(logits):
@@ -202,7 +204,7 @@ class ReferenceSampler(Sampler):
 
     def exponentials(self, scale: int, grid: Grid, num_images: int, num_values: int) -> list[Float[Tensor, "l V"]]:
         """Exponential draws for smoothing, of all images at once."""
-        e = torch.empty(num_images, grid[0] * grid[1], num_values, device=self.generator.device)
+        e = torch.empty(num_images, grid[0] * grid[1], num_values, dtype=torch.float32, device=self.generator.device)
         return list(e.exponential_(1.0, generator=self.generator))
 
 

@@ -98,7 +98,7 @@ def ceiling_tokens(plan: ScalePlan, num_tokens: int, num_blocks: int, *, is_cond
     counts = []
     for block in range(num_blocks):
         active_Bl = plan.active(block)
-        run_Bl = torch.ones(1, num_tokens, dtype=torch.bool)
+        run_Bl = torch.ones(1, num_tokens, dtype=torch.bool, device="cpu")
         for mask_Bl in (keep_Bl, active_Bl):
             run_Bl = run_Bl if mask_Bl is None else run_Bl & mask_Bl.to(run_Bl.device)
         counts.append(int(run_Bl[0].sum()))
@@ -193,6 +193,7 @@ class RequestState:
     dropped: frozenset[int] = frozenset()
     shares: list[int] = field(default_factory=list)
     lost: list[Tensor | None] = field(default_factory=list)
+    finite: list[Tensor] = field(default_factory=list)
     joined: tuple[tuple[Prepared, ...], Prepared] | None = None
 
     @classmethod
@@ -227,12 +228,14 @@ class RequestState:
             prepared=prepared,
             prefix=prefix,
             cache=cache,
-            f_hat_BZHW=torch.zeros(request.num_images, tokenizer.latent_channels, *last_grid, device=device),
+            f_hat_BZHW=torch.zeros(
+                request.num_images, tokenizer.latent_channels, *last_grid, dtype=torch.float32, device=device
+            ),
             policy=bound.start(),
             trace=Trace(
                 shape=model.shape,
                 text_tokens=text_tokens,
-                bytes_per_element=torch.empty(0, dtype=model.compute_dtype).element_size(),
+                bytes_per_element=model.compute_dtype.itemsize,
                 peak_kv_bytes=cache.num_bytes,
             ),
             clock=clock,

@@ -1,6 +1,5 @@
 """The public call's options: checked, completed from the model's defaults, put into the engine's words, once."""
 
-import logging
 import math
 import secrets
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +16,10 @@ from foveate.core.errors import FoveateError, unknown
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.policy import Policy
 from foveate.core.schedule import ScaleSchedule, parse_ratio, ratio_name
+from foveate.core.warnings import CallWarning
 from foveate.engine.sample import Filter
 from foveate.families.spec import ModelSpec, per_scale
 from foveate.policies.registry import load_policy
-
-logger = logging.getLogger("foveate")
 
 Prompts = str | SupportsIndex | Sequence[str | SupportsIndex]
 """One text or several; an index where a model draws classes. Numbers of NumPy do, here and below."""
@@ -33,6 +31,11 @@ StepCallback = Callable[[Any, int, int, dict[str, Any]], object]
 """Called as (pipe, scale, scales still to come, {"latents": tensor}); raises `Cancelled` to stop."""
 
 MAX_SEED = 2**63 - 1
+
+_MAX_FLOAT32 = 3.4028234663852886e38
+
+_NEAREST = 3
+"""Sizes that an error names."""
 
 _LARGEST_SIDE, _RATIO_ERROR = 7, 1e-3
 """Of a published ratio, and how far a number may be from it: 1.333 is 4:3."""
@@ -220,7 +223,10 @@ def resolve(prompts: Prompts, settings: Settings, spec: ModelSpec) -> Job:
     top_k = _per_scale("top_k", settings.top_k, defaults.top_k, count)
     top_p = _per_scale("top_p", settings.top_p, defaults.top_p, count)
     for t in temperatures:
-        _require(t > 0, f"temperature must be above 0, got {t}; top_k=1 takes the best value always")
+        is_possible = t > 0 and 1 / t <= _MAX_FLOAT32
+        _require(
+            is_possible, f"temperature must be above {1 / _MAX_FLOAT32:.3g}, got {t}; top_k=1 takes the best always"
+        )
     for k, p in zip(top_k, top_p, strict=True):
         _require(k >= 0 and k == int(k), f"top_k must be a whole number, 0 or more, got {k}")
         _require(0 <= p <= 1, f"top_p must be in [0, 1], got {p}")
@@ -241,14 +247,32 @@ def resolve(prompts: Prompts, settings: Settings, spec: ModelSpec) -> Job:
     )
 
 
-def warn_untrained(job: Job, spec: ModelSpec) -> None:
-    """Logs a warning where a model draws at a size that it never saw."""
-    if job.budget in spec.budgets and job.ratio in spec.ratios:
-        return
-    logger.warning(
-        "%s was trained on %s at %s; %s at %s is outside of that and may look wrong",
-        spec.name, ", ".join(spec.ratios), ", ".join(spec.budgets), job.ratio, job.budget,
-    )  # fmt: skip
+def warnings_of(job: Job, spec: ModelSpec, *, is_trained: bool) -> tuple[CallWarning, ...]:
+    """What a call does otherwise than its words suggest, as far as it is known before anything runs.
+
+    Args:
+        job: The call.
+        spec: The model.
+        is_trained: Whether its weights have seen images, so that there are sizes that they never saw.
+    """
+    found = []
+    if is_trained and not (job.budget in spec.budgets and job.ratio in spec.ratios):
+        known = f"{', '.join(spec.ratios)} at {', '.join(spec.budgets)}"
+        message = (
+            f"{spec.name} was trained on {known}; {job.ratio} at {job.budget} is outside of that and may look wrong"
+        )
+        found.append(CallWarning(code="untrained_size", message=message))
+    weights = job.guidance.weights
+    if max(weights) <= 0:
+        asked, without = job.guidance_scale[0], "the negative prompt" if job.negatives else "no prompt at all"
+        message = (
+            f"guidance_scale {asked:g} leaves the prompt out: this draws {without}; raise it to be guided by the prompt"
+        )
+        found.append(CallWarning(code="guidance_ignores_prompt", message=message))
+    if job.negatives is not None and all(weight == 1 for weight in weights):
+        message = f"negative_prompt has no effect without guidance, guidance_scale {job.guidance_scale[0]:g}; raise it"
+        found.append(CallWarning(code="negative_prompt_ignored", message=message))
+    return tuple(found)
 
 
 def _require(ok: bool, message: str) -> None:
@@ -327,13 +351,20 @@ def _size(settings: Settings, spec: ModelSpec) -> tuple[float, str]:
         known = spec.sizes()
         wanted = (int(settings.width), int(settings.height))
         if wanted not in known:
-            possible = ", ".join(f"{w}x{h}" for w, h in sorted(known))
-            raise FoveateError(f"size must be one of {possible} (width x height), got {wanted[0]}x{wanted[1]}")
+            near = sorted(known, key=lambda size: (_distance(wanted, size), size))[:_NEAREST]
+            possible = ", ".join(f"{w}x{h}" for w, h in near)
+            rest = f"; nearest of {len(known)}" if len(known) > _NEAREST else ""
+            raise FoveateError(f"size must be one of {possible} (width x height{rest}), got {wanted[0]}x{wanted[1]}")
         ratio, budget = known[wanted]
     else:
         ratio = _ratio(spec.ratios[0] if settings.aspect_ratio is None else settings.aspect_ratio)
         budget = spec.budgets[0] if settings.pixels is None else settings.pixels
     return ratio, budget
+
+
+def _distance(wanted: tuple[int, int], size: tuple[int, int]) -> float:
+    """How far two sizes are apart: both sides as factors, so that area and ratio count."""
+    return math.hypot(*(math.log(max(asked, 1)) - math.log(side) for asked, side in zip(wanted, size, strict=True)))
 
 
 def _ratio(value: object) -> float:
@@ -358,13 +389,14 @@ def _per_scale(
 
 
 def _finite(name: str, entry: object) -> float:
-    """A number of any library; a text is none."""
+    """A number of any library that float32 can hold, as that is what it is multiplied with; a text is none."""
     if isinstance(entry, SupportsFloat):
-        with suppress(TypeError, ValueError, RuntimeError):  # An array of several numbers only looks like one.
+        # An array of several numbers only looks like one, and an integer may be larger than any float.
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
             number = float(entry)
-            if math.isfinite(number):
+            if abs(number) <= _MAX_FLOAT32:
                 return number
-    raise FoveateError(f"{name} must be finite numbers, got {entry!r}")
+    raise FoveateError(f"{name} must be finite numbers in float32, at most {_MAX_FLOAT32:.3g}, got {entry!r}")
 
 
 def _seeds(settings: Settings, num_prompts: int) -> tuple[int, ...]:

@@ -1,6 +1,5 @@
 """Prompt in, pictures out: the only place where a model meets a policy."""
 
-import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
@@ -15,19 +14,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from foveate.core.conditions import Condition
-from foveate.core.errors import FoveateError
+from foveate.core.errors import BrokenNumbersError, FoveateError
+from foveate.core.isolation import inference
 from foveate.core.policy import Bound
 from foveate.core.trace import Trace
+from foveate.core.warnings import CallWarning, log_warnings
 from foveate.engine.executor import Engine, ScaleStep
+from foveate.engine.finite import check_pixels
 from foveate.engine.graphs import DeviceCapture, Graphs
-from foveate.engine.report import Milliseconds, build_report
+from foveate.engine.report import Milliseconds, build_report, without_effect
 from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler, SmoothSampler
 from foveate.engine.state import Request
 from foveate.families.loading import LoadedModel, Origin, Precision, load_model, with_independent_rows
 from foveate.families.offload import CODEBOOK, DECODER, TEXT_ENCODER, TRANSFORMER, Offload
 from foveate.families.residency import Residency
 from foveate.kernels.heap import kept_heap
-from foveate.pipeline.call import Job, Options, Prompts, resolve, settings_of, warn_untrained
+from foveate.pipeline.call import Job, Options, Prompts, resolve, settings_of, warnings_of
 from foveate.pipeline.output import (
     Images,
     PipelineOutput,
@@ -37,8 +39,8 @@ from foveate.pipeline.output import (
     to_images,
 )
 
-logger = logging.getLogger("foveate")
-
+_LONGEST_QUOTE = 40
+"""Characters of a prompt that a message repeats."""
 _NO_GRAPHS_WITH_OFFLOAD = "captured graphs need weights that stay where they are; leave offload or cuda graphs out"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,7 +48,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BatchStep:
-    """All images of a call after one scale; `text_ms` is the time of the text encoder."""
+    """All images of a call after one scale; `text_ms` is the time of the text encoder, `warnings` what it left out."""
 
     scale: int
     f_hat_BZHW: Float[Tensor, "B Z H W"]
@@ -54,6 +56,7 @@ class BatchStep:
     requests: tuple[Request, ...]
     bound: Bound
     text_ms: float
+    warnings: tuple[CallWarning, ...]
 
 
 class Pipeline:
@@ -71,6 +74,7 @@ class Pipeline:
             offload: Moves its parts to the device and back; None leaves all of them where they are.
         """
         self.model = with_independent_rows(model)
+        log_warnings(self.warnings)
         self._offload = offload
         self._engine = self._new_engine(None)
         self._hides_progress: bool | None = None
@@ -225,11 +229,18 @@ class Pipeline:
         return self._events(job, previews)
 
     def _job(self, prompts: Prompts, options: Options) -> Job:
-        """The completed call; warns about sizes that trained weights never saw."""
+        """The completed call; says what it does otherwise than its words suggest."""
         job = resolve(prompts, settings_of(options), self.model.spec)
-        if self.model.weights == "pretrained":
-            warn_untrained(job, self.model.spec)
+        log_warnings(self._warnings_of(job))
         return job
+
+    @property
+    def warnings(self) -> tuple[CallWarning, ...]:
+        """What holds for every call of this model on this machine."""
+        return self.model.warnings
+
+    def _warnings_of(self, job: Job) -> tuple[CallWarning, ...]:
+        return warnings_of(job, self.model.spec, is_trained=self.model.weights == "pretrained")
 
     def _events(self, job: Job, previews: int) -> Generator[ScaleEvent, None, None]:
         began = time.perf_counter()
@@ -282,6 +293,8 @@ class Pipeline:
         began = time.perf_counter()
         with self._working(TEXT_ENCODER):
             requests = self._requests(job, times_scales)
+            warnings = self._cut_prompts(job)
+            log_warnings(warnings)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         text_ms = 1e3 * (time.perf_counter() - began)
@@ -311,6 +324,7 @@ class Pipeline:
                     requests=requests,
                     bound=bound,
                     text_ms=text_ms,
+                    warnings=warnings,
                 )
 
     def _requests(self, job: Job, times_scales: bool = False) -> tuple[Request, ...]:
@@ -340,8 +354,20 @@ class Pipeline:
         null, count = self.model.spec.kind.null_prompt, len(job.prompts)
         texts = (null,) * count if job.negatives is None and null is not None else job.negatives
         negatives = texts if texts is not None and job.guidance.is_needed(0) else ()
-        found = self.model.text.encode([*job.prompts, *negatives])
+        with inference(self.model.device):
+            found = self.model.text.encode([*job.prompts, *negatives])
         return job.per_image(found[:count]), job.per_image(found[count:])
+
+    def _cut_prompts(self, job: Job) -> tuple[CallWarning, ...]:
+        """Says which prompts lost their end."""
+        lengths = {prompt: self.model.text.num_cut(prompt) for prompt in dict.fromkeys(job.prompts)}
+        return tuple(
+            CallWarning(
+                code="prompt_cut", message=f"the prompt {_shortened(p)!r} is too long: its last {n} tokens were cut"
+            )
+            for p, n in lengths.items()
+            if n
+        )
 
     def _sampler(self, job: Job, images: Sequence[int]) -> Sampler:
         if job.settings.rng == "keyed":
@@ -362,11 +388,18 @@ class Pipeline:
         )
 
     def _decode(self, f_hat_BZHW: Float[Tensor, "B Z H W"], output_type: str, beside: tuple[str, ...] = ()) -> Images:
-        """Pictures of a latent; the parts in `beside` stay on the device."""
+        """Pictures of a latent; the parts in `beside` stay on the device.
+
+        Raises:
+            BrokenNumbersError: Pixels are NaN or infinite.
+        """
         if output_type == "latent":
-            return f_hat_BZHW
-        with self._working(*beside, DECODER), torch.inference_mode():
-            return to_images(self.model.tokenizer.decode(f_hat_BZHW), output_type)
+            # A copy made here is an ordinary tensor, which autograd and in-place operations take.
+            return f_hat_BZHW.clone()
+        with self._working(*beside, DECODER), inference(self.model.device):
+            pixels_B3YX = self.model.tokenizer.decode(f_hat_BZHW)
+        check_pixels(pixels_B3YX)
+        return to_images(pixels_B3YX, output_type)
 
     def _finish(self, job: Job, step: BatchStep, began: float) -> PipelineOutput:
         """Decodes, and says what it took."""
@@ -376,8 +409,8 @@ class Pipeline:
             torch.cuda.synchronize(images.device)
         trace = step.trace
         trace.text_ms, trace.decoder_ms = step.text_ms, 1e3 * (time.perf_counter() - decoding)
-        for promise in trace.unfired:
-            logger.warning("policy %s did not %s on this schedule", job.policy.spec, promise)
+        unfired = without_effect(job.policy.spec, trace)
+        log_warnings(unfired)
         return PipelineOutput(
             images=images,
             prompts=job.per_image(job.prompts),
@@ -393,9 +426,14 @@ class Pipeline:
                     decoder=trace.decoder_ms,
                     total=1e3 * (time.perf_counter() - began),
                 ),
+                (*self.warnings, *self._warnings_of(job), *step.warnings, *unfired),
             ),
             trace=trace,
         )
+
+
+def _shortened(prompt: str) -> str:
+    return prompt if len(prompt) <= _LONGEST_QUOTE else f"{prompt[:_LONGEST_QUOTE]}..."
 
 
 def stack_uint8(images: Images) -> np.ndarray:
@@ -410,13 +448,17 @@ def stack_uint8(images: Images) -> np.ndarray:
 
 
 def _all_steps(outcomes: Sequence[ScaleStep | Exception]) -> list[ScaleStep]:
-    """What a scale left of every image of a call; the first error ends the call."""
-    steps = []
-    for outcome in outcomes:
-        if isinstance(outcome, Exception):
-            raise outcome
-        steps.append(outcome)
-    return steps
+    """What a scale left of every request of a call; an error ends the call.
+
+    Raises:
+        BrokenNumbersError: Names every image that broke, as an index of the call.
+    """
+    errors = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, Exception)}
+    for error in errors.values():
+        if not isinstance(error, BrokenNumbersError) or len(outcomes) == 1:
+            raise error
+        raise BrokenNumbersError(error.reason, [i for i, e in errors.items() if isinstance(e, BrokenNumbersError)])
+    return [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
 
 
 def _dtype(dtype: str | torch.dtype, name: str) -> torch.dtype:

@@ -29,8 +29,8 @@ def dither_rank(grid: Grid) -> Int[Tensor, " l"]:
 
     The lowest quarter has even rows and columns, the lowest half is a checkerboard.
     """
-    y_l = torch.arange(grid[0]).repeat_interleave(grid[1])
-    x_l = torch.arange(grid[1]).repeat(grid[0])
+    y_l = torch.arange(grid[0], device="cpu").repeat_interleave(grid[1])
+    x_l = torch.arange(grid[1], device="cpu").repeat(grid[0])
     rank_l = torch.zeros_like(y_l)
     for bit in range((max(grid) - 1).bit_length()):
         rank_l = 4 * rank_l + 2 * ((x_l ^ y_l) >> bit & 1) + (y_l >> bit & 1)
@@ -57,7 +57,7 @@ class BoundCachedGuidance(Bound):
 
     def ceiling(self, scale: int) -> ScalePlan:
         """As many tokens, the first ones."""
-        return self._guided(scale, torch.arange(self.schedule.scales[scale].num_tokens))
+        return self._guided(scale, torch.arange(self.schedule.scales[scale].num_tokens, device="cpu"))
 
     def _guided(self, scale: int, rank_l: Int[Tensor, " l"]) -> ScalePlan:
         if not self.is_on or scale < self.first:

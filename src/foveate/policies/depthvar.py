@@ -78,8 +78,8 @@ def score_table(num_tokens: int, budget: float, curve: Curve) -> Float[Tensor, "
     One table for all images, made on the host: equal ranks get equal bits wherever they stand, on every device.
     """
     if budget >= 1:
-        return torch.ones(num_tokens, dtype=torch.float64)
-    return apply_curve((torch.arange(num_tokens)[None].double() + 0.5) / num_tokens, budget, curve)[0]
+        return torch.ones(num_tokens, dtype=torch.float64, device="cpu")
+    return apply_curve((torch.arange(num_tokens, device="cpu")[None].double() + 0.5) / num_tokens, budget, curve)[0]
 
 
 class BoundDepthVAR(Bound):
@@ -149,12 +149,14 @@ class BoundDepthVAR(Bound):
         """As many tokens at each depth, the first ones deepest."""
         if scale not in self.dynamic:
             return ScalePlan()
-        return self._of_scores(-torch.arange(self.schedule.scales[scale].num_tokens)[None].double(), scale, 0.0)
+        return self._of_scores(
+            -torch.arange(self.schedule.scales[scale].num_tokens, device="cpu")[None].double(), scale, 0.0
+        )
 
     def _of_scores(self, change_Bl: Tensor, scale: int, rotation: float) -> ScalePlan:
         score_Bl = depth_scores(change_Bl, self.budgets[scale], rotation, self.policy.curve)
         depth_Bl = self._depths(score_Bl)
-        weight_Bl = score_Bl if self.policy.blend == "score" else depth_Bl / self.num_blocks
+        weight_Bl = score_Bl if self.policy.blend == "score" else depth_Bl.float() / self.num_blocks
         return ScalePlan(
             depths=(DepthMap(depth_Bl=depth_Bl, order=self.order, counts=self._counts(scale)),),
             fill=CachedFill() if self.policy.fill == "cached" else None,
@@ -168,7 +170,7 @@ class BoundDepthVAR(Bound):
     def _counts(self, scale: int) -> tuple[int, ...]:
         """How many tokens run the first, second, ... block of the order: ranks alone decide, so the host knows."""
         table_l = score_table(self.schedule.scales[scale].num_tokens, self.budgets[scale], self.policy.curve)
-        places = torch.arange(self.num_blocks)
+        places = torch.arange(self.num_blocks, device="cpu")
         return tuple((self._depths(table_l) > places[:, None]).sum(-1).tolist())
 
 

@@ -33,7 +33,11 @@ from foveate.kernels.gpu import launch
 
 _LOG = logging.getLogger("foveate")
 
-_HAAR = 0.5 * torch.tensor([[[-1.0, 1.0], [-1.0, 1.0]], [[-1.0, -1.0], [1.0, 1.0]], [[-1.0, 1.0], [1.0, -1.0]]])
+_HAAR = 0.5 * torch.tensor(
+    [[[-1.0, 1.0], [-1.0, 1.0]], [[-1.0, -1.0], [1.0, 1.0]], [[-1.0, 1.0], [1.0, -1.0]]],
+    dtype=torch.float32,
+    device="cpu",
+)
 """The three detail kernels of Eq. 8; the low-pass one is left out."""
 
 

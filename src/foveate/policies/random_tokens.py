@@ -41,12 +41,12 @@ class BoundRandomTokens(Bound):
         """As many tokens, the first ones."""
         if scale < self.first or self.policy.keep_ratio == 1:
             return ScalePlan()
-        return self._keep(-torch.arange(self.schedule.scales[scale].num_tokens).double())
+        return self._keep(-torch.arange(self.schedule.scales[scale].num_tokens, device="cpu").double())
 
     def _keep(self, score_l: torch.Tensor) -> ScalePlan:
         selection = TokenSelection(score_Bl=score_l[None], share=self.policy.keep_ratio, rule=Rule.COUNT)
         weight = self.policy.base_weight
-        base_weight_Bl = None if weight == 1 else torch.full((1, 1), weight)
+        base_weight_Bl = None if weight == 1 else torch.full((1, 1), weight, dtype=torch.float32, device="cpu")
         return ScalePlan(selections=(selection,), base=_BASES[self.policy.fill], base_weight_Bl=base_weight_Bl)
 
 

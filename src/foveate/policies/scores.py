@@ -113,7 +113,7 @@ class BoundByScore(Bound):
         """As many tokens, the first ones."""
         if not self.is_on or scale < self.first:
             return ScalePlan()
-        return self._keep(-torch.arange(self.schedule.scales[scale].num_tokens)[None].double())
+        return self._keep(-torch.arange(self.schedule.scales[scale].num_tokens, device="cpu")[None].double())
 
     def _keep(self, score_Bl: Float[Tensor, "B m"]) -> ScalePlan:
         base = Base.PREVIOUS if self.kept.fill == "base" else Base.ZERO

@@ -39,7 +39,7 @@ SIDE = 8
 
 FEATURES = ("sobel_difference", "high_frequency_share")
 
-_SOBEL = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
+_SOBEL = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], dtype=torch.float32, device="cpu")
 
 
 def sobel_magnitude(gray_BYX: Float[Tensor, "B Y X"]) -> Float[Tensor, "B Y X"]:
@@ -52,7 +52,7 @@ def sobel_magnitude(gray_BYX: Float[Tensor, "B Y X"]) -> Float[Tensor, "B Y X"]:
 def high_frequency_share(gray_BYX: Float[Tensor, "B Y X"]) -> Float[Tensor, " B"]:
     """Share of the spectral energy at more than 0.4 of the Nyquist radius."""
     energy_BYX = torch.fft.fft2(gray_BYX).abs().square()
-    y, x = (torch.fft.fftfreq(size) for size in gray_BYX.shape[1:])
+    y, x = (torch.fft.fftfreq(size, dtype=torch.float32, device="cpu") for size in gray_BYX.shape[1:])
     is_high_YX = to_device((y[:, None].square() + x.square()).sqrt() > 0.4 * 0.5, gray_BYX.device)
     return (energy_BYX * is_high_YX).sum((1, 2)) / energy_BYX.sum((1, 2)).clamp_min(1e-12)
 

@@ -39,14 +39,14 @@ def anchor_corners(grid: Grid, stride: int) -> Int[Tensor, "c l"]:
     """
     sides = []
     for size in grid:
-        before = torch.arange(size) // stride * stride
+        before = torch.arange(size, device="cpu") // stride * stride
         sides.append((before, (before + stride).clamp_max((size - 1) // stride * stride)))
     return torch.stack([(y[:, None] * grid[1] + x).flatten() for y in sides[0] for x in sides[1]])
 
 
 def places_in(previous: Grid, grid: Grid) -> Int[Tensor, " l"]:
     """For each token of a grid, the token of an earlier grid at its place, as nearest enlargement has it."""
-    y, x = (torch.arange(size) * before // size for size, before in zip(grid, previous, strict=True))
+    y, x = (torch.arange(size, device="cpu") * before // size for size, before in zip(grid, previous, strict=True))
     return (y[:, None] * previous[1] + x).flatten()
 
 
@@ -69,7 +69,7 @@ def most_similar(
     unit_kV = F.normalize(logits.cond_kV.float(), dim=-1)
     row_l = place_l
     if logits.index_k is not None:
-        row_of = torch.full((num_previous,), -1, device=place_l.device)
+        row_of = torch.full((num_previous,), -1, dtype=torch.long, device=place_l.device)
         row_of[logits.index_k] = torch.arange(len(unit_kV), device=place_l.device)
         row_l = row_of[place_l]
     own_lV = unit_kV[row_l.clamp_min(0)]
@@ -118,7 +118,9 @@ class BoundSparseVAR(Bound):
         """Content decides, so the bound is everything; its base makes compositions fail before they run."""
         if not self.is_on or scale < self.first:
             return ScalePlan()
-        return ScalePlan(base=Base.COPY, source_Bl=torch.arange(self.schedule.scales[scale].num_tokens)[None])
+        return ScalePlan(
+            base=Base.COPY, source_Bl=torch.arange(self.schedule.scales[scale].num_tokens, device="cpu")[None]
+        )
 
     def plan(self, scale: int, signals: Signals | None, state: Any) -> tuple[ScalePlan, Any]:
         """Runs the anchors and the tokens that changed most; the others copy an anchor."""

@@ -37,7 +37,7 @@ class BoundUniformDepth(Bound):
         if not self.is_on or scale < self.first:
             return ScalePlan(), state
         num_tokens = self.schedule.scales[scale].num_tokens
-        depth_Bl = torch.full((1, num_tokens), self.depth)
+        depth_Bl = torch.full((1, num_tokens), self.depth, dtype=torch.long, device="cpu")
         counts = tuple(num_tokens * (place < self.depth) for place in range(len(self.order)))
         fill = CachedFill() if self.policy.fill == "cached" else None
         depth = DepthMap(depth_Bl=depth_Bl, order=self.order, counts=counts)

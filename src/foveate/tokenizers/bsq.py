@@ -21,7 +21,7 @@ from foveate.tokenizers.autoencoder import Autoencoder
 def bits_to_codes(bits_BhwZ: Bool[Tensor, "B h w Z"]) -> Float[Tensor, "B Z h w"]:
     """Looks up the float32 codes of bits, channels first."""
     scale = bits_BhwZ.shape[-1] ** -0.5
-    codes_BhwZ = torch.where(bits_BhwZ, scale, -scale)
+    codes_BhwZ = torch.full_like(bits_BhwZ, -scale, dtype=torch.float32).masked_fill_(bits_BhwZ, scale)
     return codes_BhwZ.permute(0, 3, 1, 2).contiguous()
 
 
@@ -67,7 +67,7 @@ def quantise(
         bits_BhwZ = codes_to_bits(shrink(latent_BZHW - f_hat_BZHW, grid))
         bits.append(bits_BhwZ)
         if flip_rate_B is not None:
-            draw_BhwZ = torch.rand(bits_BhwZ.shape, generator=generator, device=latent_BZHW.device)
+            draw_BhwZ = torch.rand(bits_BhwZ.shape, generator=generator, dtype=torch.float32, device=latent_BZHW.device)
             bits_BhwZ = bits_BhwZ ^ (draw_BhwZ < flip_rate_B[:, None, None, None])
         f_hat_BZHW = f_hat_BZHW + resize(bits_to_codes(bits_BhwZ).to(f_hat_BZHW.dtype), last)
     return Quantised(bits=tuple(bits), inputs=tuple(inputs), f_hat_BZHW=f_hat_BZHW)
