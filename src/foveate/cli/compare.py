@@ -1,5 +1,6 @@
 """`foveate compare`: fidelity, time and FLOPs of one policy beside another, over the same prompts and draws."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -29,14 +30,15 @@ class CompareOptions:
     """What is compared, over what, and what is reported.
 
     Attributes:
-        prompts: A file with one prompt a line; without it 16 common objects are drawn, or 16 classes for VAR.
+        prompts: A file with one prompt a line, or - for stdin; without it 16 common objects are drawn, or 16 classes
+            for VAR.
         seeds: Pictures per prompt.
         seed: First seed of every prompt.
         policy: The policy in question: a name, a spec such as skip-scales:count=2, or a YAML file.
         against: The policy it is measured against.
         runs: How often each side is timed.
         batch_size: Pictures drawn as one batch at most.
-        html: Write a report with pictures to this file.
+        html: Write a report with pictures to this file; an earlier one gets a number.
         fail_if: Exit with 1 if this holds, such as "ssim.p10 < 0.88"; may be repeated. The figures are listed below.
         as_json: Print one JSON object.
         quiet: Show no progress.
@@ -78,7 +80,7 @@ def compare(
     for flag in ("seeds", "runs", "batch_size"):
         if getattr(options, flag) < 1:
             raise FoveateError(f"--{flag.replace('_', '-')} must be 1 or more, got {getattr(options, flag)}")
-    if options.html is not None and options.html.is_dir():
+    if options.html is not None and os.path.isdir(options.html):
         raise FoveateError(f"--html must be a file, {options.html} is a folder")
     prompts = None if options.prompts is None else read_prompt_file(options.prompts)
     from foveate.cli import comparing  # noqa: PLC0415 - torch is loaded when the command runs

@@ -1,6 +1,7 @@
 """What `foveate compare` does once its flags are read: runs both policies, reports, and checks bounds."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from foveate.cli.compare import CompareOptions
 from foveate.cli.console import print_facts, print_json, print_paths, warn
@@ -33,7 +34,7 @@ def run(
     bounds = [(text, FigureBound.parse(text)) for text in options.fail_if or []]
     policy, against = load_policy(options.policy), load_policy(options.against)
     call = call_options(size, sampling)
-    with Staging(options.html.parent if options.html is not None else None) as staging:
+    with _staging(options) as staging:
         pipe = open_pipeline(model, is_quiet=options.quiet)
         report = compare(
             pipe,
@@ -46,10 +47,12 @@ def run(
             batch_size=options.batch_size,
             options=call,
         )
-        if options.html is not None:
-            report.to_html(staging.path(options.html.name))
-            staging.publish()
-    _print(report, options)
+        written = None
+        try:
+            written = _write(staging, report, options)
+        finally:
+            # Minutes of measuring are not lost with a file that cannot be written.
+            _print(report, written, options)
     figures = report.figures()
     failed = [(text, bound.figure) for text, bound in bounds if bound.holds(figures)]
     for text, name in failed:
@@ -57,12 +60,24 @@ def run(
     return 1 if failed else 0
 
 
+def _staging(options: CompareOptions) -> Staging:
+    return Staging(None) if options.html is None else Staging(options.html.parent, [options.html.name])
+
+
+def _write(staging: Staging, report: ComparisonReport, options: CompareOptions) -> Path | None:
+    """Writes the page, if one is wanted; returns where it is."""
+    if options.html is None:
+        return None
+    report.to_html(staging.path(options.html.name))
+    return staging.publish()[options.html.name]
+
+
 def built_in(spec: ModelSpec) -> list[str]:
     """What a model draws where no prompts are given."""
     return list(BUILT_IN_CLASSES if draws_classes(spec) else BUILT_IN_PROMPTS)
 
 
-def _print(report: ComparisonReport, options: CompareOptions) -> None:
+def _print(report: ComparisonReport, written: Path | None, options: CompareOptions) -> None:
     if options.as_json:
         print_json(report.to_json())
         return
@@ -82,4 +97,4 @@ def _print(report: ComparisonReport, options: CompareOptions) -> None:
             ("FLOPs", f"{report.flops_ratio:.1%} of all"),
         ]
     )
-    print_paths([options.html] if options.html is not None else [])
+    print_paths([written] if written is not None else [])

@@ -1,17 +1,19 @@
 """The `foveate` command: finds the command that was asked for, and turns errors into one line and an exit code.
 
-Exit codes: 0, 1 a bound or a check failed, 2 bad usage or input, 130 interrupted. Commands are loaded by name when they
-are asked for; torch is imported when one of them runs.
+Exit codes: 0, 1 a bound or a check failed, 2 bad usage or input, 130 interrupted, 143 ended by SIGTERM (129 by SIGHUP).
+Commands are loaded by name when they are asked for; torch is imported when one of them runs.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 
 from cyclopts import App, CycloptsError, Parameter
 
+from foveate.cli.arguments import decode_texts, prepared
 from foveate.cli.config_file import apply_config_file
 from foveate.cli.console import note
+from foveate.cli.signals import FIRST_CODE, signals_raised
+from foveate.cli.streams import forgiving_streams
 from foveate.core.errors import FoveateError, is_out_of_memory
 
 BAD_USAGE = 2
@@ -40,7 +42,7 @@ _EPILOGUES = {
   speedup.transformer, speedup.decoder, speedup.end_to_end,
   flops_ratio, yardstick_psnr, identical, n, runs
 
-Exit codes: 0, 1 if a --fail-if holds, 2 bad usage or input, 130 interrupted.""",
+Exit codes: 0, 1 if a --fail-if holds, 2 bad usage or input, 130 interrupted, 143 terminated.""",
 }
 """What help says below the flags."""
 
@@ -67,7 +69,7 @@ def build_app() -> App:
         version=_version,
         help_format="plaintext",
         default_parameter=Parameter(negative=(), show_default=_default),
-        config=apply_config_file,
+        config=(apply_config_file, decode_texts),
         suppress_keyboard_interrupt=False,
     )
     for name, summary in _COMMANDS.items():
@@ -108,19 +110,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     tokens = list(sys.argv[1:] if arguments is None else arguments)
+    with forgiving_streams() as streams, signals_raised() as came:
+        try:
+            code = streams.settle(_run(tokens))
+        except KeyboardInterrupt:
+            code = _fail("terminated" if came else "interrupted", INTERRUPTED)
+    return FIRST_CODE + came[0] if came else code
+
+
+def _run(tokens: Sequence[str]) -> int:
+    """One command, whose errors become a line and a code."""
     try:
-        result = build_app()(tokens, exit_on_error=False, print_error=False, result_action="return_value")
-        sys.stdout.flush()
+        app, found = build_app(), prepared(tokens)
+        result = app(found, exit_on_error=False, print_error=False, result_action="return_value")
     except CycloptsError as error:
         return _fail(_usage(error))
     except FoveateError as error:
         return _fail(str(error))
+    except UnicodeEncodeError as error:
+        return _fail(f"{error.object!r} cannot be written as {error.encoding}; use UTF-8, or set PYTHONUTF8=1")
     except BrokenPipeError:
-        # Whoever read our output has enough; Python would complain once more when it closes the stream.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output has enough; only a stream that is not the process's own gets here.
         return 0
     except (OSError, MemoryError, RuntimeError) as error:
         return _fail(_of_system(error))
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
     return result if isinstance(result, int) else 0

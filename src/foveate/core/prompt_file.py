@@ -1,23 +1,51 @@
-"""Prompts from a text file, one a line."""
+r"""Prompts from a text file or stdin, one a line.
 
+Blank lines are left out, and so are comments, which begin with `#`. A prompt that begins with `#` is written `\#`.
+"""
+
+import re
+import sys
 from pathlib import Path
 
 from foveate.core.errors import FoveateError
+from foveate.core.text_file import decode_text, lines_of, read_text
+
+STDIN = Path("-")
+"""Stands for stdin; a file of this name is read through its absolute path."""
+
+_ESCAPED = re.compile(r"\\(\\*#)")
+"""The beginning of a line whose first backslash says that it is no comment."""
 
 
-def read_prompt_file(path: Path) -> list[str]:
-    """The lines that are not empty, without blanks around them; never none.
+def read_prompt_file(path: str | Path) -> list[str]:
+    """The prompts of a file, without blanks around them; never none.
+
+    Args:
+        path: UTF-8, with or without a byte order mark, or UTF-16 with one; `-` reads stdin to its end.
 
     Raises:
-        FoveateError: The file cannot be read or has no such line.
+        FoveateError: The file cannot be read, is no text, or has no prompt.
     """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError:
-        raise FoveateError(f"cannot read prompts from {path}: it is not a text file in UTF-8") from None
-    except OSError as error:
-        raise FoveateError(f"cannot read prompts from {path}: {error.strerror}") from None
-    found = [line for line in lines if line]
+    is_stdin = Path(path) == STDIN
+    name = "stdin" if is_stdin else str(path)
+    text = decode_text(_read_stdin(), "prompts from stdin") if is_stdin else read_text(path, "prompts from")
+    found: list[str] = []
+    for number, line in enumerate(lines_of(text), start=1):
+        if "\0" in line:
+            raise FoveateError(f"cannot read prompts from {name}: line {number} holds a NUL; save it as text in UTF-8")
+        # Files that were joined have a byte order mark in the middle.
+        prompt = line.replace("\ufeff", "").strip()
+        if prompt and not prompt.startswith("#"):
+            found.append(_ESCAPED.sub(r"\1", prompt) if _ESCAPED.match(prompt) else prompt)
     if not found:
-        raise FoveateError(f"{path} has no prompts; write one a line")
+        raise FoveateError(f"{name} has no prompts; write one a line (a line that begins with # is a comment)")
     return found
+
+
+def _read_stdin() -> bytes:
+    if sys.stdin is None:
+        raise FoveateError("cannot read prompts from stdin: it is closed; pipe them in, or name a file")
+    try:
+        return sys.stdin.buffer.read()
+    except OSError as error:
+        raise FoveateError(f"cannot read prompts from stdin: {error.strerror or error}") from None
