@@ -3,14 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip
 
-.PHONY: demo test check format wheel wheel-check clean
+# One worker per core with one thread each: threads of several workers would wait for each other.
+WORKERS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal --durations=10
+
+.PHONY: demo test soak check format wheel wheel-check clean
 
 # Draws four pictures in five ways and says what was saved and what it cost: demo/
 demo: .venv/.installed
 	$(BIN)/python benchmarks/demo.py --output demo
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(WORKERS) -m "not soak"
+
+# What takes minutes: dry runs of all recipes, the report of a model, two threads on plain torch
+soak: .venv/.installed-dev
+	$(WORKERS) -m soak
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .

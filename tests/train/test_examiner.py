@@ -90,6 +90,7 @@ def test_a_perfect_drawer_reaches_every_ceiling(pipe: Pipeline, tmp_path: Path) 
     assert figures["held-out pairs of concept and style"].value is not None
 
 
+@pytest.mark.soak
 def test_a_blank_drawer_fails_them(pipe: Pipeline, tmp_path: Path) -> None:
     figures = examine(pipe, tmp_path / "corpus", is_blank=True, num_styles=1)
     assert figures["background colour"].value < 0.5

@@ -1,6 +1,7 @@
 """Recipes: every shipped one runs from corpus to a model that draws, on either route, and a call may pause."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from tests.toy_corpus import write_corpus
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
+SOAK = partial(pytest.param, marks=pytest.mark.soak)
 
-@pytest.mark.parametrize(("name", "side"), [("emoji_tiny", 256), ("emoji", 256), ("emoji_512", 512)])
+
+@pytest.mark.parametrize(("name", "side"), [("emoji_tiny", 256), SOAK("emoji", 256), SOAK("emoji_512", 512)])
 def test_a_dry_run_of_every_shipped_recipe_ends_in_a_model_that_draws(name: str, side: int, tmp_path: Path) -> None:
     write_corpus(tmp_path / "run" / "corpus", side)
     lines: list[str] = []
