@@ -125,3 +125,11 @@ def test_a_saving_by_depth_shows_in_token_blocks(toy_pipe: Pipeline):
     assert 0 < report.token_blocks_run < report.token_blocks_full
     full = toy_pipe("a red cat", seed=1, output_type="latent").report
     assert full.token_blocks_run == full.token_blocks_full == 2 * 3 * full.tokens_full
+
+
+@pytest.mark.parametrize("prompt", ["a\0cat", "a cat \ud83d", "\udfff"])
+def test_a_prompt_that_is_no_text_is_refused(toy_pipe: Pipeline, prompt: str):
+    with pytest.raises(FoveateError, match="prompt holds characters that are no text"):
+        toy_pipe(prompt)
+    with pytest.raises(FoveateError, match="negative_prompt holds characters that are no text"):
+        toy_pipe("a cat", negative_prompt=prompt)

@@ -3,8 +3,9 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 from foveate.bench.calibrate import profile
 from foveate.bench.page import facts, main_table, markdown
@@ -55,7 +56,7 @@ def run(
     if options.output is not None and not is_profile:
         _require_matplotlib()
     policies = tuple(load_policy(policy) for policy in options.policy or ["full"])
-    with Staging(options.output) as staging:
+    with Staging(options.output, [_PROFILE] if is_profile else _FILES) as staging:
         # The bar of a call would be drawn while the call is timed.
         pipe = open_pipeline(model, is_quiet=True)
         texts = (default_prompt(pipe),) if prompts is None else tuple(prompts)
@@ -70,13 +71,17 @@ def run(
         report = run_bench(pipe, plan, hides_progress=True if options.quiet else None)
         bandwidth = weight_bandwidth(pipe.model.dtype, pipe.model.device, BANDWIDTH_SIZE) if is_profile else None
         data = report.to_json() if bandwidth is None else profile(report, bandwidth)
-        if options.output is not None:
-            _write(staging, report, data)
-            staging.publish()
-    if options.as_json:
-        print_json(data)
-    else:
-        _print(report, bandwidth, options)
+        written: Collection[Path] = ()
+        try:
+            if options.output is not None:
+                _write(staging, report, data)
+                written = staging.publish().values()
+        finally:
+            # Minutes of measuring are not lost with a file that cannot be written.
+            if options.as_json:
+                print_json(data)
+            else:
+                _print(report, bandwidth, written)
     return _code(report, plan)
 
 
@@ -114,15 +119,14 @@ def _write(staging: Staging, report: BenchReport, data: dict[str, object]) -> No
     staging.path(page).write_text(markdown(report, plot), encoding="utf-8")
 
 
-def _print(report: BenchReport, bandwidth: float | None, options: BenchOptions) -> None:
+def _print(report: BenchReport, bandwidth: float | None, written: Collection[Path]) -> None:
     rate = [] if bandwidth is None else [("weights are read at", f"{in_units(bandwidth, 'B')}/s")]
     print_facts([*facts(report), *rate])
     print_gap()
     print_table(*main_table(report))
     print_gap()
     print_facts(("not included", text) for text in report.excluded)
-    if options.output is not None:
-        print_paths(options.output / name for name in ((_PROFILE,) if bandwidth is not None else _FILES))
+    print_paths(written)
 
 
 def _code(report: BenchReport, plan: BenchPlan) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def run(what: str, model: ModelOptions, options: EvalOptions) -> int:
             sys.stderr.flush()
 
     corpus = load_corpus(options.corpus)
-    with Staging(options.output) as staging:
+    with Staging(options.output, FILES) as staging:
         examiner = Examiner(
             pipe=open_pipeline(model, is_quiet=True),
             corpus=corpus,
@@ -42,19 +43,22 @@ def run(what: str, model: ModelOptions, options: EvalOptions) -> int:
         )
         figures = list(examiner.figures())
         data = _data(what, model, options, figures)
-        if options.output is not None:
-            log("sheets")
-            staging.path("model.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-            staging.path("model.md").write_text(_markdown(model, options, figures), encoding="utf-8")
-            single_sheet(examiner).save(staging.path("sheet.png"), optimize=True)
-            composed_sheet(examiner).save(staging.path("scenes.png"), optimize=True)
-            staging.publish()
-    if options.as_json:
-        print_json(data)
-    else:
-        print_table(COLUMNS, [figure.cells() for figure in figures])
-        if options.output is not None:
-            print_paths(options.output / name for name in FILES)
+        written: Collection[Path] = ()
+        try:
+            if options.output is not None:
+                log("sheets")
+                staging.path("model.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+                staging.path("model.md").write_text(_markdown(model, options, figures), encoding="utf-8")
+                single_sheet(examiner).save(staging.path("sheet.png"), optimize=True)
+                composed_sheet(examiner).save(staging.path("scenes.png"), optimize=True)
+                written = staging.publish().values()
+        finally:
+            # Minutes of measuring are not lost with a file that cannot be written.
+            if options.as_json:
+                print_json(data)
+            else:
+                print_table(COLUMNS, [figure.cells() for figure in figures])
+                print_paths(written)
     return 0
 
 

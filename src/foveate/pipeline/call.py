@@ -310,7 +310,13 @@ def _prompts(texts: list[str], name: str) -> tuple[str, ...]:
         _require(isinstance(text, str), f"{name} must be text, got {type(text).__name__}")
         _require(bool(text.strip()), f"{name} must not be empty; say what to draw" if name == "prompt" else
                  f"{name} must not be empty; leave it out")  # fmt: skip
+        _require(_is_plain(text), f"{name} holds characters that are no text (NUL or half a surrogate pair): {text!r}")
     return tuple(texts)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text can be stored as UTF-8 and in metadata."""
+    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def draws_classes(spec: ModelSpec) -> bool:
