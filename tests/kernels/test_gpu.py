@@ -23,6 +23,7 @@ NEEDS_TRITON = pytest.mark.skipif(
 
 
 @NEEDS_TRITON
+@pytest.mark.soak
 def test_kernels_equal_their_twins_in_the_interpreter():
     environment = {
         **os.environ,

@@ -71,6 +71,7 @@ COMPOSED = (
 )
 
 
+@pytest.mark.soak
 def test_a_perfect_drawer_reaches_every_ceiling(pipe: Pipeline, tmp_path: Path) -> None:
     figures = examine(pipe, tmp_path / "corpus", is_blank=False, num_styles=2)
     for name in COMPOSED[:4]:

@@ -41,6 +41,7 @@ def test_a_dry_run_of_every_shipped_recipe_ends_in_a_model_that_draws(name: str,
     assert (folder / "NOTICE").read_text(encoding="utf-8")
 
 
+@pytest.mark.soak
 def test_a_call_pauses_and_the_same_call_goes_on(tmp_path: Path) -> None:
     write_corpus(tmp_path / "run" / "corpus", 256)
     file = tmp_path / "toy.yaml"

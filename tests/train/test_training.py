@@ -114,6 +114,7 @@ def test_texts_are_padded_and_cut() -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of torch needs g++ on a CPU")
+@pytest.mark.soak
 def test_compiled_blocks_have_the_same_gradients() -> None:
     # In a process of its own: the compiler cannot look through the checks of shapes that tests put around functions.
     command = [sys.executable, str(Path(__file__).with_name("compiled_case.py"))]
