@@ -36,6 +36,9 @@ class Encoder:
     def encode(self, prompts):
         raise AssertionError("nothing is drawn here")
 
+    def num_cut(self, prompt):
+        return 0
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -46,6 +49,9 @@ class Pair:
 
     def encode(self, prompts):
         return self.first.encode(prompts)
+
+    def num_cut(self, prompt):
+        return 0
 
 
 def test_two_encoders_in_one_are_both_counted(toy_pipe: Pipeline) -> None:

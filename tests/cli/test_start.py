@@ -1,10 +1,10 @@
 """The program itself: how fast help comes, what it imports, and names of files."""
 
+import os
 import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ def test_help_is_quick() -> None:
     foveate(*arguments)
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        before = os.times()
         ran = foveate(*arguments)
-        seconds.append(time.perf_counter() - began)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
         assert ran.returncode == 0
     assert "--guidance-scale" in ran.stdout
-    # What else runs on the machine only ever adds time.
+    # Time of the processor, as other tests run beside this one.
     assert min(seconds) < 0.3
 
 

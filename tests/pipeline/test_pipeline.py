@@ -187,7 +187,7 @@ def test_size_outside_of_training_warns(toy_pipe: Pipeline, caplog: pytest.LogCa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0}, "temperature must be above 0"),
+        ({"temperature": 0}, "temperature must be above 2.94e-39, got 0"),
         ({"top_p": 1.5}, r"top_p must be in \[0, 1\]"),
         ({"top_k": -1}, "top_k must be a whole number"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be a whole number, 1 or more, got 0"),

@@ -89,6 +89,9 @@ class Lengths:
         """One label per prompt."""
         return [ClassLabel(index=len(prompt)) for prompt in prompts]
 
+    def num_cut(self, prompt: str) -> int:
+        return 0
+
 
 @pytest.mark.parametrize("name", ["text_encoder.safetensors", "tokenizer.json"])
 def test_a_missing_text_encoder_is_said_at_loading(toy_folder: Path, tmp_path: Path, name: str) -> None:
