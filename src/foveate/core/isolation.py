@@ -1,7 +1,7 @@
 """What a caller may have switched on in its thread, switched off while foveate computes."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -13,9 +13,9 @@ def inference(device: torch.device) -> Iterator[None]:
     Autocast would change products, and a caller's settings are restored behind. Default dtypes and devices need no
     guard, as every tensor that foveate makes says its own.
     """
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
-        if device.type == "cpu":
-            yield
-            return
-        with torch.autocast("cpu", enabled=False):
-            yield
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        for kind in {device.type, "cpu"}:
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
