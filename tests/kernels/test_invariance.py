@@ -1,25 +1,21 @@
 """Rows alone and among others: products, the probe of them, tiles, and every other kernel that works row by row."""
 
 import copy
-import json
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.core.rows import Rows
-from foveate.kernels import invariance, native
+from foveate.kernels import activation, invariance, native
 from foveate.kernels import linear as products
-from foveate.kernels.activation import gelu
+from foveate.kernels.activation import gelu, silu
 from foveate.kernels.attention import attend_group
 from foveate.kernels.heads import unit_rotated
 from foveate.kernels.invariance import COUNTS, TILE_ROWS, TOGETHER, Product, failing_layers, is_row_independent
-from foveate.kernels.linear import Linear, linear, takes_onednn
+from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
 from foveate.kernels.residual import add_gated_
 from foveate.policies.full import Full
@@ -268,46 +264,21 @@ def test_failing_layers_are_named_by_outputs_inputs_and_dtype(monkeypatch):
     assert failing_layers([]) == frozenset()
 
 
-# Processors without AVX-512
-
-PROBE_AVX2 = """
-import json, torch
-from foveate.kernels.invariance import Product, is_row_independent
-from foveate.kernels.linear import Linear, takes_onednn
-found, cpu = {}, torch.device("cpu")
-for dtype in (torch.float32, torch.bfloat16):
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        found[f"{dtype} {threads}"] = [
-            is_row_independent(Product(num_outputs=o, num_inputs=i, dtype=dtype, device=cpu, tile_rows=t))
-            for o, i in ((96, 40), (64, 64), (50, 70)) for t in (None, 64)
-        ]
-layer = Linear(64, 64).bfloat16()
-with torch.inference_mode():
-    rows = layer(torch.ones(3, 64, dtype=torch.bfloat16)).isfinite().all().item()
-print(json.dumps({"found": found, "takes": takes_onednn(torch.bfloat16), "is_finite": rows}))
-"""
-
-
-def test_without_avx512_products_run_in_both_dtypes_and_rows_are_independent():
-    """OneDNN has no bfloat16 products there and raises if it is asked for one."""
-    if not native.allows_onednn() or platform.machine() not in ("x86_64", "AMD64"):
-        pytest.skip("oneDNN is not held to instructions here")
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE_AVX2],
-        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    said = json.loads(done.stdout)
-    assert said["is_finite"]
-    assert not said["takes"]
-    assert takes_onednn(torch.float32)
-    assert all(all(answers) for answers in said["found"].values()), said
-
-
 # The other kernels
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, 12, 61, 128, 999])
+@pytest.mark.parametrize("shares", [activation._gelu_shares, activation._silu_shares])
+def test_no_share_of_a_thread_has_a_rest(monkeypatch, shares: Callable[[int], int], threads: int):
+    """However many numbers: few calls, whole steps for each thread, and less than a step behind them."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for total in (0, 1, 63, 64, 16384, 16385, 32769, 45056, 100_032, 230_400, 230_401, 7_744_512):
+        left, calls = total, 0
+        while count := activation._even_count(left, shares):
+            assert count % (64 * shares(count)) == 0
+            left, calls = left - count, calls + 1
+        assert left == total % 64
+        assert calls <= 9
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -343,15 +314,28 @@ def test_heads_of_tokens_alone(path: str, threads: int, shape: tuple[int, int], 
         assert all(torch.equal(a, b[part]) for a, b in zip(alone, together, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [24, 128, 576])
-def test_gelu_of_tokens_alone(path: str, threads: int, width: int, dtype: torch.dtype):
-    if path == "torch" and width % 64:
-        pytest.skip("torch computes what is left over behind its vectors by other code")
-    x = random(TOGETHER_ROWS, width, dtype=dtype) * 3
-    together = gelu(x.clone())
-    for part in PARTS:
-        assert torch.equal(gelu(x[part].clone()), together[part])
+@pytest.fixture(params=[1, 3, 5])
+def odd_threads(request):
+    """Numbers of threads whose shares have a rest."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+@pytest.mark.parametrize(("count", "width"), [(150, 24), (301, 576), (1203, 64), (70, 1000), (1, 7), (0, 8)])
+@pytest.mark.parametrize("function", [gelu, silu])
+def test_activations_of_tokens_alone(
+    path: str, odd_threads: int, function: Callable[[Tensor], Tensor], count: int, width: int, dtype: torch.dtype
+):
+    x = random(count, width, dtype=dtype) * 3
+    together = function(x.clone())
+    assert together.shape == x.shape
+    for part in (*PARTS, slice(count - 1, count), slice(11, 260)):
+        assert torch.equal(function(x[part].clone()), together[part])
+    plain = F.silu(x.double()) if function is silu else F.gelu(x.double(), approximate="tanh")
+    assert torch.allclose(together.double(), plain, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -255,21 +255,6 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 DESCRIBE = "import logging; logging.basicConfig(); from foveate.kernels import native; print(native.describe())"
 
 
-def test_it_can_be_switched_off() -> None:
-    done = run_python(DESCRIBE, FOVEATE_NATIVE="0")
-    assert done.stdout.strip() == "torch (switched off by FOVEATE_NATIVE=0)"
-    assert not done.stderr
-
-
-def test_no_compiler_is_one_warning_with_the_remedy(tmp_path, path: str) -> None:
-    if path == "torch":
-        pytest.skip("nothing is compiled on this path")
-    done = run_python(DESCRIBE + "; native.describe()", CC="false", FOVEATE_CACHE=str(tmp_path))
-    assert done.stdout.strip() == "torch (it could not be compiled)"
-    assert done.stderr.count("\n") == 1
-    assert "install gcc, or set CC" in done.stderr
-
-
 def test_the_library_is_compiled_once_and_kept(tmp_path, path: str) -> None:
     if path == "torch":
         pytest.skip("nothing is compiled on this path")

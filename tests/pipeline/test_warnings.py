@@ -63,6 +63,15 @@ def test_what_belongs_to_the_model_is_logged_once_and_reported_by_every_call(toy
     assert [record.getMessage() for record in caplog.records] == [unpinned.message]
 
 
+def test_plain_kernels_are_said_on_a_cpu(toy_pipe: Pipeline, monkeypatch, caplog):
+    plain = CallWarning(code="kernels_plain", message="no compiler")
+    monkeypatch.setattr("foveate.kernels.native.warnings", lambda: (plain,))
+    with caplog.at_level(logging.WARNING, logger="foveate"):
+        pipe = Pipeline(toy_pipe.model)
+        assert pipe("a red cat", seed=1, output_type="latent").report.warnings == (plain,)
+    assert [record.getMessage() for record in caplog.records] == [plain.message]
+
+
 def test_codes_are_those_of_the_contract(caplog):
     assert len(set(WARNING_CODES)) == 7
     with caplog.at_level(logging.WARNING, logger="foveate"):

@@ -1,5 +1,6 @@
 """Loading policies by name, spec and file; what they print; and errors that name the closest."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -149,12 +150,36 @@ class Entry:
         return self.answer
 
 
-def test_plug_ins_are_found_and_broken_ones_are_named(monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A plug-in, one that cannot be imported, and one that is no policy; the groups that were looked up."""
+
     class Mine(SkipScales):
         name = "mine"
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry(Mine), Entry(ImportError("no such module"))])
-    with pytest.warns(UserWarning, match="policy plug-in ours .package:Ours. was left out: no such module"):
-        assert all_policies()["mine"] is Mine
-    with pytest.warns(UserWarning, match="was left out"):
-        assert load_policy("mine:count=3").settings() == {"count": 3}
+    asked: list[str] = []
+
+    def entry_points(group: str) -> list[Entry]:
+        asked.append(group)
+        return [Entry(Mine), Entry(ImportError("no such module")), Entry("a text"), Entry(int)]
+
+    monkeypatch.setattr(registry, "entry_points", entry_points)
+    registry.plug_ins.cache_clear()
+    yield asked
+    registry.plug_ins.cache_clear()
+
+
+def test_plug_ins_are_looked_up_once_and_broken_ones_named_once(installed: list[str]):
+    with pytest.warns(UserWarning, match="policy plug-in ours .package:Ours. was left out") as said:
+        assert all_policies()["mine"].name == "mine"
+    assert [str(warning.message).partition("left out: ")[2] for warning in said] == [
+        "no such module",
+        "it is no subclass of foveate.core.policy.Policy: 'a text'",
+        "it is no subclass of foveate.core.policy.Policy: <class 'int'>",
+    ]
+    # Warnings are errors in tests: a second one would be raised here.
+    assert load_policy("mine:count=3|mine").parts_of()[0].settings() == {"count": 3}
+    assert list(all_policies()) == [*REGISTRY, "mine"]
+    assert installed == ["foveate.policies"]
+    all_policies().clear()
+    assert "full" in all_policies()

@@ -12,16 +12,20 @@ from foveate.families.loading import BUNDLED, DATA, Origin, find_folder, find_sp
 from foveate.families.memory import count_parameters, memory_need
 from foveate.families.residency import Residency
 from foveate.folder import CONFIG_NAME
+from foveate.kernels import switches
 from foveate.kernels.invariance import describe_rows
+from foveate.kernels.linear import describe_products
 from foveate.pipeline.call import Settings, resolve
 from foveate.pipeline.pipeline import DTYPES
 
 
 def describe() -> dict[str, Any]:
-    """Versions, processor, devices and bundled models."""
+    """Versions, processor, devices, which code runs on them, and bundled models."""
     folders = [DATA / name for name in dict.fromkeys(BUNDLED.values())]
     return {
         **describe_machine(),
+        "switches": switches.describe(),
+        "linear_layers": describe_products(),
         "rows_of_linear_layers": describe_rows(),
         "bundled_models": [str(folder) for folder in folders if (folder / CONFIG_NAME).is_file()],
     }

@@ -5,11 +5,12 @@ block. Smaller tensors gain nothing. Memory goes back to the system when the las
 """
 
 import ctypes
-import os
 import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
+
+from foveate.kernels import switches
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
@@ -29,7 +30,7 @@ def kept_heap() -> Generator[None, None, None]:
     """
     global _running  # noqa: PLW0603 - the allocator is one for all requests
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if os.environ.get("FOVEATE_KEEP_HEAP", "1") == "0" or library is None or not hasattr(library, "mallopt"):
+    if not switches.is_on("FOVEATE_KEEP_HEAP") or library is None or not hasattr(library, "mallopt"):
         yield
         return
     with _lock:

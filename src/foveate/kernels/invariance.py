@@ -68,7 +68,7 @@ def is_row_independent(product: Product) -> bool:
     random = torch.Generator(device).manual_seed(0)
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         x_ni, weight_oi, bias_1o = (
-            torch.randn(*shape, generator=random, device=device).to(dtype)
+            torch.randn(*shape, generator=random, dtype=torch.float32, device=device).to(dtype)
             for shape in (
                 (TOGETHER, product.num_inputs),
                 (product.num_outputs, product.num_inputs),

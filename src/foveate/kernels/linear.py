@@ -2,18 +2,21 @@
 
 A row shall not depend on the rows beside it. A library multiplies few rows by other code than many, with sums in
 another order: a single row runs as two, and where that is not enough (`invariance` finds out) all rows run in tiles.
-Axes: n tokens, i inputs, o outputs.
+`FOVEATE_ONEDNN=0` leaves every product to torch. Axes: n tokens, i inputs, o outputs.
 """
 
 import functools
+import logging
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
-from foveate.kernels import native
+from foveate.kernels import native, switches
+
+logger = logging.getLogger("foveate")
 
 LEAST_ROWS = 2
 """Rows that a CPU multiplies at least: a single one runs as so many, as no library sums it like a row of a matrix."""
@@ -67,16 +70,36 @@ class Linear(nn.Linear):
 
 def takes_onednn(dtype: torch.dtype) -> bool:
     """Whether `linear` multiplies plain weights of this dtype on a CPU by oneDNN, where no gradients are wanted."""
-    if dtype not in _DTYPES or not native.allows_onednn():
-        return False
-    return dtype is not torch.bfloat16 or _multiplies_bfloat16()
+    return dtype in _DTYPES and native.allows_onednn() and _onednn_multiplies(dtype)
+
+
+def describe_products() -> str:
+    """Who multiplies plain weights on this CPU, for people: `onednn`, or `torch` and why, by dtype if they differ."""
+    if not native.allows_onednn():
+        is_built = switches.is_on("FOVEATE_ONEDNN")
+        return f"torch ({'it was built without oneDNN' if is_built else 'switched off by FOVEATE_ONEDNN=0'})"
+    refused = [str(dtype).removeprefix("torch.") for dtype in _DTYPES if not takes_onednn(dtype)]
+    return (
+        "onednn" if not refused else f"onednn, but torch in {' and '.join(refused)}: the processor lacks instructions"
+    )
 
 
 @functools.cache
-def _multiplies_bfloat16() -> bool:
-    """Whether oneDNN has bfloat16 products for this processor: it refuses those without AVX-512."""
-    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return supported
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of this dtype for this processor, asked once: by its own word, and by a product.
+
+    It has none in bfloat16 without AVX-512, and raises where it is asked for one.
+    """
+    try:
+        if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return False
+        # Whatever counts or pretends in this thread shall not see the probe, nor the probe what it pretends.
+        with _disable_current_modes(), torch.inference_mode():
+            ones_ni = torch.ones(3, 16, dtype=dtype, device="cpu")
+            return bool((_onednn(ones_ni, ones_ni, None) == ones_ni.shape[1]).all())
+    except (AttributeError, RuntimeError) as error:
+        logger.info("torch multiplies in %s: oneDNN cannot (%s)", dtype, str(error).splitlines()[0][:200])
+        return False
 
 
 def _product(
@@ -90,7 +113,12 @@ def _product(
         weight = weight.dequantize()
     if type(weight) not in (Tensor, nn.Parameter):
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return _onednn(x, weight, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 def _tiled(

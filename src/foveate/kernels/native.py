@@ -1,7 +1,8 @@
 """C code for processors with AVX-512 BF16: compiled once per machine with its own compiler, then kept in a cache.
 
-Nothing is compiled before a tensor asks for it. Where there is no such processor or no compiler, plain torch runs and
-one line says so. `FOVEATE_NATIVE=0` switches the C code off, `FOVEATE_CACHE` moves the folder of the compiled library.
+Nothing is compiled before a tensor asks for it. Where there is no such processor or no compiler, plain torch runs: one
+line at INFO says why, `foveate env` says it too, and `warnings` puts it into reports. `FOVEATE_NATIVE=0` switches the C
+code off, `FOVEATE_CACHE` moves the folder of the compiled library.
 """
 
 import ctypes
@@ -9,13 +10,20 @@ import functools
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from foveate.core.warnings import CallWarning
+from foveate.kernels import switches
 
 logger = logging.getLogger("foveate")
 
@@ -45,35 +53,64 @@ def num_threads(num_values: int) -> int:
     return torch.get_num_threads() if num_values >= _PARALLEL_VALUES else 1
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plain:
+    """Why plain torch runs in place of the C code.
+
+    Attributes:
+        reason: For people; without names of folders, as it goes into files of images.
+        remedy: What to do about it.
+        is_wanted: Whether it was asked for.
+    """
+
+    reason: str
+    remedy: str
+    is_wanted: bool = False
+
+
+class _PlainError(Exception):
+    """The library cannot be had on a machine that it is made for."""
+
+    def __init__(self, reason: str, remedy: str, detail: str = "") -> None:
+        super().__init__(detail)
+        self.plain = Plain(reason=reason, remedy=remedy)
+
+
+_COMPILER = "install gcc, or set CC to a C compiler that knows AVX-512 BF16"
+_FOLDER = "set FOVEATE_CACHE to a folder of yours that can be written"
+_SILENCE = "FOVEATE_NATIVE=0 silences this"
+
+
 def describe() -> str:
-    """What runs on this CPU, for reports: `native`, or `torch` and why."""
-    return "native" if library() is not None else f"torch ({_why_not() or 'it could not be compiled'})"
+    """What runs on this CPU, for reports: `native`, or `torch` and why; and whether oneDNN may not be called."""
+    found = _found()
+    reason = found.reason if isinstance(found, Plain) else "replaced in this process"
+    kernels = "native" if library() is not None else f"torch ({reason})"
+    return kernels if allows_onednn() else f"{kernels}, no oneDNN"
+
+
+def warnings() -> tuple[CallWarning, ...]:
+    """What the report of a call on a CPU says of the C code: nothing if it serves, or if it was switched off."""
+    found = _found()
+    if not isinstance(found, Plain) or found.is_wanted:
+        return ()
+    message = f"the C kernels do not run here ({found.reason}), and plain torch takes longer; {found.remedy}"
+    return (CallWarning(code="kernels_plain", message=message),)
 
 
 def allows_onednn() -> bool:
-    """Whether oneDNN may be called: torch was built with it, and nobody switched it or our code off."""
-    return torch.backends.mkldnn.is_available() and os.environ.get("FOVEATE_NATIVE", "1") != "0"
+    """Whether oneDNN may be called: torch was built with it, and `FOVEATE_ONEDNN=0` does not switch it off."""
+    return switches.is_on("FOVEATE_ONEDNN") and torch.backends.mkldnn.is_available()
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled library; None, after one warning where that is worth one, if it cannot be had."""
-    reason = _why_not()
-    if reason is not None:
-        logger.debug("kernels run in plain torch: %s", reason)
-        return None
-    try:
-        loaded = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.SubprocessError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
-        first = (detail.strip().splitlines() or [type(error).__name__])[0][:200]
-        logger.warning(
-            "attention runs several times slower: no C compiler made the kernels (%s); install gcc, or set CC", first
-        )
-        return None
-    _declare(loaded)
-    _share_threads(loaded)
-    return loaded
+    """The compiled library; None, after one line at INFO, where it cannot be had.
+
+    Raises:
+        FoveateError: A switch holds neither 0 nor 1.
+    """
+    found = _found()
+    return None if isinstance(found, Plain) else found
 
 
 def loaded() -> ctypes.CDLL:
@@ -83,12 +120,44 @@ def loaded() -> ctypes.CDLL:
     return found
 
 
-def _why_not() -> str | None:
-    """Why this machine is not served, or None if it is."""
-    if os.environ.get("FOVEATE_NATIVE", "1") == "0":
-        return "switched off by FOVEATE_NATIVE=0"
+@functools.cache
+def _found() -> ctypes.CDLL | Plain:
+    """The library or why there is none, found out once per process."""
+    # A wrong switch of any code is said here, as models are loaded, and not in the middle of a run.
+    switches.describe()
+    plain, detail = _unserved(), ""
+    if plain is None:
+        try:
+            return _loaded(_compiled())
+        except _PlainError as error:
+            plain, detail = error.plain, f": {error}" if str(error) else ""
+    logger.info("plain torch runs, not the C kernels (%s%s); %s", plain.reason, detail, plain.remedy)
+    return plain
+
+
+def _unserved() -> Plain | None:
+    """Why this machine is not served, whatever compiler it has; None if it is."""
+    if not switches.is_on("FOVEATE_NATIVE"):
+        return Plain(reason="switched off by FOVEATE_NATIVE=0", remedy="unset it to switch them on", is_wanted=True)
+    if sys.platform != "linux" or platform.machine().lower() not in ("x86_64", "amd64"):
+        here = f"{platform.system()} on {platform.machine()}"
+        return Plain(reason=f"they are for Linux on x86-64, and this is {here}", remedy=_SILENCE)
     missing = _NEEDED - _processor_flags()
-    return f"the processor lacks {', '.join(sorted(missing))}" if missing else None
+    if missing:
+        return Plain(reason=f"the processor lacks {', '.join(sorted(missing))}", remedy=_SILENCE)
+    return None
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """Loads the library and connects it to torch's threads."""
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        remedy = "remove the kernels-*.so in FOVEATE_CACHE or ~/.cache/foveate"
+        raise _PlainError("the compiled library cannot be loaded", remedy, str(error)) from None
+    _declare(loaded)
+    _share_threads(loaded)
+    return loaded
 
 
 @functools.cache
@@ -105,38 +174,47 @@ def _compiled() -> Path:
     """The library file, compiled now if this machine has not done so before.
 
     Raises:
-        OSError: No compiler, or no folder that can be written.
-        subprocess.SubprocessError: The compiler failed.
+        _PlainError: No compiler, one that fails, or no folder that can be written.
     """
     sources = sorted(SOURCES.glob("*.c"))
     compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
     if compiler is None:
-        raise FileNotFoundError("none of cc, gcc, clang is there")
+        raise _PlainError("there is no C compiler", _COMPILER, "none of cc, gcc, clang is there")
     digest = hashlib.sha256("\n".join((compiler, *_FLAGS, *sorted(_processor_flags()))).encode())
     for path in (*sources, *sorted(SOURCES.glob("*.h"))):
         digest.update(path.read_bytes())
-    target = _cache_folder() / f"kernels-{digest.hexdigest()[:20]}.so"
-    if not target.is_file():
-        # Two processes may compile at once: each writes a file of its own, and the last rename wins.
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            partial = Path(folder) / target.name
-            subprocess.run(
-                [*compiler.split(), *_FLAGS, "-o", str(partial), *map(str, sources)],
-                check=True,
-                capture_output=True,
-                text=True,
-                timeout=_COMPILE_SECONDS,
-            )
-            partial.replace(target)
+    try:
+        target = _cache_folder() / f"kernels-{digest.hexdigest()[:20]}.so"
+        if not target.is_file():
+            # Two processes may compile at once: each writes a file of its own, and the last rename wins.
+            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+                partial = Path(folder) / target.name
+                _compile(compiler, sources, partial)
+                partial.replace(target)
+    except OSError as error:
+        raise _PlainError("no folder holds the compiled library", _FOLDER, str(error)) from None
     return target
 
 
+def _compile(compiler: str, sources: Sequence[Path], target: Path) -> None:
+    command = [*compiler.split(), *_FLAGS, "-o", str(target), *map(str, sources)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_COMPILE_SECONDS)
+    except subprocess.CalledProcessError as error:
+        detail = next(iter(error.stderr.strip().splitlines()), str(error))[:200]
+        raise _PlainError("the C compiler failed", _COMPILER, detail) from None
+    except (OSError, subprocess.SubprocessError) as error:
+        raise _PlainError("the C compiler failed", _COMPILER, str(error)[:200]) from None
+
+
 def _cache_folder() -> Path:
-    """Where the library is kept; a folder of this user below the temporary ones if the home cannot be written."""
+    """Where the library is kept; a folder of this user below the temporary ones if the home cannot be written.
+
+    Raises:
+        OSError: Neither can.
+    """
     given = os.environ.get("FOVEATE_CACHE")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foveate"
-    fallback = Path(tempfile.gettempdir()) / f"foveate-{os.getuid()}"
-    for folder in (Path(given),) if given else (home, fallback):
+    for folder in (Path(given),) if given else _own_folders():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError:
@@ -144,7 +222,19 @@ def _cache_folder() -> Path:
         # A library that somebody else could have put there is not loaded.
         if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
             return folder
-    raise PermissionError(f"{given or home} cannot be written; set FOVEATE_CACHE to a folder of yours")
+    raise PermissionError(f"{given or 'neither the home nor the temporary folder'} cannot be written")
+
+
+def _own_folders() -> list[Path]:
+    """Folders of this user, the best one first."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    if not home:
+        try:
+            home = str(Path.home() / ".cache")
+        except RuntimeError:  # a user without a home, as in a container that runs under any number
+            home = None
+    kept = [Path(home) / "foveate"] if home else []
+    return [*kept, Path(tempfile.gettempdir()) / f"foveate-{os.getuid()}"]
 
 
 def _share_threads(loaded: ctypes.CDLL) -> None:

@@ -28,7 +28,7 @@ def neighbours(size: int, source: int, device: torch.device) -> tuple[Int[Tensor
 def resize_matrix(size: int, source: int, device: torch.device) -> Float[Tensor, "size source"]:
     """The same weights as a float32 matrix."""
     low, share = neighbours(size, source, device)
-    matrix = torch.zeros(size, source, device=device)
+    matrix = torch.zeros(size, source, dtype=torch.float32, device=device)
     matrix.scatter_add_(1, low[:, None], (1 - share)[:, None])
     matrix.scatter_add_(1, (low + 1).clamp_max(source - 1)[:, None], share[:, None])
     return matrix

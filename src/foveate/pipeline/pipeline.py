@@ -28,6 +28,7 @@ from foveate.engine.state import Request
 from foveate.families.loading import LoadedModel, Origin, Precision, load_model, with_independent_rows
 from foveate.families.offload import CODEBOOK, DECODER, TEXT_ENCODER, TRANSFORMER, Offload
 from foveate.families.residency import Residency
+from foveate.kernels import native
 from foveate.kernels.heap import kept_heap
 from foveate.pipeline.call import Job, Options, Prompts, resolve, settings_of, warnings_of
 from foveate.pipeline.output import (
@@ -237,7 +238,7 @@ class Pipeline:
     @property
     def warnings(self) -> tuple[CallWarning, ...]:
         """What holds for every call of this model on this machine."""
-        return self.model.warnings
+        return (*self.model.warnings, *(native.warnings() if self.model.device.type == "cpu" else ()))
 
     def _warnings_of(self, job: Job) -> tuple[CallWarning, ...]:
         return warnings_of(job, self.model.spec, is_trained=self.model.weights == "pretrained")

@@ -1,5 +1,6 @@
 """Policies by name, spec string or YAML file; other packages add theirs through the entry point `foveate.policies`."""
 
+import functools
 import warnings
 from dataclasses import fields
 from importlib.metadata import entry_points
@@ -63,16 +64,28 @@ PRESETS: dict[str, tuple[str, str]] = {
 def all_policies() -> dict[str, type[Policy]]:
     """The registry and what installed packages add to it.
 
-    A plug-in that cannot be imported is named in a warning and left out.
+    Packages are looked up once per process; `plug_ins.cache_clear()` has them looked up anew.
     """
-    found = dict(REGISTRY)
+    return REGISTRY | plug_ins()
+
+
+@functools.cache
+def plug_ins() -> dict[str, type[Policy]]:
+    """Policies of installed packages by name; callers leave them as they are.
+
+    A plug-in that cannot be imported, or is no policy, is named in one warning and left out.
+    """
+    found, broken = {}, []
     for entry in entry_points(group="foveate.policies"):
         try:
             policy = entry.load()
+            if not (isinstance(policy, type) and issubclass(policy, Policy)):
+                raise TypeError(f"it is no subclass of foveate.core.policy.Policy: {policy!r}")
+            found[policy.name] = policy
         except Exception as error:  # a broken plug-in must not stop the rest
-            warnings.warn(f"policy plug-in {entry.name} ({entry.value}) was left out: {error}", stacklevel=2)
-            continue
-        found[policy.name] = policy
+            broken.append(f"policy plug-in {entry.name} ({entry.value}) was left out: {error}")
+    for message in broken:
+        warnings.warn(message, stacklevel=3)
     return found
 
 

@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from foveate.kernels import switches
+
 logger = logging.getLogger("foveate")
 
 _WARPS = ((512, 2), (1024, 4))
@@ -47,7 +49,7 @@ def power_of_two(size: int) -> int:
 @functools.cache
 def has_triton() -> bool:
     """Whether triton is there and wanted; says once, at WARNING, if it is missing."""
-    if os.environ.get("FOVEATE_TRITON", "1") == "0":
+    if not switches.is_on("FOVEATE_TRITON"):
         return False
     if importlib.util.find_spec("triton") is None:
         logger.warning("the GPU runs plain torch, with several passes where one would do; install triton for kernels")
