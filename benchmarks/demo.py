@@ -20,7 +20,7 @@ from foveate.core.errors import FoveateError
 from foveate.eval.compare import ComparisonReport, compare
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline
-from foveate.pipeline.provenance import save_png
+from foveate.pipeline.provenance import save_image
 
 PROMPTS = ("a hamburger", "a strawberry", "a cactus", "a red car")
 POLICIES = ("full", "ld-pruning", "depthvar", "skip-scales", "drop-branch")
@@ -108,7 +108,7 @@ def save(drawn: list[Drawn], comparisons: dict[str, ComparisonReport], folder: P
     for side in drawn:
         for row, (prompt, picture) in enumerate(zip(PROMPTS, side.pictures, strict=True)):
             paths.append(folder / f"{side.policy}-{prompt.replace(' ', '-')}.png")
-            save_png(picture, paths[-1], side.output.row_config(row))
+            save_image(picture, paths[-1], side.output.row_config(row))
     for policy, comparison in comparisons.items():
         paths.append(comparison.to_html(folder / f"{policy}-against-full.html"))
     paths.append(folder / "sheet.png")

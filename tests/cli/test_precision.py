@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from foveate.families.memory import transformer_bytes
-from foveate.pipeline.provenance import read_png_config
+from foveate.pipeline.provenance import read_image_config
 from tests.conftest import TOY_SPEC
 
 
@@ -15,7 +15,7 @@ def test_flags(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> Non
     model = ("-m", toy_folder, "--seed", 1)
     flags = ("--quantization", "int8", "--decoder-dtype", "bfloat16")
     assert run("generate", "a cat", *model, *flags, "-o", "a.png").code == 0
-    config = read_png_config(tmp_path / "a.png")
+    config = read_image_config(tmp_path / "a.png")
     assert (config["quantization"], config["decoder_dtype"]) == ("int8", "bfloat16")
     again = run("generate", "--from", "a.png", "-m", toy_folder, "--json").data
     assert again["identical"]

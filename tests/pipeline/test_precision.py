@@ -24,7 +24,7 @@ from foveate.models.switti import SwittiConfig
 from foveate.models.var import VARConfig
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
-from foveate.pipeline.provenance import regenerate, save_png
+from foveate.pipeline.provenance import regenerate, save_image
 from foveate.policies.full import Full
 from foveate.tokenizers.autoencoder import AutoencoderConfig
 from foveate.tokenizers.vq_autoencoder import VQAutoencoderConfig
@@ -152,7 +152,7 @@ def test_a_picture_of_eight_bits_is_near_and_drawn_again(
     assert not np.array_equal(stack_uint8(output.images), stack_uint8(draw(toy_pipe).images))
     assert output.config["quantization"] == "int8"
     assert output.config["versions"]["torchao"]
-    path = save_png(output.images[0], tmp_path / "a.png", output.row_config(0))  # type: ignore[arg-type]
+    path = save_image(output.images[0], tmp_path / "a.png", output.row_config(0))  # type: ignore[arg-type]
     again = regenerate(path, int8_pipe)
     assert again.is_identical
     assert again.differences == ()
@@ -164,7 +164,7 @@ def test_a_picture_of_eight_bits_is_near_and_drawn_again(
 def test_a_registered_model_is_loaded_as_it_was(tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained("emoji", quantization="fp8", decoder_dtype="bfloat16")
     output = pipe.generate("hamburger", seed=1, policy="skip-scales:count=2")
-    path = save_png(output.images[0], tmp_path / "a.png", output.row_config(0))  # type: ignore[arg-type]
+    path = save_image(output.images[0], tmp_path / "a.png", output.row_config(0))  # type: ignore[arg-type]
     again = regenerate(path)
     assert again.is_identical
     assert again.differences == ()

@@ -19,7 +19,7 @@ from foveate.models.random_weights import fill_randomly
 from foveate.models.switti import SwittiConfig
 from foveate.models.var import GRIDS_256, GRIDS_512, VAR, VARConfig
 from foveate.pipeline.pipeline import Pipeline
-from foveate.pipeline.provenance import regenerate, save_png
+from foveate.pipeline.provenance import regenerate, save_image
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 from tests.conftest import toy_text_encoder
@@ -53,7 +53,7 @@ def test_var_from_files_draws_classes_and_draws_them_again(var_folder: Path, tmp
     assert output.images[0].size == (256, 256)  # type: ignore[union-attr]
     again = pipe.generate([1, "golden retriever"], seed=3)
     assert [image.tobytes() for image in output.images] == [image.tobytes() for image in again.images]  # type: ignore
-    save_png(output.images[1], tmp_path / "one.png", output.row_config(1))  # type: ignore[arg-type]
+    save_image(output.images[1], tmp_path / "one.png", output.row_config(1))  # type: ignore[arg-type]
     assert regenerate(tmp_path / "one.png", pipe).is_identical
 
 

@@ -77,12 +77,16 @@ class MemoryNeed:
     residency: Residency = _RESIDENT
 
     @property
+    def drawing(self) -> int:
+        """Bytes beside the weights while the transformer runs; they grow in proportion to the number of images."""
+        return self.text + self.kv + self.fills + max(self.blocks, self.logits)
+
+    @property
     def phases(self) -> dict[str, int]:
         """Bytes at the most while prompts are encoded, while the transformer runs and while pictures are decoded."""
-        drawing = self.text + self.kv + self.fills + max(self.blocks, self.logits)
         return {
             "encoding": self._weights("text_encoder"),
-            "transformer": self._weights("transformer") + drawing,
+            "transformer": self._weights("transformer") + self.drawing,
             "decoding": self._weights("autoencoder") + self.decoder,
         }
 
@@ -112,7 +116,7 @@ def count_parameters(spec: ModelSpec) -> dict[str, int]:
     return counts | {"text_encoder": TEXT_ENCODER_PARAMETERS[spec.conditioner]}
 
 
-def memory_need(
+def memory_need(  # noqa: PLR0913 - everything that the size of a request follows from
     spec: ModelSpec,
     dtype: torch.dtype,
     policy: Policy,
@@ -122,8 +126,9 @@ def memory_need(
     residency: Residency = _RESIDENT,
     quantization: str | None = None,
     text_tokens: int | None = None,
+    is_guided: bool = True,
 ) -> MemoryNeed:
-    """What guided pictures take.
+    """What pictures take.
 
     Args:
         spec: The model.
@@ -134,13 +139,15 @@ def memory_need(
         residency: Which parts are in memory while others work.
         quantization: How the blocks hold their weights; None stands for `dtype`.
         text_tokens: Tokens of every prompt; None for the longest that the transformer reads.
+        is_guided: Whether the unconditional branch runs.
     """
     networks = _networks(spec)
     shape = networks["transformer"].shape
     schedule, size = schedule or spec.default_schedule, dtype.itemsize
-    rows, tokens = 2 * num_images, 2 * num_images * schedule.scales[-1].num_tokens
+    rows = (2 if is_guided else 1) * num_images
+    tokens = rows * schedule.scales[-1].num_tokens
     bound = policy.bind(schedule, shape)
-    bounds = bounds_of(bound, _request(schedule, num_images), shape)
+    bounds = bounds_of(bound, _request(schedule, num_images, is_guided), shape)
     read = _longest_prompt(spec) if text_tokens is None else min(text_tokens, _longest_prompt(spec))
     return MemoryNeed(
         transformer=transformer_bytes(spec, dtype, quantization) + _narrowed_bytes(bound, schedule, networks, dtype),
@@ -154,6 +161,29 @@ def memory_need(
         decoder=decoder_bytes(spec, dtype, schedule),
         residency=residency,
     )
+
+
+def largest_batch(need: MemoryNeed, resident: int, available: int) -> int:
+    """How many images fit at once; 0 if not even one does.
+
+    Args:
+        need: What one image takes.
+        resident: Bytes of weights that are in memory already, which `available` is without (`resident_bytes`).
+        available: Bytes that are left.
+    """
+    room, phases = available + resident, need.phases
+    if max(phases["encoding"], phases["decoding"]) > room:
+        return 0
+    weights = phases["transformer"] - need.drawing
+    return max(0, (room - weights) // need.drawing)
+
+
+def resident_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: str | None, residency: Residency) -> int:
+    """Weights that stay on the device that draws between calls."""
+    if residency.offload:
+        return 0
+    text = 0 if residency.release_text_encoder else _text_encoder_bytes(spec.conditioner, dtype)
+    return transformer_bytes(spec, dtype, quantization) + count(_networks(spec)["autoencoder"]) * dtype.itemsize + text
 
 
 def _narrowed_bytes(bound: Bound, schedule: ScaleSchedule, networks: dict[str, Any], dtype: torch.dtype) -> int:
@@ -197,12 +227,12 @@ def _longest_prompt(spec: ModelSpec) -> int:
     return CLIP_TOKENS if isinstance(config, SwittiConfig) else 0
 
 
-def _request(schedule: ScaleSchedule, num_images: int) -> Request:
-    """Guided pictures, of which only the number of rows counts here."""
+def _request(schedule: ScaleSchedule, num_images: int, is_guided: bool) -> Request:
+    """Pictures, of which only the number of rows counts here."""
     count = len(schedule)
     return Request(
         schedule=schedule,
-        guidance=GuidanceSchedule(weights=(2.0,) * count),
+        guidance=GuidanceSchedule(weights=(2.0 if is_guided else 1.0,) * count),
         temperatures=(1.0,) * count,
         filters=(Filter(top_k=0, top_p=0.0),) * count,
         sampler=KeyedSampler(seeds=(0,) * num_images),

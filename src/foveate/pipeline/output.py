@@ -20,6 +20,7 @@ from torch import Tensor
 
 from foveate.core.trace import ScaleTrace, Trace
 from foveate.core.version import __version__
+from foveate.core.warnings import CallWarning
 from foveate.engine.report import Report
 from foveate.families.loading import LoadedModel, Precision
 from foveate.kernels import native
@@ -28,6 +29,12 @@ from foveate.pipeline.call import Job
 
 Images = list[Image.Image] | np.ndarray | Tensor
 """As `output_type` asked."""
+
+_OF_CALLS = ("format", "prompts", "negative_prompts", "num_images_per_prompt", "seeds")
+"""What a call's configuration holds of all its images, and that of one image does not."""
+
+_LONGEST_QUOTE = 40
+"""Characters of a prompt that a message repeats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -41,9 +48,34 @@ class PipelineOutput:
     report: Report
     trace: Trace
 
-    def row_config(self, row: int) -> dict[str, Any]:
-        """The configuration that belongs into the PNG of one picture: the whole batch, and which row it is."""
-        return {**self.config, "row": range(len(self.prompts))[row]}
+    def row_config(self, row: int, *, store_batch: bool = False) -> dict[str, Any]:
+        """The configuration that belongs into the file of one image, format 2: its own row, and no other one.
+
+        Where its bits depend on its batch, also the batch's size and its place; with `store_batch` all rows of it.
+        """
+        index, call = range(len(self.prompts))[row], self.config
+        negatives, per_prompt = call["negative_prompts"], call["num_images_per_prompt"]
+        own = {
+            "prompt": self.prompts[index],
+            "negative_prompt": None if negatives is None else negatives[index // per_prompt],
+            "seed": self.seeds[index] if self.seeds else None,
+        }
+        found: dict[str, Any] = {"format": 2}
+        for name, value in call.items():
+            if name == "prompts":
+                found |= own
+            elif name not in _OF_CALLS:
+                found[name] = value
+        batch: dict[str, Any] = {"size": len(self.prompts), "index": index}
+        if store_batch:
+            repeated = None if negatives is None else [text for text in negatives for _ in range(per_prompt)]
+            batch |= {"prompts": list(self.prompts), "negative_prompts": repeated, "seeds": list(self.seeds)}
+        if store_batch or not call["batch_invariant"]:
+            found["batch"] = batch
+        warnings = [warning for warning in self.report.warnings if _may_say(warning, self.prompts[index])]
+        if warnings:
+            found["warnings"] = [warning.to_json() for warning in warnings]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -152,13 +184,23 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def quoted(prompt: str) -> str:
+    """A prompt as messages repeat it: its beginning alone, if it is long."""
+    return repr(prompt if len(prompt) <= _LONGEST_QUOTE else f"{prompt[:_LONGEST_QUOTE]}...")
+
+
+def _may_say(warning: CallWarning, prompt: str) -> bool:
+    """Whether a warning belongs to an image: what is said of a prompt repeats it, and is for its own images alone."""
+    return warning.code != "prompt_cut" or quoted(prompt) in warning.message
+
+
 def _names(places: Sequence[str]) -> list[str]:
     """Repositories as they are, and of folders the name alone: where they lie is nobody's business."""
     return [Path(place).name if Path(place).is_dir() else place for place in places]
 
 
 def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
-    """Everything that decides the bits of a batch, defaults included, as plain JSON data."""
+    """Everything that decides the bits of a batch, defaults included, as plain JSON data: format 1, of a whole call."""
     grid, stride, kernels = job.schedule.grids[-1], model.spec.stride, describe_kernels(model.device)
     return {
         "format": 1,

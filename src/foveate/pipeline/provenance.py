@@ -1,6 +1,11 @@
-"""Pictures that can be made again: the whole batch's configuration in a PNG text chunk, read back and rerun."""
+"""Images that can be made again: what decides their bits, written into their files, read back and rerun.
+
+Format 2 describes one image: its own prompt, seed and negative prompt, and its batch only where its bits depend on it.
+Format 1 described a whole call, and which of its images this is; it is still read.
+"""
 
 import json
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,80 +14,120 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
 from foveate.core.policy import Policy
 from foveate.families.loading import model_names
+from foveate.pipeline.bulk import refuse_too_many
 from foveate.pipeline.call import Options, resolve, settings_of
+from foveate.pipeline.encoding import Encoder, read_text, text_of
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import all_policies, join
 
-CHUNK = "foveate"
-"""Name of the text chunk."""
+FORMATS = (1, 2)
+"""Of a configuration, those that are read."""
 
 _MAX_THREADS = 4096
+_NOT_COMPARED = ("row", "warnings")
+"""Which image of a call it is, and what was said about it, decide no bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Regenerated:
-    """A picture made again: whether its bytes are those of the file, and what is different from then."""
+    """An image made again.
+
+    Attributes:
+        image: As it was generated, before it was encoded.
+        is_identical: Whether it has the pixels of the file, once it is encoded as the file was.
+        differences: What is different from then, one line each.
+        output: Of the call that made it.
+        row: Which image of the call it is.
+        encoder: How the file was encoded.
+        config: What belongs into a file of the image.
+    """
 
     image: Image.Image
     is_identical: bool
     differences: tuple[str, ...]
     output: PipelineOutput
+    row: int
+    encoder: Encoder
+    config: dict[str, Any]
 
 
-def save_png(image: Image.Image, path: str | Path, config: Mapping[str, Any]) -> Path:
-    """Writes a picture with its configuration; the file appears complete or not at all.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rerun:
+    """A call that makes a stored image again: its prompts, `copies` times over, and which of its images that is."""
+
+    prompts: list[str]
+    options: Options
+    row: int
+    copies: int = 1
+
+
+def save_image(
+    image: Image.Image, path: str | Path, config: Mapping[str, Any], *, encoder: Encoder | None = None
+) -> Path:
+    """Writes an image with its configuration; the file appears complete or not at all.
 
     Args:
         image: RGB.
-        path: Where; an existing file is replaced, the folder must exist.
-        config: `PipelineOutput.row_config(row)`.
+        path: Where, ending in .png, .jpg, .jpeg or .webp; an existing file is replaced, the folder must exist.
+        config: `PipelineOutput.row_config(row)`; how the file is encoded is added.
+        encoder: Quality and more; None takes the default of the ending (`Encoder.for_file`).
 
     Returns:
         The path.
+
+    Raises:
+        FoveateError: Another ending, no such folder, or a configuration too long for a JPEG.
     """
-    text = PngImagePlugin.PngInfo()
-    text.add_text(CHUNK, json.dumps(config, separators=(",", ":")))
+    by_suffix = Encoder.for_file(path)
+    encoder = encoder or by_suffix
+    if encoder.format != by_suffix.format:
+        raise FoveateError(f"cannot write {encoder.format} to {path}; let the name and the format agree")
+    try:
+        content = encoder.encode(image, text_of({**config, "encoder": encoder.to_json()}))
+    except FoveateError as error:
+        raise FoveateError(f"cannot write {path}: {error}") from None
     with replace_file(path) as partial:
-        image.save(partial, format="PNG", pnginfo=text)
+        partial.write_bytes(content)
     return Path(path)
 
 
-def read_png_config(path: str | Path) -> dict[str, Any]:
-    """Reads what `save_png` wrote.
+def read_image_config(path: str | Path) -> dict[str, Any]:
+    """Reads what `save_image` wrote.
 
     Raises:
-        FoveateError: There is no such file, or it is no PNG of foveate.
+        FoveateError: There is no such file, or it is no image of foveate.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            text = image.info.get(CHUNK)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise FoveateError(f"cannot read {path} as a picture: {error}") from None
-    if not isinstance(text, str):
-        raise FoveateError(f"{path} carries no configuration of foveate; only its own PNG files can be made again")
+    text = read_text(path)
+    if text is None:
+        raise FoveateError(
+            f"{path} carries no configuration of foveate; only files that it wrote, and no program since, can be made "
+            "again"
+        )
     try:
         config = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise FoveateError(f"{path}: the configuration in the file is damaged") from None
     if not isinstance(config, dict):
         raise FoveateError(f"{path}: the configuration must be an object, got {type(config).__name__}")
-    if config.get("format") != 1:
-        raise FoveateError(f"{path}: the configuration must be of format 1, got {config.get('format')}")
+    if config.get("format") not in FORMATS:
+        known = " or ".join(map(str, FORMATS))
+        raise FoveateError(f"{path}: the configuration must be of format {known}, got {config.get('format')}")
     return config
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two configurations disagree on, one line each; which row of the batch it is does not count."""
-    flat_then, flat_now = dict(_flat(then)), dict(_flat(now))
-    names = [name for name in [*flat_then, *(n for n in flat_now if n not in flat_then)] if name != "row"]
+    """What two configurations disagree on, one line each; which row of the batch it is and warnings do not count."""
+    flat_then, flat_now = (
+        {name: value for name, value in _flat(config) if name not in _NOT_COMPARED} for config in (then, now)
+    )
+    names = [*flat_then, *(name for name in flat_now if name not in flat_then)]
     return [
         f"{name}: {flat_then.get(name)} then, {flat_now.get(name)} now"
         for name in names
@@ -91,40 +136,89 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def regenerate(path: str | Path, pipe: Pipeline | None = None) -> Regenerated:
-    """Makes the picture of a PNG again by running its whole batch as it was run.
+    """Makes the image of a file again: alone where its bits do not depend on a batch, else in a batch as large.
 
-    The number of threads is set to what it was and set back afterwards.
+    That batch repeats the image's own prompt, unless the file holds all prompts of its batch. The number of threads is
+    set to what it was and set back afterwards. Pixels of a lossy file are compared behind the same encoder.
 
     Args:
-        path: A PNG that `save_png` wrote.
+        path: A file that `save_image` wrote.
         pipe: The model that made it, needed if that was a folder; None loads the registered model.
 
     Raises:
-        FoveateError: The file cannot be read, its model is not registered, or its random state was the caller's own.
+        FoveateError: The file cannot be read, its model is not registered, its batch does not fit into memory, or its
+            random state was the caller's own.
     """
-    config = read_png_config(path)
+    config = read_image_config(path)
     with naming_damage(path):
-        if not config["seeds"]:
-            raise FoveateError(f"{path} was drawn from a caller's generator, whose state is not in the file")
+        encoder = Encoder.from_json(config["encoder"]) if "encoder" in config else Encoder()
+        rerun = _call_rerun(path, config) if config["format"] == 1 else _image_rerun(path, config)
+        threads = int(config["threads"])
+        if not 1 <= threads <= _MAX_THREADS:
+            raise FoveateError(f"{path}: threads must be 1 to {_MAX_THREADS}, got {threads}")
         pipe = pipe or Pipeline.from_pretrained(registered_name(path, config), **loading_options(config))
-        options = _options(config)
-        resolve(config["prompts"], settings_of(options), pipe.model.spec)
-        row, threads = int(config.get("row", 0)), int(config["threads"])
-        prompts = list(config["prompts"])
-        if not 0 <= row < len(config["seeds"]) or not 1 <= threads <= _MAX_THREADS:
-            raise FoveateError(f"{path}: row and threads must be those of a batch, got {row} and {threads}")
+        job = resolve(rerun.prompts, settings_of(rerun.options), pipe.model.spec)
+        refuse_too_many(pipe, job, job.num_images * rerun.copies)
     with _threads(threads):
-        output = pipe.generate(prompts, **options)
+        output = pipe.generate(rerun.prompts * rerun.copies, **rerun.options)
     assert isinstance(output.images, list), "the rerun asks for PIL images"
-    image = output.images[row]
+    image = output.images[rerun.row]
     with Image.open(path) as before:
-        is_identical = bool(np.array_equal(np.asarray(before.convert("RGB")), np.asarray(image)))
+        is_identical = np.array_equal(np.asarray(before.convert("RGB")), np.asarray(encoder.decoded(image)))
+    own = output.row_config(rerun.row, store_batch="prompts" in config.get("batch", {}))
+    now = output.config if config["format"] == 1 else own
+    if "encoder" in config:
+        now = {**now, "encoder": encoder.to_json()}
     return Regenerated(
         image=image,
         is_identical=is_identical,
-        differences=tuple(differences(config, output.config)),
+        differences=tuple(differences(config, now)),
         output=output,
+        row=rerun.row,
+        encoder=encoder,
+        config=own,
     )
+
+
+def _call_rerun(path: str | Path, config: Mapping[str, Any]) -> _Rerun:
+    """The whole call that format 1 describes."""
+    prompts, seeds = list(config["prompts"]), list(config["seeds"])
+    num, row = int(config["num_images_per_prompt"]), int(config.get("row", 0))
+    if not seeds:
+        raise _own_generator(path)
+    if len(prompts) * num != len(seeds) or not 0 <= row < len(seeds):
+        raise FoveateError(f"{path}: row, prompts and seeds must be those of a batch, got row {row} of {len(seeds)}")
+    options = _options(config)
+    options["negative_prompt"] = config["negative_prompts"]
+    options["num_images_per_prompt"] = num
+    options["seed"] = seeds[0] if config["rng"] == "reference" else seeds[::num]
+    return _Rerun(prompts=prompts, options=options, row=row)
+
+
+def _image_rerun(path: str | Path, config: Mapping[str, Any]) -> _Rerun:
+    """The call that makes the one image of format 2 again."""
+    batch = config.get("batch", {"size": 1, "index": 0})
+    size, row = int(batch["size"]), int(batch["index"])
+    if config["seed"] is None:
+        raise _own_generator(path)
+    if not 0 <= row < size:
+        raise FoveateError(f"{path}: size and index must be those of a batch, got {size} and {row}")
+    options = _options(config)
+    options["seed"] = operator.index(config["seed"])
+    if "prompts" not in batch:
+        # What the others are counts for nothing, only how many there are.
+        options["negative_prompt"] = config["negative_prompt"]
+        return _Rerun(prompts=[config["prompt"]], options=options, row=row, copies=size)
+    if len(batch["prompts"]) != size:
+        raise FoveateError(f"{path}: a batch of {size} has as many prompts, got {len(batch['prompts'])}")
+    options["negative_prompt"] = batch["negative_prompts"]
+    if config["rng"] != "reference":
+        options["seed"] = batch["seeds"]
+    return _Rerun(prompts=list(batch["prompts"]), options=options, row=row)
+
+
+def _own_generator(path: str | Path) -> FoveateError:
+    return FoveateError(f"{path} was drawn from a caller's generator, whose state is not in the file")
 
 
 def policy_from_parts(parts: Sequence[Mapping[str, Any]]) -> Policy:
@@ -158,7 +252,7 @@ def naming_damage(path: str | Path) -> Iterator[None]:
 
 
 def registered_name(path: str | Path, config: Mapping[str, Any]) -> str:
-    """The name of the model that made a PNG.
+    """The name of the model that made an image.
 
     Raises:
         FoveateError: It has none, as it was loaded from a folder.
@@ -169,7 +263,7 @@ def registered_name(path: str | Path, config: Mapping[str, Any]) -> str:
 
 
 def loading_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How the model of a PNG was loaded: weights, number formats and device, in the words of `from_pretrained`."""
+    """How the model of an image was loaded: weights, number formats and device, in the words of `from_pretrained`."""
     return {
         "weights": config["weights"]["kind"],
         "dtype": config["dtype"],
@@ -180,9 +274,8 @@ def loading_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _options(config: Mapping[str, Any]) -> Options:
-    num, seeds = int(config["num_images_per_prompt"]), list(config["seeds"])
+    """What both formats say of every image of the call."""
     return Options(
-        negative_prompt=config["negative_prompts"],
         width=config["width"],
         height=config["height"],
         guidance_scale=config["guidance_scale"],
@@ -190,8 +283,6 @@ def _options(config: Mapping[str, Any]) -> Options:
         top_k=config["top_k"],
         top_p=config["top_p"],
         more_smooth=config.get("more_smooth", False),
-        num_images_per_prompt=num,
-        seed=seeds[0] if config["rng"] == "reference" else seeds[::num],
         rng=config["rng"],
         policy=policy_from_parts(config["policy"]["parts"]),
         batch_invariant=config["batch_invariant"],
