@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from foveate.cli.staging import Staging, slug, unique_names
+from foveate.cli.staging import Staging, slug
 
 COMMANDS = ("generate", "compare", "bench", "eval", "policies", "models", "env", "convert", "train")
 
@@ -106,10 +106,6 @@ def test_no_command_prints_help(run: Callable[..., Any]) -> None:
 )
 def test_slug(prompt: str, name: str) -> None:
     assert slug(prompt) == name
-
-
-def test_repeated_names_get_numbers() -> None:
-    assert unique_names(["a", "a", "a-2", "a"]) == ["a", "a-2", "a-2-2", "a-3"]
 
 
 def test_staging_publishes_all_or_nothing(tmp_path: Path) -> None:

@@ -89,6 +89,10 @@ def test_codes_are_those_of_the_contract(caplog):
         ({"cfg": 1e300}, "guidance_scale must be finite numbers in float32, at most 3.4e+38, got 1e\\+300"),
         ({"cfg": 10**400}, "guidance_scale must be finite numbers in float32"),
         ({"tau": float("nan")}, "temperature must be finite numbers"),
+        (
+            {"num_images_per_prompt": 10**12},
+            "num_images_per_prompt must be 4096 or less in one call, got 1000000000000",
+        ),
         ({"cfg": -3.5e38}, "guidance_scale must be finite numbers in float32"),
         ({"cfg": 3e38}, "scale 0: guidance and temperature took logits out of the range of float32"),
         ({"tau": 1e-38}, "scale 0: guidance and temperature took logits out of the range of float32"),

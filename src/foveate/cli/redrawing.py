@@ -19,6 +19,7 @@ from foveate.pipeline.provenance import (
     regenerate,
     registered_name,
     save_image,
+    stored_threads,
 )
 
 _DEFAULT_MODEL = ModelOptions().model
@@ -40,7 +41,7 @@ def redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
             then = config["device"]
             stored = loading_options(config) | ({"device": model.device} if model.device else {})
             name = model.model if model.model != _DEFAULT_MODEL else registered_name(source, config)
-            asked = replace(model, model=name, **stored)
+            asked = replace(model, model=name, threads=stored_threads(config), **stored)
         again = regenerate(source, open_pipeline(asked, is_quiet=options.quiet))
         file = place.file or staging.free_stem(f"{source.stem}-again", [suffix]) + suffix
         own = Encoder.for_file(file)

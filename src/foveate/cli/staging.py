@@ -235,20 +235,6 @@ def slug(prompt: str) -> str:
     return words
 
 
-def unique_names(stems: list[str]) -> list[str]:
-    """The same names, with -2, -3 ... behind repeated ones."""
-    taken: set[str] = set()
-    names: list[str] = []
-    for stem in stems:
-        name, number = stem, 1
-        while name in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name)
-        names.append(name)
-    return names
-
-
 def _words(text: str) -> Iterator[str]:
     """Runs of letters and digits with the marks on them; joiners between letters are left out."""
     word = ""

@@ -32,6 +32,9 @@ StepCallback = Callable[[Any, int, int, dict[str, Any]], object]
 
 MAX_SEED = 2**63 - 1
 
+_MOST_IMAGES = 4096
+"""Of one prompt in one call: as many fit into no memory, but the list of their seeds still does."""
+
 _MAX_FLOAT32 = 3.4028234663852886e38
 
 _NEAREST = 3
@@ -409,6 +412,11 @@ def _seeds(settings: Settings, num_prompts: int) -> tuple[int, ...]:
     if settings.generator is not None:
         return ()
     per_prompt = int(settings.num_images_per_prompt)
+    _require(
+        per_prompt <= _MOST_IMAGES,
+        f"num_images_per_prompt must be {_MOST_IMAGES} or less in one call, got {per_prompt}; "
+        "foveate.pipeline.bulk.draw_rows draws more, batch by batch",
+    )
     seed = secrets.randbelow(2**32) if settings.seed is None else settings.seed
     if settings.rng == "reference" and not _is_whole(seed):
         raise FoveateError(f'rng="reference" takes one integer seed for the whole batch, got {seed!r}')

@@ -37,11 +37,10 @@ from foveate.pipeline.output import (
     ScaleEvent,
     describe,
     merge_traces,
+    quoted,
     to_images,
 )
 
-_LONGEST_QUOTE = 40
-"""Characters of a prompt that a message repeats."""
 _NO_GRAPHS_WITH_OFFLOAD = "captured graphs need weights that stay where they are; leave offload or cuda graphs out"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -363,9 +362,7 @@ class Pipeline:
         """Says which prompts lost their end."""
         lengths = {prompt: self.model.text.num_cut(prompt) for prompt in dict.fromkeys(job.prompts)}
         return tuple(
-            CallWarning(
-                code="prompt_cut", message=f"the prompt {_shortened(p)!r} is too long: its last {n} tokens were cut"
-            )
+            CallWarning(code="prompt_cut", message=f"the prompt {quoted(p)} is too long: its last {n} tokens were cut")
             for p, n in lengths.items()
             if n
         )
@@ -431,10 +428,6 @@ class Pipeline:
             ),
             trace=trace,
         )
-
-
-def _shortened(prompt: str) -> str:
-    return prompt if len(prompt) <= _LONGEST_QUOTE else f"{prompt[:_LONGEST_QUOTE]}..."
 
 
 def stack_uint8(images: Images) -> np.ndarray:

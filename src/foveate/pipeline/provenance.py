@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from foveate.core.atomic import replace_file
@@ -138,8 +137,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def regenerate(path: str | Path, pipe: Pipeline | None = None) -> Regenerated:
     """Makes the image of a file again: alone where its bits do not depend on a batch, else in a batch as large.
 
-    That batch repeats the image's own prompt, unless the file holds all prompts of its batch. The number of threads is
-    set to what it was and set back afterwards. Pixels of a lossy file are compared behind the same encoder.
+    That batch repeats the image's own prompt, unless the file holds all prompts of its batch. Pixels of a lossy file
+    are compared behind the same encoder. Sums depend on how threads split them, and how many there are is the caller's
+    to say, with `torch.set_num_threads(stored_threads(config))`.
 
     Args:
         path: A file that `save_image` wrote.
@@ -153,14 +153,11 @@ def regenerate(path: str | Path, pipe: Pipeline | None = None) -> Regenerated:
     with naming_damage(path):
         encoder = Encoder.from_json(config["encoder"]) if "encoder" in config else Encoder()
         rerun = _call_rerun(path, config) if config["format"] == 1 else _image_rerun(path, config)
-        threads = int(config["threads"])
-        if not 1 <= threads <= _MAX_THREADS:
-            raise FoveateError(f"{path}: threads must be 1 to {_MAX_THREADS}, got {threads}")
+        stored_threads(config)
         pipe = pipe or Pipeline.from_pretrained(registered_name(path, config), **loading_options(config))
         job = resolve(rerun.prompts, settings_of(rerun.options), pipe.model.spec)
         refuse_too_many(pipe, job, job.num_images * rerun.copies)
-    with _threads(threads):
-        output = pipe.generate(rerun.prompts * rerun.copies, **rerun.options)
+    output = pipe.generate(rerun.prompts * rerun.copies, **rerun.options)
     assert isinstance(output.images, list), "the rerun asks for PIL images"
     image = output.images[rerun.row]
     with Image.open(path) as before:
@@ -178,6 +175,18 @@ def regenerate(path: str | Path, pipe: Pipeline | None = None) -> Regenerated:
         encoder=encoder,
         config=own,
     )
+
+
+def stored_threads(config: Mapping[str, Any]) -> int:
+    """How many threads of torch drew an image.
+
+    Raises:
+        FoveateError: No number that there could be.
+    """
+    threads = int(config["threads"])
+    if not 1 <= threads <= _MAX_THREADS:
+        raise FoveateError(f"threads must be 1 to {_MAX_THREADS}, got {threads}")
+    return threads
 
 
 def _call_rerun(path: str | Path, config: Mapping[str, Any]) -> _Rerun:
@@ -287,17 +296,6 @@ def _options(config: Mapping[str, Any]) -> Options:
         policy=policy_from_parts(config["policy"]["parts"]),
         batch_invariant=config["batch_invariant"],
     )
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Computes with this many threads inside, as sums depend on how they are split."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
