@@ -15,7 +15,7 @@ demo: .venv/.installed
 test: .venv/.installed-dev
 	$(WORKERS) -m "not soak"
 
-# What takes minutes: dry runs of all recipes, the report of a model, two threads on plain torch
+# What takes minutes: captured graphs, kernels in the interpreter, dry runs of all recipes, the report of a model
 soak: .venv/.installed-dev
 	$(WORKERS) -m soak
 

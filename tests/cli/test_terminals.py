@@ -256,7 +256,9 @@ def test_signals_leave_nothing_hidden_and_keep_what_is_complete(
     run: Callable[..., Any], toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
     number = getattr(signal, name)
-    before, stream, batches = signal.getsignal(number), Pipeline.stream, []
+    # Whoever runs the tests may ignore hanging up, as nohup does.
+    outside = signal.signal(number, signal.SIG_DFL)
+    stream, batches = Pipeline.stream, []
 
     def stop_in_the_second(*arguments: Any, **options: Any) -> Any:
         batches.append(options)
@@ -265,12 +267,15 @@ def test_signals_leave_nothing_hidden_and_keep_what_is_complete(
         yield from stream(*arguments, **options)
 
     monkeypatch.setattr(Pipeline, "stream", stop_in_the_second)
-    ran = run("generate", "a cat", "-n", 2, "--batch-size", 1, "--seed", 7, "-m", toy_folder, "-o", "out")
+    try:
+        ran = run("generate", "a cat", "-n", 2, "--batch-size", 1, "--seed", 7, "-m", toy_folder, "-o", "out")
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, outside)
     assert (ran.code, ran.out) == (code, "")
     assert ran.err.splitlines()[-1] == "foveate: terminated"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a-cat-7.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert signal.getsignal(number) == before
 
 
 def test_signals_that_are_ignored_or_handled_stay_so(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ def test_batch_invariant_mode_gives_the_same_bits(spec: str, pipe: Pipeline):
     assert torch.equal(batch[1], alone[0])
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("spec", ACTIVE)
 def test_broken_request_leaves_nothing(spec: str, subject: Toy, request_of):
     policy, request = load_policy(spec), request_of(0)

@@ -25,6 +25,9 @@ from tests.engine.test_uncached import forgetful
 from tests.models import test_switti
 from tests.toys import SpySampler, Toy, label_request, make_request, toy, toy_var
 
+pytestmark = pytest.mark.soak
+"""Graphs are opt-in and have run on no device yet; that replays wait for nothing is part of test_waiting."""
+
 SPECS = (
     "full",
     "ld-pruning",

@@ -269,7 +269,7 @@ def assert_nothing_stays(subject: Toy, policy: Policy, request: Request, fresh: 
     steps.close()
     assert len(left_over()) == others
     assert attributes(subject.model) == before
-    assert vars(engine).keys() == {"model", "tokenizer", "graphs", "refiner", "_narrowed"}
+    assert vars(engine).keys() == {"model", "tokenizer", "graphs", "refiner", "obeys_autocast", "_narrowed"}
     assert engine.graphs is engine.refiner is None
     assert same_bits(run(subject, bound, request), fresh)
 

@@ -4,6 +4,7 @@ Axes: B images, n packed tokens, k tokens that reach the head, C width, V output
 """
 
 from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -85,9 +86,13 @@ class Engine:
             refiner: The family's step between sampling and commit; None where it has none.
             obeys_autocast: Whether autocast of the caller reaches the model, as for a model of the caller's own.
         """
-        self.guard = torch.inference_mode if obeys_autocast else partial(inference, model.device)
+        self.obeys_autocast = obeys_autocast
         self.model, self.tokenizer, self.graphs, self.refiner = model, tokenizer, graphs, refiner
         self._narrowed: dict[tuple[int, torch.dtype], Block] = {}
+
+    def guard(self) -> AbstractContextManager[object]:
+        """What the engine computes in: without gradients and, unless it obeys it, without the caller's autocast."""
+        return torch.inference_mode() if self.obeys_autocast else inference(self.model.device)
 
     def open(self, bound: Bound, request: Request) -> RequestState:
         """A request before its first scale; `RequestState.release` ends it.
