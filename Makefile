@@ -31,9 +31,10 @@ format: .venv/.installed-dev
 
 wheel: .venv/.installed-dev
 	rm -rf dist
+	$(BIN)/python -m build --outdir dist packages/foveate-emoji
 	$(BIN)/python -m build --outdir dist .
 
-# Installs the wheel in an empty environment and draws the same picture there, bit for bit, outside the repository.
+# Installs both wheels in an empty environment and generates the same image there, bit for bit, outside the repository.
 wheel-check: wheel
 	rm -rf .venv-wheel dist/check && $(PYTHON) -m venv .venv-wheel && mkdir -p dist/check
 	.venv-wheel/bin/python -m pip install "$$(grep '^torch==' constraints.txt)"
@@ -45,13 +46,14 @@ clean:
 	rm -rf .venv .venv-wheel dist build demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 # torch comes first and alone: it is by far the largest, and everything else must fit the pinned one.
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt packages/foveate-emoji/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "foveate needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -c constraints.txt -e ".[eval]"
+	$(PIP) install -e packages/foveate-emoji
+	$(PIP) install -c constraints.txt -e ".[demo,eval]"
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(PIP) install -c constraints.txt -e ".[eval,dev]"
+	$(PIP) install -c constraints.txt -e ".[demo,eval,dev]"
 	touch $@

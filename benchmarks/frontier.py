@@ -146,7 +146,9 @@ class Matcher:
     """Text match: is a picture's own label the nearest of all labels?"""
 
     def __init__(self, model: str, labels: Sequence[str]) -> None:
-        from foveate.eval.quality import TextMatch  # noqa: PLC0415 - needs the eval extra
+        # A script finds only its own folder; the recipe that trained the heads stands beside it.
+        sys.path.append(str(ROOT))
+        from recipes.emoji.heads import TextMatch  # noqa: PLC0415 - needs the eval extra
 
         self.heads = TextMatch.bundled()
         self.labels = list(labels)

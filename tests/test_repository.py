@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import foveate as fv
-from foveate.families.loading import DATA
+from foveate.families.packaged import packaged_models
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += [ROOT / "recipes/emoji/README.md", ROOT / "packages/foveate-emoji/README.md"]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def emoji() -> Pipeline:
     return pipe
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere_and_tables_are_filled(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
@@ -30,10 +31,10 @@ def test_links_lead_somewhere_and_tables_are_filled(page: Path) -> None:
 
 
 def test_the_model_card_and_the_notice_travel_with_the_weights() -> None:
-    card = (DATA / "emoji-tiny" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    card = (packaged_models()["emoji-tiny"] / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "memorises" in card
     assert "to be written" not in card
-    assert "Microsoft" in (DATA / "emoji-tiny" / "NOTICE").read_text(encoding="utf-8")
+    assert "Microsoft" in (packaged_models()["emoji-tiny"] / "NOTICE").read_text(encoding="utf-8")
 
 
 def test_the_bundled_model_draws_a_picture_that_depends_on_the_prompt(emoji: Pipeline) -> None:
@@ -56,5 +57,5 @@ def test_the_readme_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_shipped_card_is_the_one_that_the_recipe_exports() -> None:
-    shipped = (DATA / "emoji-tiny" / "MODEL_CARD.md").read_text(encoding="utf-8")
-    assert shipped == (ROOT / "configs" / "emoji_tiny_card.md").read_text(encoding="utf-8")
+    shipped = (packaged_models()["emoji-tiny"] / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert shipped == (ROOT / "recipes/emoji/configs/emoji_tiny_card.md").read_text(encoding="utf-8")

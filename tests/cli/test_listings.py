@@ -1,15 +1,11 @@
-"""`policies`, `models`, `env` and `train`: what they print, and what they refuse."""
+"""`policies`, `models` and `env`: what they print, and what they refuse."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from foveate.families.loading import model_names
 from foveate.policies.registry import PRESETS, REGISTRY, load_policy
-from foveate.train import recipe
-from foveate.train.loop import PauseError
 
 
 def test_policies(run: Callable[..., Any]) -> None:
@@ -84,38 +80,3 @@ def test_env_says_what_a_run_needs_before_anything_is_loaded(run: Callable[..., 
 def test_bound_of_env_is_what_the_engine_allocates(run: Callable[..., Any], toy_folder: Path, toy_pipe: Any) -> None:
     needs = run("env", "--json", "--model", toy_folder).data["model"]
     assert needs["bytes"]["float32"]["kv"] == toy_pipe.generate("a cat", seed=1).report.kv_bytes_bound
-
-
-def test_train_passes_everything_on(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[object] = []
-
-    def train(
-        config: Path, out: Path, stage: str, log: Callable[[str], None], route: object, start: object, stop: object
-    ) -> Path:
-        seen.extend([config, out, stage, route, start, stop])
-        log("half done")
-        if stop is not None:
-            raise PauseError("paused at 9.0 of 15 minutes")
-        return out / "model"
-
-    monkeypatch.setattr(recipe, "train", train)
-    (tmp_path / "r.yaml").write_text("name: toy\n")
-    command = ("train", "--config", "r.yaml", "--out", "run", "--stage", "export", "--device", "cpu")
-    ran = run(*command, "--minutes-scale", 0.5, "--dry-run", "--start-from", "old")
-    assert (ran.code, ran.out, ran.err) == (0, "run/model\n", "half done\n")
-    route = recipe.Route(device="cpu", minutes_scale=0.5, is_dry=True)
-    assert seen == [Path("r.yaml"), Path("run"), "export", route, Path("old"), None]
-    paused = run(*command, "--stop-after", 9)
-    assert (paused.code, paused.out, paused.err) == (75, "", "half done\npaused at 9.0 of 15 minutes\n")
-    assert seen[-1] == 9.0
-
-
-def test_train_refusals(run: Callable[..., Any], tmp_path: Path) -> None:
-    run("train", "--out", "x").assert_refused("--config")
-    run("train", "--config", "none.yaml", "--out", "x").assert_refused("no recipe at none.yaml")
-    (tmp_path / "r.yaml").write_text("name: toy\n")
-    run("train", "--config", "r.yaml", "--out", "x", "--minutes-scale", 0).assert_refused("--minutes-scale")
-    run("train", "--config", "r.yaml", "--out", "x", "--stop-after", 0).assert_refused("--stop-after")
-    run("train", "--config", "r.yaml", "--out", "x", "--stage", "exprt").assert_refused("--stage")
-    run("train", "--config", "r.yaml", "--out", "x").assert_refused("cannot read the training file")
-    assert [path.name for path in tmp_path.iterdir()] == ["r.yaml"]

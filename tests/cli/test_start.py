@@ -13,7 +13,7 @@ import pytest
 
 from foveate.cli.staging import Staging, slug
 
-COMMANDS = ("generate", "compare", "bench", "eval", "policies", "models", "env", "convert", "train")
+COMMANDS = ("generate", "compare", "bench", "policies", "models", "env", "convert")
 
 
 def foveate(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -8,10 +8,10 @@ from foveate.cli.env import EnvOptions
 from foveate.cli.options import SizeOptions
 from foveate.cli.registered import file_bytes
 from foveate.families.family import OWN_CONDITIONERS
-from foveate.families.loading import BUNDLED, DATA, Origin, find_folder, find_spec
+from foveate.families.loading import Origin, find_folder, find_spec
 from foveate.families.memory import count_parameters, memory_need
+from foveate.families.packaged import packaged_models
 from foveate.families.residency import Residency
-from foveate.folder import CONFIG_NAME
 from foveate.kernels import switches
 from foveate.kernels.invariance import describe_rows
 from foveate.kernels.linear import describe_products
@@ -20,14 +20,13 @@ from foveate.pipeline.pipeline import DTYPES
 
 
 def describe() -> dict[str, Any]:
-    """Versions, processor, devices, which code runs on them, and bundled models."""
-    folders = [DATA / name for name in dict.fromkeys(BUNDLED.values())]
+    """Versions, processor, devices, which code runs on them, and installed models."""
     return {
         **describe_machine(),
         "switches": switches.describe(),
         "linear_layers": describe_products(),
         "rows_of_linear_layers": describe_rows(),
-        "bundled_models": [str(folder) for folder in folders if (folder / CONFIG_NAME).is_file()],
+        "installed_models": {name: str(folder) for name, folder in packaged_models().items()},
     }
 
 
@@ -39,7 +38,7 @@ def needs(name: str, options: EnvOptions, size: SizeOptions) -> dict[str, Any]:
     """
     origin = Origin(name_or_path=name)
     spec = find_spec(origin)
-    is_own = (name in BUNDLED or Path(name).is_dir()) and spec.conditioner in OWN_CONDITIONERS
+    is_own = (name in packaged_models() or Path(name).is_dir()) and spec.conditioner in OWN_CONDITIONERS
     folder = find_folder(origin) if is_own else None
     width, height = size.width_and_height() or (None, None)
     settings = Settings(

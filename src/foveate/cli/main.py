@@ -23,12 +23,10 @@ _COMMANDS = {
     "generate": "Draw pictures from prompts.",
     "compare": "Measure how near a policy comes to another one, and how much time it saves.",
     "bench": "Measure time, throughput or memory of policies, or write a profile of this machine.",
-    "eval": "Measure how good a bundled model is, against the art it was trained on.",
     "policies": "List the policies, their fields and presets.",
     "models": "List the models by name.",
     "env": "Say what this machine offers and what a model needs.",
     "convert": "Rewrite a published checkpoint as safetensors, with a manifest of hashes.",
-    "train": "Train the bundled model again from its recipe.",
 }
 
 _EPILOGUES = {
@@ -73,10 +71,7 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,
     )
     for name, summary in _COMMANDS.items():
-        # The module of a command has its name, but no function can be called eval.
-        function = {"eval": "evaluate"}.get(name, name)
-        path, epilogue = f"foveate.cli.{function}:{function}", _EPILOGUES.get(name)
-        app.command(path, name=name, help=summary, help_epilogue=epilogue)
+        app.command(f"foveate.cli.{name}:{name}", name=name, help=summary, help_epilogue=_EPILOGUES.get(name))
     return app
 
 

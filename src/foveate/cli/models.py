@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from foveate.cli.console import in_units, print_json, print_table
+from foveate.families.packaged import DEMO_REMEDY
 
 
 @Parameter(name="*")
@@ -47,9 +48,9 @@ def _row(model: dict[str, Any]) -> tuple[str, ...]:
     if model["alias_of"] is not None:
         return (model["name"], f"the same as {model['alias_of']}", "", "", "")
     if model["parameters"] is None:
-        return (model["name"], "", "", "not in this installation", "")
+        return (model["name"], "", "", f"not installed: {DEMO_REMEDY}", "")
     width, height = model["default_size"]
-    weights = in_units(model["file_bytes"], "B") + ", bundled" if model["is_bundled"] else model["hub"]
+    weights = in_units(model["file_bytes"], "B") + ", installed" if model["is_bundled"] else model["hub"]
     ratios = model["ratios"]
     shapes = ", ".join(ratios) if len(ratios) <= _FEW else f"{len(ratios)} aspect ratios"
     trained = f"{', '.join(model['budgets'])} pixels, {shapes}"

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from foveate.families.loading import BUNDLED, DATA
 from foveate.families.memory import count_parameters
+from foveate.families.packaged import DEMO_NAMES, packaged_models
 from foveate.families.published import PUBLISHED
 from foveate.families.spec import ModelSpec
 from foveate.folder import CONFIG_NAME, read_config
@@ -12,7 +12,9 @@ from foveate.folder import CONFIG_NAME, read_config
 
 def all_models() -> list[dict[str, Any]]:
     """Every registered name."""
-    bundled = [_bundled(name, DATA / folder) for name, folder in BUNDLED.items()]
+    packaged = packaged_models()
+    missing = [name for name in DEMO_NAMES if name not in packaged]
+    bundled = [*(_packaged(name, folder) for name, folder in packaged.items()), *map(_describe, missing)]
     published = [
         _entry(name, entry.spec, None) | {"hub": entry.transformer.repo, "licence": entry.licence}
         for name, entry in PUBLISHED.items()
@@ -25,9 +27,9 @@ def file_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _bundled(name: str, folder: Path) -> dict[str, Any]:
+def _packaged(name: str, folder: Path) -> dict[str, Any]:
     if not (folder / CONFIG_NAME).is_file():
-        return _describe(name, alias_of=_alias(name, folder))
+        return _describe(name)
     return _entry(name, ModelSpec.from_json(read_config(folder)), folder)
 
 

@@ -1,4 +1,4 @@
-"""A model in memory: from a bundled name, a folder of ours, a published name, or published files on this disk.
+"""A model in memory: from an installed package, a folder of ours, a published name, or published files on this disk.
 
 Nothing is fetched that is here already, and everything is checked before it is used: the kind of the weights, that both
 networks belong together, and every key.
@@ -22,6 +22,7 @@ from foveate.core.hub import is_like_a_path, is_repository, no_such_file
 from foveate.core.protocols import NextScaleModel, ScaleTokenizer
 from foveate.core.warnings import CallWarning
 from foveate.families.family import OWN_CONDITIONERS, PLACES_CONDITIONER
+from foveate.families.packaged import DEMO_NAMES, DEMO_REMEDY, packaged_models
 from foveate.families.published import PUBLISHED
 from foveate.families.residency import Residency
 from foveate.families.sources import Sources, fetch_model, fetch_published, local_sources, unpinned
@@ -45,10 +46,6 @@ from foveate.models.var import VARConfig
 from foveate.models.weight_files import files_of, is_weight_file, naming, weights_sha256
 
 logger = logging.getLogger("foveate")
-
-DATA = Path(__file__).parents[1] / "data"
-BUNDLED = {"emoji": "emoji-tiny", "emoji-tiny": "emoji-tiny"}
-"""Bundled models and aliases: name -> folder below `DATA`."""
 
 _RESIDENT = Residency()
 
@@ -131,7 +128,7 @@ class LoadedModel:
 
 def model_names() -> list[str]:
     """Every registered name."""
-    return [*BUNDLED, *PUBLISHED]
+    return [*packaged_models(), *PUBLISHED]
 
 
 def load_model(
@@ -193,27 +190,30 @@ def find_spec(origin: Origin) -> ModelSpec:
 
 
 def find_folder(origin: Origin) -> Path:
-    """The folder of a bundled name, the folder itself, or the copy of a hub model, which is fetched if need be.
+    """The folder of a package's name, the folder itself, or the copy of a hub model, which is fetched if need be.
 
     Raises:
         FoveateError: There is none; the registered names are listed, or why the hub gave nothing.
     """
     folder = _own_folder(origin)
     if folder is None:
-        raise FoveateError(f"{origin.name_or_path} is no folder with {CONFIG_NAME}; foveate train writes such folders")
+        raise FoveateError(f"{origin.name_or_path} is no folder with {CONFIG_NAME}; name one of foveate's format")
     return folder
 
 
 def _own_folder(origin: Origin) -> Path | None:
     """The folder in our format that an origin means, or None where it means published files."""
     name, path = str(origin.name_or_path), Path(origin.name_or_path)
-    if origin.revision is not None and (name in BUNDLED or path.exists()):
+    if origin.revision is not None and (name in packaged_models() or path.exists()):
         raise FoveateError(f"revision needs a model on the hub; {name} is none, leave it out")
-    if name in BUNDLED:
-        folder = DATA / BUNDLED[name]
+    packaged = packaged_models()
+    if name in packaged:
+        folder = packaged[name]
         if not (folder / CONFIG_NAME).is_file():
-            raise CheckpointError(f"this installation lacks the weights of {BUNDLED[name]}; install the wheel")
+            raise CheckpointError(f"{folder} lacks {CONFIG_NAME}; install the package of {name} again")
         return folder
+    if name in DEMO_NAMES and not path.exists():
+        raise FoveateError(f"{name} comes in a package of its own, which is not installed: {DEMO_REMEDY}")
     if name in PUBLISHED or path.is_file():
         return None
     if not path.is_dir():

@@ -1,0 +1,156 @@
+"""`python -m recipes.emoji`: trains the bundled models from their recipes, and measures how good they are."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from foveate.core.errors import FoveateError
+
+Stage = Literal["corpus", "tokenizer", "places", "transformer", "export", "sampling", "all"]
+
+BAD_USAGE, INTERRUPTED = 2, 130
+
+PAUSED = 75
+"""Exit status of a run that has more to do: what sysexits.h calls a temporary failure, try again."""
+
+_OUTPUT = Parameter(name=["--output", "-o"])
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainOptions:
+    """Where a run is kept, and how much of it happens now.
+
+    Attributes:
+        output: Folder for the corpus, the checkpoints and the finished model; the same command resumes from it.
+        stage: The part to run.
+        device: cpu or cuda; default: a GPU if there is one.
+        minutes_scale: Multiplies the training minutes of both networks.
+        dry_run: Take one small step of everything in OUTPUT/dry and write an untrained model there.
+        start_from: Folder of a model of the same shape to train further.
+        stop_after: Minutes after which to pause behind a checkpoint, with exit status 75.
+    """
+
+    output: Annotated[Path, _OUTPUT]
+    stage: Stage = "all"
+    device: str | None = None
+    minutes_scale: float = 1.0
+    dry_run: bool = False
+    start_from: Path | None = None
+    stop_after: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses minutes that are none."""
+        if not self.minutes_scale > 0:
+            raise FoveateError(f"--minutes-scale must be above 0, got {self.minutes_scale}")
+        if self.stop_after is not None and not self.stop_after > 0:
+            raise FoveateError(f"--stop-after must be above 0, got {self.stop_after}")
+
+
+def train(recipe: Path, /, *, options: TrainOptions) -> int:
+    """Train a model from its recipe; a run that was stopped goes on where it was.
+
+    Args:
+        recipe: A YAML file, such as recipes/emoji/configs/emoji_tiny.yaml.
+        options: Where a run is kept, and how much of it happens now.
+    """
+    if not recipe.is_file():
+        raise FoveateError(f"no recipe at {recipe}; one is recipes/emoji/configs/emoji_tiny.yaml")
+    from recipes.emoji import loop  # noqa: PLC0415 - torch is loaded when the command runs
+    from recipes.emoji import recipe as recipes  # noqa: PLC0415
+
+    route = recipes.Route(device=options.device, minutes_scale=options.minutes_scale, is_dry=options.dry_run)
+    try:
+        made = recipes.train(recipe, options.output, options.stage, _log, route, options.start_from, options.stop_after)
+    except loop.PauseError as pause:
+        _log(str(pause))
+        return PAUSED
+    sys.stdout.write(f"{made}\n")
+    return 0
+
+
+def evaluate(
+    corpus: Path,
+    /,
+    *,
+    model: str = "emoji",
+    prompts: int = 200,
+    seed: int = 0,
+    dtype: str = "float32",
+    output: Annotated[Path | None, _OUTPUT] = None,
+) -> int:
+    """Measure a model: text match, style, composition, distance to real art, memorisation, tokenizer.
+
+    Args:
+        corpus: Folder of the drawings it was trained on: OUTPUT/corpus of train.
+        model: Name or folder of the model.
+        prompts: Images per figure; the card of the bundled model takes 100.
+        seed: Seed of prompts and images.
+        dtype: What the model computes in.
+        output: Folder for model.json, model.md, and contact sheets of unselected images.
+    """
+    if not corpus.is_dir():
+        raise FoveateError(
+            f"no corpus at {corpus}; python -m recipes.emoji train RECIPE --stage corpus --output RUN builds RUN/corpus"
+        )
+    from recipes.emoji import evaluate as evaluation  # noqa: PLC0415 - torch is loaded when the command runs
+
+    evaluation.run(
+        evaluation.Evaluation(corpus=corpus, model=model, prompts=prompts, seed=seed, dtype=dtype), output, _log
+    )
+    return 0
+
+
+def heads(corpus: Path, output: Path, /, *, held_out_style: str = "fluent-3d") -> int:
+    """Train the two heads of text match, data/text_match.safetensors, after a check on a style left out.
+
+    Args:
+        corpus: Folder of drawings in several styles: recipes/emoji/configs/emoji_core5_corpus.yaml builds one.
+        output: Safetensors file to write.
+        held_out_style: Style that the check leaves out.
+    """
+    if not corpus.is_dir():
+        raise FoveateError(f"no corpus at {corpus}; see python -m recipes.emoji train --help")
+    from recipes.emoji import text_match  # noqa: PLC0415 - torch is loaded when the command runs
+
+    check = text_match.train_text_match_heads(corpus, output, held_out_style=held_out_style)
+    _log(
+        f"R@1 among {check.num_ways}: {check.r_at_1:.3f} +- {check.r_at_1_spread:.3f} on {check.held_out_style}, "
+        f"{check.r_at_1_train:.3f} on the styles trained on"
+    )
+    sys.stdout.write(f"{output}\n")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0, 2 bad usage or input, 75 paused, 130 interrupted.
+    """
+    app = App(name="python -m recipes.emoji", help=__doc__, version_flags=(), default_parameter=Parameter(negative=()))
+    for command in (train, evaluate, heads):
+        app.command(command)
+    try:
+        code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (CycloptsError, FoveateError) as error:
+        _log(f"recipes.emoji: {error}")
+        return BAD_USAGE
+    except KeyboardInterrupt:
+        _log("recipes.emoji: interrupted; the same command goes on from the last checkpoint")
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0
+
+
+def _log(line: str) -> None:
+    """Progress, on stderr at once."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

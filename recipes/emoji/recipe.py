@@ -1,0 +1,556 @@
+"""The whole recipe of a bundled model from one file: corpus, tokenizer, transformer, export; resumable at any moment.
+
+Each stage writes into the output folder and is left out when its result is there; a stage that was stopped goes on from
+its last checkpoint. The same file serves a CPU and a GPU: `device` and the minutes are all that differ.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import yaml
+from jaxtyping import Float, UInt8
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from foveate.bench.peak import matmul_peak
+from foveate.conditioning.minilm import TextEncoder
+from foveate.conditioning.places import PLACES_NAME, Places
+from foveate.core.atomic import replace_file, write_text
+from foveate.core.errors import FoveateError, unknown
+from foveate.core.guidance import GuidanceSchedule
+from foveate.core.schedule import ScaleSchedule
+from foveate.engine.executor import Engine
+from foveate.engine.sample import Filter, KeyedSampler
+from foveate.engine.state import Request
+from foveate.families.family import PLACES_CONDITIONER
+from foveate.families.spec import Defaults, ModelSpec, per_scale, tuples
+from foveate.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder
+from foveate.models.checkpoint_infinity import load_autoencoder, load_transformer
+from foveate.models.infinity import Infinity, InfinityConfig
+from foveate.models.weight_files import weights_sha256
+from foveate.policies.full import Full
+from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
+from foveate.tokenizers.bsq import BSQTokenizer
+from recipes.emoji.contrast import rim_contrast
+from recipes.emoji.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
+from recipes.emoji.loop import Limits, Optimisation, PauseError
+from recipes.emoji.places import PlacesRecipe, placed_share, teach_places
+from recipes.emoji.sampling import SamplingSearch, ScoreBook, choose_sampling, require_scorer
+from recipes.emoji.scenes import SceneConfig
+from recipes.emoji.texts import bundled_encoder
+from recipes.emoji.tokenizer import TokenizerRecipe, composite, psnr_of, reconstruct, train_tokenizer
+from recipes.emoji.transformer import Length, TransformerRecipe, train_transformer
+from recipes.emoji.weights import DrawWeights, drawing_weights
+from recipes.emoji.window import SceneSequence, Window
+
+Stage = Literal["corpus", "tokenizer", "places", "transformer", "export", "sampling", "all"]
+Log = Callable[[str], None]
+
+SAMPLING = "sampling.json"
+"""What the validation scenes chose, in the folder of a run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Everything that a training file says."""
+
+    name: str
+    budget: str
+    corpus: CorpusConfig
+    weights: DrawWeights
+    scenes: SceneConfig
+    tokenizer: TokenizerRecipe
+    places: PlacesRecipe
+    transformer: TransformerRecipe
+    defaults: Defaults
+    sampling: SamplingSearch
+    sheet: tuple[str, ...]
+    notice: str
+    card: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Route:
+    """How this call runs a recipe.
+
+    Attributes:
+        device: "cpu" or "cuda"; None takes a GPU if there is one. The section of its name goes over the file.
+        minutes_scale: Multiplies the minutes of both networks.
+        is_dry: One small step of everything, to see that all of it runs here.
+    """
+
+    device: str | None = None
+    minutes_scale: float = 1.0
+    is_dry: bool = False
+
+    def chosen_device(self) -> str:
+        """The device's name.
+
+        Raises:
+            FoveateError: It is not known, or this machine has none.
+        """
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device not in {"cpu", "cuda"}:
+            raise FoveateError(f"--device must be cpu or cuda, got {device!r}")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise FoveateError("--device cuda needs a GPU and torch built for it, this machine has none; try cpu")
+        return device
+
+
+_DTYPES = ("float32", "bfloat16")
+"""Gradients in float16 would need a scaled loss."""
+
+_UNREADABLE = (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, KeyError, TypeError, AttributeError)
+"""What a file raises that is none, is no YAML, or holds other things than a recipe does."""
+
+
+def load_recipe(path: Path, route: Route | None = None) -> Recipe:
+    """Reads a training file; `corpus` in it names another file beside it.
+
+    Raises:
+        FoveateError: The file cannot be read, or a field is missing or unknown.
+    """
+    route = route or Route()
+    device = route.chosen_device()
+    try:
+        data = _read_recipe(path)
+        sections = {name: data.pop(name, {}) for name in ("cpu", "cuda")}
+        _lay_over(data, sections[device])
+        if route.is_dry:
+            _lay_over(
+                data,
+                {
+                    "places": {"steps": 1, "batch": 2, "checks": 2},
+                    "tokenizer": _DRY | {"trains_encoder": True},
+                    "transformer": _DRY | {"window": 1, "compiles": False},
+                },
+            )
+            data["sheet"] = data["sheet"][:2]
+            data["sampling"] = {"guidance": [1.5], "temperatures": [0.5], "factors": [], "prompts": 2}
+        corpus = CorpusConfig.from_dict(_read_yaml(path.parent / data["corpus"]))
+        schedule = ScaleSchedule.from_template(1.0, data["budget"])
+        if data["dtype"] not in _DTYPES:
+            raise unknown("dtype for training", str(data["dtype"]), _DTYPES)
+        run = {"device": device, "dtype": data["dtype"]}
+        shape = data["autoencoder"] | {"channel_multipliers": tuple(data["autoencoder"]["channel_multipliers"])}
+        tokenizer = TokenizerRecipe(
+            shape=AutoencoderConfig(**shape),
+            grids=schedule.grids,
+            optimisation=_optimisation(data["tokenizer"].pop("optimisation"), route.minutes_scale),
+            **data["tokenizer"],
+            **run,
+        )
+        transformer = TransformerRecipe(
+            shape=InfinityConfig(**data["transformer"].pop("shape")),
+            schedule=schedule,
+            lengths=tuple(Length(**length) for length in data["transformer"].pop("lengths")),
+            optimisation=_optimisation(data["transformer"].pop("optimisation"), route.minutes_scale),
+            **data["transformer"],
+            **run,
+        )
+        notice = (path.parent / data["notice"]).read_text(encoding="utf-8")
+        card = (path.parent / data["card"]).read_text(encoding="utf-8")
+        return Recipe(
+            name=data["name"],
+            budget=data["budget"],
+            corpus=corpus,
+            weights=DrawWeights.from_dict(data["weights"]),
+            scenes=SceneConfig(**data["scenes"]),
+            tokenizer=tokenizer,
+            places=PlacesRecipe(**data.get("places", {})),
+            transformer=transformer,
+            defaults=Defaults(**tuples(data["defaults"])),
+            sampling=SamplingSearch(**tuples(data.get("sampling", {}))),
+            sheet=tuple(data["sheet"]),
+            notice=notice,
+            card=card,
+        )
+    except _UNREADABLE as error:
+        raise FoveateError(f"cannot read the training file {path}: {error!r}") from None
+
+
+_DRY = {"optimisation": {"minutes": 1e-6, "batch": 2}}
+"""Any time at all is one step."""
+
+
+def _lay_over(data: dict[str, Any], section: Mapping[str, Any]) -> None:
+    """Replaces values by those of a section, mapping by mapping, in place."""
+    for name, value in section.items():
+        if isinstance(value, Mapping) and isinstance(data.get(name), dict):
+            _lay_over(data[name], value)
+        else:
+            data[name] = value
+
+
+def load_corpus_config(path: Path, route: Route | None = None) -> CorpusConfig:
+    """Reads what goes into a corpus, from a corpus file or from the training file that names one.
+
+    Raises:
+        FoveateError: A file cannot be read, or a field is unknown or wrong.
+    """
+    try:
+        data = _read_recipe(path)
+        if "corpus" not in data:
+            return CorpusConfig.from_dict(data)
+        _lay_over(data, data.get((route or Route()).chosen_device(), {}))
+        return CorpusConfig.from_dict(_read_yaml(path.parent / data["corpus"]))
+    except _UNREADABLE as error:
+        raise FoveateError(f"cannot read the corpus file {path}: {error!r}") from None
+
+
+def _read_recipe(path: Path) -> Any:  # noqa: ANN401 - see `_read_yaml`
+    """A training file over the one beside it that it names as its `base`."""
+    data = _read_yaml(path)
+    if isinstance(data, dict) and "base" in data:
+        over, data = data, _read_recipe(path.parent / data["base"])
+        _lay_over(data, {name: value for name, value in over.items() if name != "base"})
+    return data
+
+
+def _read_yaml(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds; its readers check it
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _optimisation(fields: dict[str, Any], minutes_scale: float) -> Optimisation:
+    return Optimisation(**(fields | {"minutes": fields["minutes"] * minutes_scale}))
+
+
+def train(
+    config: Path,
+    out: Path,
+    stage: Stage = "all",
+    log: Log = print,
+    route: Route | None = None,
+    start_from: Path | None = None,
+    stop_after: float | None = None,
+) -> Path:
+    """Runs one stage or all of them.
+
+    Args:
+        config: The training file; for the corpus alone, a corpus file does as well.
+        out: Folder of the run; give it again to resume.
+        stage: What to run; "all" runs what is missing.
+        log: Receives progress lines.
+        route: Device, minutes, dry run.
+        start_from: Folder of a model of the same shape, for example the bundled one: both networks are trained
+            further, for zero minutes if the file says so. A checkpoint in `out` goes before it.
+        stop_after: Minutes after which to pause behind a checkpoint; the same call then goes on from there.
+
+    Returns:
+        The folder of the exported model, or of the stage's result.
+
+    Raises:
+        PauseError: The time of this call is up before all is done.
+    """
+    deadline = math.inf if stop_after is None else time.perf_counter() + 60 * stop_after
+    if stage == "corpus":
+        return make_corpus(load_corpus_config(config, route), out, log)
+    recipe = load_recipe(config, route)
+    out.mkdir(parents=True, exist_ok=True)
+    folder = out
+    if route is not None and route.is_dry:
+        # Beside the run, so that nothing of it is taken for a result.
+        folder = out / "dry"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    run = TrainingFolder(recipe, folder, log, start_from, deadline, corpus_at=out)
+    stages = ["corpus", "tokenizer", "places", "transformer", "export", "sampling"] if stage == "all" else [stage]
+    if "sampling" in stages:
+        require_scorer()
+    result = out
+    for name in stages:
+        log(f"stage {name}")
+        result = {
+            "corpus": run.corpus,
+            "tokenizer": run.tokenizer,
+            "places": run.places,
+            "transformer": run.transformer,
+            "export": run.export,
+            "sampling": run.sampling,
+        }[name]()
+    return result
+
+
+def make_corpus(config: CorpusConfig, out: Path, log: Log) -> Path:
+    """Builds the corpus of a run in its folder, unless it is there; packages are kept beside it."""
+    folder = out / "corpus"
+    if not folder.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        build_corpus(config, folder, out / "packages", log)
+    return folder
+
+
+class TrainingFolder:
+    """The stages of one recipe in one folder."""
+
+    def __init__(
+        self, recipe: Recipe, out: Path, log: Log, start_from: Path | None, deadline: float, corpus_at: Path
+    ) -> None:
+        self.recipe, self.out, self.log, self.corpus_at = recipe, out, log, corpus_at
+        self.start_from, self.deadline = start_from, deadline
+
+    def limits(self, dtype: str, device: str) -> Limits:
+        """The deadline, and the device's peak, measured now; one step of a dry run is not worth the seconds."""
+        if self.corpus_at != self.out:
+            return Limits(deadline=self.deadline)
+        peak = matmul_peak(getattr(torch, dtype), torch.device(device))
+        return Limits(deadline=self.deadline, peak=peak.flops_per_s)
+
+    def corpus(self) -> Path:
+        """Builds the corpus, unless it is there."""
+        return make_corpus(self.recipe.corpus, self.corpus_at, self.log)
+
+    def tokenizer(self) -> Path:
+        """Trains the autoencoder, unless its weights are there; logs PSNR on drawings of both splits."""
+        path = self.out / "autoencoder.safetensors"
+        if path.exists():
+            return path
+        recipe, checkpoint = self.recipe.tokenizer, self.out / "tokenizer.ckpt"
+        if not recipe.trains_encoder and self.start_from is None and not checkpoint.exists():
+            raise FoveateError("this recipe trains the decoder of a model that is there; name it with --start-from")
+        corpus = load_corpus(self.corpus())
+        sequence = self.sequence(corpus, recipe.device)
+        preview = sequence.pixels(sequence.scenes(0, 8)).cpu()
+
+        def draw(model: Autoencoder) -> None:
+            save_sheet(torch.cat([preview, reconstruct(model, preview, recipe.grids)]), 8, self.out / "tokenizer.png")
+
+        initial = None
+        if self.start_from is not None:
+            stored, cpu = self.start_from / AUTOENCODER, torch.device("cpu")
+            kept = read_network(stored, lambda: Autoencoder(recipe.shape), load_autoencoder, torch.float32, cpu)
+            initial = kept.state_dict()
+        weights = train_tokenizer(
+            recipe,
+            sequence,
+            checkpoint,
+            self.log,
+            draw,
+            initial=initial,
+            limits=self.limits(recipe.dtype, recipe.device),
+        )
+        _save(weights, path)
+        draw(self.autoencoder())
+        for name in ("train", "test"):
+            drawings = _drawings(corpus, name)
+            if len(drawings):
+                self.log(f"tokenizer PSNR on drawings of the {name} split: {self._psnr(drawings):.2f} dB")
+        return path
+
+    def places(self) -> Path:
+        """Teaches which things of a prompt stand where, unless that was done.
+
+        A model that is trained further keeps its own reader: what its features mean must not change.
+        """
+        path = self.out / PLACES_NAME
+        if path.exists():
+            return path
+        kept = None if self.start_from is None else Places.from_folder(self.start_from)
+        if kept is not None:
+            kept.save(self.out)
+            return path
+        encoder, drawings = bundled_encoder(), load_corpus(self.corpus()).split("train")
+        encoder.to(torch.device(self.recipe.transformer.device))
+        teach_places(self.recipe.places, encoder, drawings, self.log).save(self.out)
+        share = placed_share(self.encoder(), drawings, self.recipe.places.checks)
+        self.log(f"places: every token is right in {share:.1%} of new captions")
+        return path
+
+    def encoder(self) -> TextEncoder:
+        """The bundled text encoder with the places of this run, on the CPU, with the rounding that users get."""
+        return replace(bundled_encoder(), places=Places.from_folder(self.places().parent))
+
+    def transformer(self) -> Path:
+        """Trains the transformer, unless its weights are there; draws a sample sheet along the way."""
+        path = self.out / "transformer.safetensors"
+        if path.exists():
+            return path
+        recipe = self.recipe.transformer
+        device = torch.device(recipe.device)
+        encoder = self.encoder().to(device)
+        autoencoder = self.autoencoder().to(device)
+        window = Window(
+            self.sequence(load_corpus(self.corpus()), recipe.device),
+            autoencoder.encode,
+            encoder.encode_together,
+            size=recipe.window,
+        )
+
+        def draw(weights: dict[str, Tensor]) -> None:
+            self.sample_sheet(weights, encoder, self.out / "samples.png")
+
+        checkpoint = self.out / "transformer.ckpt"
+        initial = None
+        if self.start_from is not None:
+            stored = self.start_from / TRANSFORMER
+            kept = read_network(stored, lambda: Infinity(recipe.shape), load_transformer, torch.float32, device)
+            initial = kept.state_dict()
+        weights = train_transformer(
+            recipe,
+            window,
+            checkpoint,
+            self.log,
+            draw,
+            initial=initial,
+            limits=self.limits(recipe.dtype, recipe.device),
+        )
+        _save(weights, path)
+        draw(weights)
+        return path
+
+    def sequence(self, corpus: Corpus, device: str) -> SceneSequence:
+        """The scenes of the training split, rendered on a device."""
+        drawings = corpus.split("train")
+        return SceneSequence(
+            drawings=drawings,
+            images_NYXc=torch.from_numpy(corpus.images_NYXc).to(device),
+            config=self.recipe.scenes,
+            weights=drawing_weights(drawings, self.recipe.weights),
+            contrast_NK=rim_contrast(corpus.images_NYXc),
+            image_size=corpus.images_NYXc.shape[1],
+        )
+
+    def export(self) -> Path:
+        """Writes the model folder that `Pipeline.from_pretrained` reads."""
+        folder = self.out / self.recipe.name
+        spec = ModelSpec(
+            name=self.recipe.name,
+            transformer=self.recipe.transformer.shape,
+            autoencoder=self.recipe.tokenizer.shape,
+            conditioner=PLACES_CONDITIONER,
+            budgets=(self.recipe.budget,),
+            ratios=("1:1",),
+            defaults=self.defaults(),
+        )
+        save_folder(
+            folder,
+            config=spec.to_json(),
+            transformer=self._infinity(load_file(self.out / "transformer.safetensors")),
+            autoencoder=self.autoencoder(),
+            text_encoder=self.encoder(),
+            notice=self.recipe.notice,
+            model_card=self.recipe.card,
+        )
+        return folder
+
+    def sampling(self) -> Path:
+        """Chooses guidance and temperature of every scale, unless that was done, and exports the model with them."""
+        folder = self.out / self.recipe.name
+        if self._chosen() is None:
+            weights = self._weights()
+            book = ScoreBook(path=self.out / "sampling_scores.json", weights=weights, may_go_on=self._check_deadline)
+            corpus, device = load_corpus(self.corpus()), self.recipe.transformer.device
+            best = choose_sampling(folder, corpus, self.recipe.sampling, device, book, self.log)
+            chosen = {"weights": weights, "guidance_scale": best.guidance, "temperature": best.temperature}
+            write_text(self.out / SAMPLING, json.dumps(chosen, indent=1) + "\n")
+        # Also where it was chosen before: a call that was stopped may have left a folder without it.
+        self.export()
+        self._log_rounding(folder)
+        return folder
+
+    def defaults(self) -> Defaults:
+        """How the model is sampled: as the recipe says, until the validation scenes have chosen."""
+        return replace(self.recipe.defaults, **(self._chosen() or {}))
+
+    def _chosen(self) -> dict[str, Any] | None:
+        """What was chosen for these weights, if they are there and it was."""
+        path = self.out / SAMPLING
+        if not path.exists() or not (self.out / "transformer.safetensors").exists():
+            return None
+        data = tuples(json.loads(path.read_text(encoding="utf-8")))
+        return data if data.pop("weights") == self._weights() else None
+
+    def _weights(self) -> str:
+        return weights_sha256([self.out / "transformer.safetensors", self.out / "autoencoder.safetensors"])
+
+    def _check_deadline(self) -> None:
+        if time.perf_counter() > self.deadline:
+            raise PauseError("paused while sampling was chosen; run it again to go on")
+
+    def autoencoder(self) -> Autoencoder:
+        """The trained autoencoder, on the CPU."""
+        model = Autoencoder(self.recipe.tokenizer.shape)
+        model.load_state_dict(load_file(self.out / "autoencoder.safetensors"))
+        return model.eval()
+
+    def _infinity(self, weights: Mapping[str, Tensor]) -> Infinity:
+        model = Infinity(self.recipe.transformer.shape)
+        model.load_state_dict({name: value.cpu() for name, value in weights.items()})
+        return model.eval()
+
+    def _psnr(self, drawings: UInt8[np.ndarray, "n Y X 4"]) -> float:
+        model = self.autoencoder()
+        values = [
+            psnr_of(reconstruct(model, part, self.recipe.tokenizer.grids), part)
+            for part in composite(drawings).split(16)
+        ]
+        return float(torch.cat(values).mean())
+
+    def sample_sheet(self, weights: Mapping[str, Tensor], encoder: TextEncoder, path: Path) -> None:
+        """Draws the recipe's prompts with the given weights, through the engine that users run."""
+        save_sheet(self._drawn(self._infinity(weights), self.autoencoder(), encoder), 8, path)
+
+    def _drawn(self, model: Infinity, autoencoder: Autoencoder, encoder: TextEncoder) -> Float[Tensor, "n 3 Y X"]:
+        prompts, defaults = self.recipe.sheet, self.defaults()
+        schedule = self.recipe.transformer.schedule
+        tokenizer = BSQTokenizer(autoencoder)
+        request = Request(
+            schedule=schedule,
+            guidance=GuidanceSchedule(weights=per_scale(defaults.guidance_scale, len(schedule))),
+            temperatures=per_scale(defaults.temperature, len(schedule)),
+            filters=(Filter(top_k=defaults.top_k, top_p=defaults.top_p),) * len(schedule),
+            sampler=KeyedSampler(seeds=tuple(range(len(prompts)))),
+            conditions=tuple(text.cpu() for text in encoder.encode(list(prompts))),
+            num_images=len(prompts),
+        )
+        *_, last = Engine(model, tokenizer).run(Full().bind(schedule, model.shape), request)
+        return tokenizer.decode(last.f_hat_BZHW)
+
+    def _log_rounding(self, folder: Path) -> None:
+        """Says what the rounding of the stored weights changes in the pictures of the recipe's prompts."""
+        cpu, encoder = torch.device("cpu"), self.encoder()
+        shape, tokens = self.recipe.transformer.shape, self.recipe.tokenizer.shape
+        stored = self._drawn(
+            read_network(folder / TRANSFORMER, lambda: Infinity(shape), load_transformer, torch.float32, cpu),
+            read_network(folder / AUTOENCODER, lambda: Autoencoder(tokens), load_autoencoder, torch.float32, cpu),
+            encoder,
+        )
+        trained = self._infinity(load_file(self.out / "transformer.safetensors"))
+        psnr_n = psnr_of(stored, self._drawn(trained, self.autoencoder(), encoder))
+        self.log(
+            f"stored in float16: {float(psnr_n.median()):.1f} dB from the weights as trained "
+            f"(median of {len(psnr_n)} pictures, least {float(psnr_n.min()):.1f})"
+        )
+
+
+def _save(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Writes weights; a file that exists is whole."""
+    with replace_file(path) as partial:
+        save_file({name: value.contiguous() for name, value in weights.items()}, partial)
+
+
+def _drawings(corpus: Corpus, split: str) -> UInt8[np.ndarray, "n Y X 4"]:
+    index = [drawing.index for drawing in corpus.split(split)]
+    return np.ascontiguousarray(corpus.images_NYXc[index])
+
+
+def save_sheet(pixels: Tensor, columns: int, path: Path) -> None:
+    """Writes pixels in [-1, 1] as one picture of many, complete or not at all."""
+    images = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    rows = math.ceil(len(images) / columns)
+    size = images.shape[1]
+    sheet = np.full((rows * size, columns * size, 3), 255, dtype=np.uint8)
+    for i, image in enumerate(images):
+        y, x = divmod(i, columns)
+        sheet[y * size : (y + 1) * size, x * size : (x + 1) * size] = image
+    with replace_file(path) as partial:
+        Image.fromarray(sheet).save(partial, format="PNG")

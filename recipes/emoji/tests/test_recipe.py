@@ -1,0 +1,111 @@
+"""Recipes: every shipped one runs from corpus to a model that draws, on either route, and a call may pause."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from foveate.core.errors import FoveateError
+from foveate.pipeline.pipeline import Pipeline
+from recipes.emoji import recipe as recipes
+from recipes.emoji.loop import PauseError
+from recipes.emoji.recipe import Route, load_corpus_config, load_recipe, train
+from recipes.emoji.tests.toy_corpus import write_corpus
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("name", "side"), [("emoji_tiny", 256), ("emoji", 256), ("emoji_512", 512)])
+def test_a_dry_run_of_every_shipped_recipe_ends_in_a_model_that_draws(name: str, side: int, tmp_path: Path) -> None:
+    write_corpus(tmp_path / "run" / "corpus", side)
+    lines: list[str] = []
+    folder = train(CONFIGS / f"{name}.yaml", tmp_path / "run", log=lines.append, route=Route(device="cpu", is_dry=True))
+    assert {path.name for path in (tmp_path / "run" / "dry").iterdir()} >= {"tokenizer.png", "samples.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"corpus", "dry"}, "nothing is taken for a result"
+    assert [line for line in lines if line.startswith("stage")] == [
+        f"stage {stage}" for stage in ("corpus", "tokenizer", "places", "transformer", "export", "sampling")
+    ]
+    rounding = [float(line.split()[3]) for line in lines if line.startswith("stored in float16")]
+    assert min(rounding) > 0
+    chosen = json.loads((tmp_path / "run" / "dry" / "sampling.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["defaults"] | chosen == config["defaults"] | {"weights": chosen["weights"]}
+    assert len(chosen["temperature"]) == len(Pipeline.from_pretrained(folder).model.spec.default_schedule)
+    drawn = Pipeline.from_pretrained(folder).generate("a red apple", seed=1)
+    assert drawn.images[0].size == (side, side)
+    assert (folder / "NOTICE").read_text(encoding="utf-8")
+
+
+def test_a_call_pauses_and_the_same_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole recipe at toy size, from corpus to a model that generates."""
+    monkeypatch.setattr(recipes, "matmul_peak", partial(recipes.matmul_peak, sizes=(64,)))
+    write_corpus(tmp_path / "run" / "corpus", 256)
+    file = tmp_path / "toy.yaml"
+    data = yaml.safe_load((CONFIGS / "emoji_tiny.yaml").read_text(encoding="utf-8"))
+    for name in ("corpus", "notice", "card"):
+        data[name] = str(CONFIGS / data[name])
+    data["dtype"] = "float32"
+    data["autoencoder"] |= {"channel_multipliers": [1, 1, 1]}
+    data["tokenizer"]["optimisation"] |= {"minutes": 1e-6, "batch": 2}
+    data["places"] = {"steps": 1, "batch": 2, "checks": 2}
+    data["transformer"]["shape"] |= {"depth": 2, "width": 64}
+    data["transformer"] |= {"window": 8, "compiles": False}
+    data["transformer"]["optimisation"] |= {"minutes": 0.02, "batch": 2}
+    data["sheet"] = ["apple"]
+    data["sampling"] = {"guidance": [2.0], "temperatures": [0.5], "factors": [], "prompts": 2}
+    file.write_text(yaml.safe_dump(data), encoding="utf-8")
+    lines: list[str] = []
+    with pytest.raises(PauseError, match=r"paused at 0\.0 of"):
+        train(file, tmp_path / "run", log=lines.append, route=Route(device="cpu"), stop_after=0.0)
+    assert (tmp_path / "run" / "tokenizer.ckpt").exists() or (tmp_path / "run" / "transformer.ckpt").exists()
+    folder = train(file, tmp_path / "run", log=lines.append, route=Route(device="cpu"))
+    written = (folder / "config.json").read_bytes()
+    (folder / "config.json").unlink()
+    train(file, tmp_path / "run", "sampling", log=lines.append, route=Route(device="cpu"))
+    assert (folder / "config.json").read_bytes() == written, "a choice that was not exported is exported now"
+
+
+def test_sections_of_a_device_go_over_the_rest() -> None:
+    plain = yaml.safe_load((CONFIGS / "emoji.yaml").read_text(encoding="utf-8"))
+    recipe = load_recipe(CONFIGS / "emoji.yaml", Route(device="cpu"))
+    assert recipe.transformer.optimisation.batch == plain["cpu"]["transformer"]["optimisation"]["batch"] == 8
+    assert recipe.transformer.optimisation.warmup_steps == plain["transformer"]["optimisation"]["warmup_steps"]
+    assert plain["transformer"]["optimisation"]["batch"] > 8
+    assert load_corpus_config(CONFIGS / "emoji.yaml", Route(device="cpu")).styles == ("fluent-3d",)
+    assert len(load_corpus_config(CONFIGS / "emoji_core5_corpus.yaml").styles) == 5
+    assert 27e6 < sum(p.numel() for p in recipes.Infinity(recipe.transformer.shape).parameters()) < 45e6
+
+
+def test_a_recipe_lies_over_its_base() -> None:
+    base, over = (load_recipe(CONFIGS / f"{name}.yaml", Route(device="cpu")) for name in ("emoji", "emoji_512"))
+    assert over.transformer.shape == base.transformer.shape
+    assert (over.name, base.name) == ("emoji-512", "emoji")
+    assert over.corpus.image_size == 2 * base.corpus.image_size
+    assert over.tokenizer.trains_encoder is False
+    assert over.sheet == base.sheet
+
+
+@pytest.mark.parametrize("text", [b"", b"plain words", b"[1, 2]", b"a: [", b"\xff\xfe\x00", b"weights:\ndtype: x"])
+def test_what_is_no_recipe_is_one_line(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_bytes(text)
+    with pytest.raises(FoveateError, match="cannot read the training file"):
+        load_recipe(tmp_path / "bad.yaml", Route(device="cpu"))
+
+
+def test_a_dtype_that_nothing_is_trained_in_is_refused_at_once(tmp_path: Path) -> None:
+    path = CONFIGS / "emoji_tiny.yaml"
+    (tmp_path / "toy.yaml").write_text(f"base: {path}\ndtype: bf16\ncorpus: {CONFIGS / 'emoji_corpus.yaml'}\n")
+    with pytest.raises(FoveateError, match="no dtype for training 'bf16'; did you mean bfloat16"):
+        load_recipe(tmp_path / "toy.yaml", Route(device="cpu"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_missing_gpu_is_named() -> None:
+    with pytest.raises(FoveateError, match="needs a GPU"):
+        load_recipe(CONFIGS / "emoji.yaml", Route(device="cuda"))
+    with pytest.raises(FoveateError, match="must be cpu or cuda"):
+        load_recipe(CONFIGS / "emoji.yaml", Route(device="tpu"))
