@@ -20,8 +20,8 @@ from foveate.bench.memory import meter_for
 from foveate.bench.rounds import alternate
 from foveate.bench.spread import Spread
 from foveate.families.loading import Origin, find_spec
-from foveate.models.random_weights import empty_module, fill_randomly
 from foveate.pipeline.pipeline import DTYPES
+from foveate.weights.modules import empty_module, fill_randomly
 
 Decode = Callable[[Tensor], Tensor]
 

@@ -20,16 +20,16 @@ from foveate.core.policy import Policy
 from foveate.core.schedule import TEMPLATES, ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.state import Request
-from foveate.models.checkpoint_infinity import (
+from foveate.models.infinity import Infinity
+from foveate.policies.fastvar import KEPT_GRID, PRUNED_WIDTHS, SKIPPED_WIDTHS, FastVAR
+from foveate.tokenizers.autoencoder import Autoencoder
+from foveate.tokenizers.bsq import BSQTokenizer
+from foveate.weights.infinity import (
     infer_autoencoder_config,
     infer_infinity_config,
     load_autoencoder,
     load_transformer,
 )
-from foveate.models.infinity import Infinity
-from foveate.policies.fastvar import KEPT_GRID, PRUNED_WIDTHS, SKIPPED_WIDTHS, FastVAR
-from foveate.tokenizers.autoencoder import Autoencoder
-from foveate.tokenizers.bsq import BSQTokenizer
 
 
 def run(name: str, case: Case, record: Record) -> Result:

@@ -7,11 +7,11 @@ from foveate.core.guidance import GuidanceSchedule
 from foveate.core.schedule import ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.state import Request
-from foveate.models.checkpoint_switti import infer_switti_config, load_switti
-from foveate.models.checkpoint_vq import infer_vq_config, load_vq
 from foveate.models.switti import Switti
 from foveate.tokenizers.vq import VQTokenizer
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder
+from foveate.weights.switti import infer_switti_config, load_switti
+from foveate.weights.vq import infer_vq_config, load_vq
 
 
 def run(name: str, case: Case, record: Record) -> Result:

@@ -7,11 +7,11 @@ from foveate.core.guidance import GuidanceSchedule
 from foveate.core.schedule import ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.state import Request
-from foveate.models.checkpoint_var import infer_var_config, load_var
-from foveate.models.checkpoint_vq import infer_vq_config, load_vq
 from foveate.models.var import VAR
 from foveate.tokenizers.vq import VQTokenizer
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder
+from foveate.weights.var import infer_var_config, load_var
+from foveate.weights.vq import infer_vq_config, load_vq
 
 
 def run(name: str, case: Case, record: Record) -> Result:

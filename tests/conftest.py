@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from foveate.conditioning.minilm import MiniLM, MiniLMConfig, TextEncoder
 from foveate.families.spec import Defaults, ModelSpec
-from foveate.folder import save_folder
 from foveate.kernels import native
 from foveate.models.infinity import Infinity, InfinityConfig
-from foveate.models.random_weights import fill_randomly
 from foveate.pipeline.pipeline import Pipeline
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
+from foveate.weights.folder import save_folder
+from foveate.weights.modules import fill_randomly
 
 # The first example of a test pays for imports and shape checks, so none has a deadline.
 settings.register_profile("foveate", deadline=None)

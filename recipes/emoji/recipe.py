@@ -33,13 +33,13 @@ from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request
 from foveate.families.family import PLACES_CONDITIONER
 from foveate.families.spec import Defaults, ModelSpec, per_scale, tuples
-from foveate.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder
-from foveate.models.checkpoint_infinity import load_autoencoder, load_transformer
 from foveate.models.infinity import Infinity, InfinityConfig
-from foveate.models.weight_files import weights_sha256
 from foveate.policies.full import Full
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.bsq import BSQTokenizer
+from foveate.weights.files import weights_sha256
+from foveate.weights.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder
+from foveate.weights.infinity import load_autoencoder, load_transformer
 from recipes.emoji.contrast import rim_contrast
 from recipes.emoji.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
 from recipes.emoji.loop import Limits, Optimisation, PauseError

@@ -21,8 +21,8 @@ from foveate.core.atomic import write_text
 from foveate.core.errors import FoveateError
 from foveate.eval.quality import unit_rows
 from foveate.families.spec import ModelSpec, per_scale
-from foveate.folder import CONFIG_NAME
 from foveate.pipeline.pipeline import Pipeline
+from foveate.weights.folder import CONFIG_NAME
 from recipes.emoji.corpus import Corpus
 from recipes.emoji.examiner import Examiner
 

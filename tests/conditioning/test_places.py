@@ -14,8 +14,8 @@ from foveate.conditioning.minilm import MiniLM, MiniLMConfig, TextEncoder
 from foveate.conditioning.places import CLASSES, NUM_AXES, PLACES_NAME, Places, PlacesConfig
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.families.memory import TEXT_ENCODER_PARAMETERS
-from foveate.models.random_weights import fill_randomly
 from foveate.pipeline.pipeline import Pipeline
+from foveate.weights.modules import fill_randomly
 from tests.conftest import toy_text_encoder
 
 TEXTS = ["a red cat", "cat", "a big red cat on a blue mat"]

@@ -10,15 +10,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foveate.core.errors import CheckpointError
-from foveate.models.checkpoint_infinity import (
+from foveate.models.infinity import Infinity, InfinityConfig
+from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
+from foveate.weights.files import read_weights, save_sharded
+from foveate.weights.infinity import (
     infer_autoencoder_config,
     infer_infinity_config,
     load_autoencoder,
     load_transformer,
 )
-from foveate.models.infinity import Infinity, InfinityConfig
-from foveate.models.weight_files import read_weights, save_sharded
-from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 
 CONFIG = InfinityConfig(
     depth=4, width=16, heads=2, bits=4, text_width=12, pool_heads=4, chunks=2, text_tokens=6, ff_width=32

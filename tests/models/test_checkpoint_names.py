@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from foveate.core.errors import CheckpointError
 from foveate.families.convert import convert
 from foveate.families.loading import Origin, find_spec
-from foveate.models.checkpoint_infinity import infer_infinity_config, load_autoencoder, load_transformer
-from foveate.models.checkpoint_names import kind_within, plain_names
-from foveate.models.checkpoint_switti import infer_switti_config, load_switti
-from foveate.models.checkpoint_var import infer_var_config, load_var
-from foveate.models.checkpoint_vq import load_vq
 from foveate.models.infinity import Infinity
 from foveate.models.switti import Switti
 from foveate.models.var import VAR
-from foveate.models.weight_files import read_weights
 from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder
+from foveate.weights.files import read_weights
+from foveate.weights.infinity import infer_infinity_config, load_autoencoder, load_transformer
+from foveate.weights.names import kind_within, plain_names
+from foveate.weights.switti import infer_switti_config, load_switti
+from foveate.weights.var import infer_var_config, load_var
+from foveate.weights.vq import load_vq
 from tests.models.test_checkpoint import AE_CONFIG, CONFIG, assert_same, random_state
 from tests.models.test_checkpoint_var import CONFIGS, GRIDS, VQ_CONFIG
 from tests.models.test_switti import CONFIG as SWITTI

@@ -17,13 +17,13 @@ from foveate.conditioning.minilm import TextEncoder
 from foveate.conditioning.places import PLACES_NAME
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.core.finite import names_of_broken
-from foveate.folder import read_network, read_text_encoder, save_folder
-from foveate.models.checkpoint_switti import load_switti
-from foveate.models.checkpoint_var import load_var
 from foveate.models.switti import Switti
 from foveate.models.var import VAR
-from foveate.models.weight_files import read_weights, save_sharded
 from foveate.pipeline.pipeline import Pipeline
+from foveate.weights.files import read_weights, save_sharded
+from foveate.weights.folder import read_network, read_text_encoder, save_folder
+from foveate.weights.switti import load_switti
+from foveate.weights.var import load_var
 from tests.conditioning.test_places import make_places
 from tests.conftest import TOY_SPEC, toy_autoencoder, toy_text_encoder, toy_transformer
 from tests.models.test_checkpoint import assert_same, random_state

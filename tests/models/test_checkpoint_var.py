@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import CheckpointError
-from foveate.models.checkpoint_var import infer_var_config, load_var
-from foveate.models.checkpoint_vq import infer_vq_config, load_vq
 from foveate.models.var import GRIDS_256, GRIDS_512, VAR, VARConfig
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
+from foveate.weights.var import infer_var_config, load_var
+from foveate.weights.vq import infer_vq_config, load_vq
 
 GRIDS = ((1, 1), (2, 2), (5, 5))
 CONFIGS = [

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from foveate.core.errors import FoveateError
 from foveate.kernels.linear import Linear
 from foveate.models.infinity import Infinity
-from foveate.models.quantization import (
+from foveate.models.switti import Switti, SwittiConfig
+from foveate.models.var import VAR
+from foveate.policies.registry import load_policy
+from foveate.weights.quantization import (
     check_quantization,
     linears_of,
     quantize_blocks,
     quantized_bytes,
     stored_bytes,
 )
-from foveate.models.switti import Switti, SwittiConfig
-from foveate.models.var import VAR
-from foveate.policies.registry import load_policy
 from tests.toys import label_request, make_var, randomise, run, tiny_model, toy, toy_var
 
 KINDS = ("int8", "fp8")

@@ -17,12 +17,12 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.engine.forecast import forecast, full_cost
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request
-from foveate.models.checkpoint_switti import infer_switti_config, load_switti
 from foveate.models.infinity import Infinity
 from foveate.models.switti import Switti, SwittiConfig
 from foveate.policies.registry import REGISTRY, load_policy
 from foveate.tokenizers.vq import VQTokenizer
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
+from foveate.weights.switti import infer_switti_config, load_switti
 from tests.toys import LENGTHS, SEEDS, Toy, make_request, run, same_bits, toy
 
 CONFIG = SwittiConfig(

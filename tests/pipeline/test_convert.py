@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.families.convert import convert
-from foveate.models.checkpoint_infinity import load_autoencoder, load_transformer
-from foveate.models.checkpoint_var import load_var
-from foveate.models.checkpoint_vq import load_vq
 from foveate.models.infinity import Infinity
-from foveate.models.random_weights import fill_randomly
 from foveate.models.switti import Switti
 from foveate.models.var import VAR
-from foveate.models.weight_files import read_weights
 from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder
+from foveate.weights.files import read_weights
+from foveate.weights.infinity import load_autoencoder, load_transformer
+from foveate.weights.modules import fill_randomly
+from foveate.weights.var import load_var
+from foveate.weights.vq import load_vq
 from tests.models.test_switti import CONFIG as SWITTI
 from tests.pipeline.test_published import BSQ, TOY_INFINITY, TOY_VAR, VQ
 

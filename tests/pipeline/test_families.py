@@ -16,8 +16,8 @@ from foveate.core.errors import CheckpointError, FoveateError
 from foveate.families.memory import count_parameters
 from foveate.families.published import PUBLISHED
 from foveate.families.spec import ModelSpec
-from foveate.folder import folder_sha256, save_folder
 from foveate.pipeline.pipeline import Pipeline
+from foveate.weights.folder import folder_sha256, save_folder
 from tests.conftest import TOY_SPEC, toy_autoencoder, toy_text_encoder, toy_transformer
 
 

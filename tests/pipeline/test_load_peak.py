@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from foveate.models.var import GRIDS_256, VAR, VARConfig
-from foveate.models.weight_files import save_sharded
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
+from foveate.weights.files import save_sharded
 
 # 51 million parameters: 205 MB in the file, 103 MB in bfloat16; the largest tensor is 3 % of the loaded weights.
 SHAPE = VARConfig(depth=12, width=480, heads=8, codebook_size=64, latent_channels=8, grids=GRIDS_256, ff_width=1920)

@@ -14,10 +14,10 @@ from foveate.core.hub import is_commit, is_repository
 from foveate.families.loading import Origin, Precision, find_spec, load_model
 from foveate.families.published import PUBLISHED, Published, WeightSource
 from foveate.families.sources import fetch_published
-from foveate.models.random_weights import fill_randomly
 from foveate.models.var import VAR
 from foveate.pipeline.pipeline import Pipeline
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder
+from foveate.weights.modules import fill_randomly
 from tests.pipeline.test_published import TOY_VAR, VQ
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

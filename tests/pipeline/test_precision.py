@@ -182,7 +182,7 @@ def test_refusals() -> None:
 MEASURE = """
 import json, sys, torch
 from foveate.bench.memory import ResidentMeter, weights_bytes
-from foveate.models.quantization import quantize_blocks
+from foveate.weights.quantization import quantize_blocks
 from foveate.pipeline.pipeline import Pipeline
 
 quantize_blocks([torch.nn.Linear(64, 64).requires_grad_(False)], "int8")

@@ -20,8 +20,8 @@ from foveate.core.errors import FoveateError, UnsupportedError
 from foveate.core.policy import Policy
 from foveate.core.trace import Trace
 from foveate.engine.report import Report
-from foveate.models.checkpoint import kind_of
 from foveate.policies.registry import load_policy
+from foveate.weights.key_map import kind_of
 
 _ADAPTERS: dict[str, type[OfficialInfinity | OfficialVAR]] = {"Infinity": OfficialInfinity, "VAR": OfficialVAR}
 

@@ -24,16 +24,16 @@ from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, ReferenceSampler
 from foveate.engine.state import Request
 from foveate.families.family import FAMILIES
-from foveate.models.checkpoint_infinity import (
+from foveate.models.infinity import Infinity
+from foveate.tokenizers.autoencoder import Autoencoder
+from foveate.tokenizers.bsq import BSQTokenizer
+from foveate.weights.infinity import (
     autoencoder_state,
     infer_autoencoder_config,
     infer_infinity_config,
     transformer_tensors,
 )
-from foveate.models.infinity import Infinity
-from foveate.models.stored import State
-from foveate.tokenizers.autoencoder import Autoencoder
-from foveate.tokenizers.bsq import BSQTokenizer
+from foveate.weights.stored import State
 
 _FAMILY = FAMILIES["infinity"]
 

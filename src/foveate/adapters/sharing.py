@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import CheckpointError, FoveateError, UnsupportedError
-from foveate.models.checkpoint import check_fit
-from foveate.models.stored import State
+from foveate.weights.key_map import check_fit
+from foveate.weights.stored import State
 
 M = TypeVar("M", bound=nn.Module)
 N = TypeVar("N")

@@ -23,12 +23,12 @@ from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, ReferenceSampler, Sampler, SmoothSampler
 from foveate.engine.state import Request
 from foveate.families.family import FAMILIES
-from foveate.models.checkpoint_var import infer_var_config, var_state
-from foveate.models.checkpoint_vq import infer_vq_config, vq_state
-from foveate.models.stored import State
 from foveate.models.var import VAR
 from foveate.tokenizers.vq import VQTokenizer
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder
+from foveate.weights.stored import State
+from foveate.weights.var import infer_var_config, var_state
+from foveate.weights.vq import infer_vq_config, vq_state
 
 _FAMILY = FAMILIES["var"]
 

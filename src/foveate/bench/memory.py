@@ -19,8 +19,8 @@ from foveate.bench.workload import Workload
 from foveate.core.policy import Policy
 from foveate.families.loading import LoadedModel
 from foveate.families.offload import modules_of
-from foveate.models.quantization import stored_bytes
 from foveate.pipeline.pipeline import Pipeline
+from foveate.weights.quantization import stored_bytes
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _RESET_PEAK = "5"

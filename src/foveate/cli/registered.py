@@ -7,7 +7,7 @@ from foveate.families.memory import count_parameters
 from foveate.families.packaged import DEMO_NAMES, packaged_models
 from foveate.families.published import PUBLISHED
 from foveate.families.spec import ModelSpec
-from foveate.folder import CONFIG_NAME, read_config
+from foveate.weights.folder import CONFIG_NAME, read_config
 
 
 def all_models() -> list[dict[str, Any]]:

@@ -20,14 +20,14 @@ from foveate.core.errors import CheckpointError, FoveateError
 from foveate.core.finite import broken_weight, names_of_broken
 from foveate.core.stand_in import refuse_stand_in
 from foveate.families.family import FAMILIES, Network
-from foveate.models.checkpoint import check_fit, check_floats
-from foveate.models.checkpoint_infinity import autoencoder_state, infer_infinity_config, transformer_tensors
-from foveate.models.checkpoint_names import kind_within
-from foveate.models.checkpoint_switti import switti_state
-from foveate.models.checkpoint_var import var_state
-from foveate.models.checkpoint_vq import vq_state
-from foveate.models.stored import State
-from foveate.models.weight_files import INDEX_END, files_of, naming, read_weights, save_sharded, some, weights_sha256
+from foveate.weights.files import INDEX_END, files_of, naming, read_weights, save_sharded, some, weights_sha256
+from foveate.weights.infinity import autoencoder_state, infer_infinity_config, transformer_tensors
+from foveate.weights.key_map import check_fit, check_floats
+from foveate.weights.names import kind_within
+from foveate.weights.stored import State
+from foveate.weights.switti import switti_state
+from foveate.weights.var import var_state
+from foveate.weights.vq import vq_state
 
 MANIFEST_NAME = "manifest.json"
 SHARD_BYTES = 5 * 2**30

@@ -12,23 +12,23 @@ from torch import nn
 from foveate.core.errors import CheckpointError
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.protocols import ScaleTokenizer
-from foveate.models.checkpoint_infinity import (
-    infer_autoencoder_config,
-    infer_infinity_config,
-    load_autoencoder,
-    load_transformer,
-)
-from foveate.models.checkpoint_switti import infer_switti_config, load_switti
-from foveate.models.checkpoint_var import infer_var_config, load_var
-from foveate.models.checkpoint_vq import infer_vq_config, load_vq
 from foveate.models.infinity import Infinity, InfinityConfig
-from foveate.models.stored import State
 from foveate.models.switti import Switti, SwittiConfig
 from foveate.models.var import VAR, VARConfig
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.tokenizers.vq import VQTokenizer
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
+from foveate.weights.infinity import (
+    infer_autoencoder_config,
+    infer_infinity_config,
+    load_autoencoder,
+    load_transformer,
+)
+from foveate.weights.stored import State
+from foveate.weights.switti import infer_switti_config, load_switti
+from foveate.weights.var import infer_var_config, load_var
+from foveate.weights.vq import infer_vq_config, load_vq
 
 TransformerConfig = InfinityConfig | VARConfig | SwittiConfig
 TokenizerConfig = AutoencoderConfig | VQAutoencoderConfig

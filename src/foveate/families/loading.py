@@ -27,7 +27,13 @@ from foveate.families.published import PUBLISHED
 from foveate.families.residency import Residency
 from foveate.families.sources import Sources, fetch_model, fetch_published, local_sources, unpinned
 from foveate.families.spec import ModelSpec
-from foveate.folder import (
+from foveate.kernels import native
+from foveate.kernels.invariance import TILE_ROWS, tile_failing_
+from foveate.models.infinity import InfinityConfig
+from foveate.models.switti import SwittiConfig
+from foveate.models.var import VARConfig
+from foveate.weights.files import files_of, is_weight_file, naming, weights_sha256
+from foveate.weights.folder import (
     AUTOENCODER,
     CONFIG_NAME,
     TRANSFORMER,
@@ -36,14 +42,8 @@ from foveate.folder import (
     read_network,
     read_text_encoder,
 )
-from foveate.kernels import native
-from foveate.kernels.invariance import TILE_ROWS, tile_failing_
-from foveate.models.infinity import InfinityConfig
-from foveate.models.quantization import check_quantization, quantize_blocks
-from foveate.models.random_weights import RANDOM_SEED, empty_module, fill_randomly
-from foveate.models.switti import SwittiConfig
-from foveate.models.var import VARConfig
-from foveate.models.weight_files import files_of, is_weight_file, naming, weights_sha256
+from foveate.weights.modules import RANDOM_SEED, empty_module, fill_randomly
+from foveate.weights.quantization import check_quantization, quantize_blocks
 
 logger = logging.getLogger("foveate")
 
@@ -71,7 +71,7 @@ class Precision:
     """Number formats of a model: what it computes in, and what may differ from that.
 
     `decoder_dtype` is the decoder's, None if it is `dtype`. `quantization` is how the blocks of the transformer hold
-    their weights (`models.quantization`), None if in `dtype`.
+    their weights (`weights.quantization`), None if in `dtype`.
     """
 
     dtype: torch.dtype
@@ -93,7 +93,7 @@ class Precision:
 class LoadedModel:
     """A model in memory; nothing here changes while it generates.
 
-    `weights` is `pretrained` or `random`; `sha256` identifies the weights (`folder.weights_sha256`), those of a text
+    `weights` is `pretrained` or `random`; `sha256` identifies the weights (`weights_sha256`), those of a text
     encoder only where it lies in the model's own folder: `text_encoders` names the others by folder or repository.
     `tiled_layers` are shapes of linear layers that run in tiles (`kernels.invariance`). `warnings` belong to every
     call. `device` is where it runs; an offloaded model (`offload`) lies in main memory between calls.

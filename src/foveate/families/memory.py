@@ -21,9 +21,9 @@ from foveate.families.family import OWN_CONDITIONERS
 from foveate.families.residency import Residency
 from foveate.families.spec import ModelSpec
 from foveate.models.infinity import InfinityConfig
-from foveate.models.quantization import quantized_bytes
 from foveate.models.switti import SwittiConfig
 from foveate.tokenizers.strips import CPU_VALUES
+from foveate.weights.quantization import quantized_bytes
 
 TEXT_ENCODER_PARAMETERS = {
     "minilm": 22_565_376,

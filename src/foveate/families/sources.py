@@ -17,11 +17,11 @@ from foveate.core.warnings import CallWarning
 from foveate.families.family import FAMILIES, Family, TransformerConfig
 from foveate.families.published import GRIDS_1024, PUBLISHED, Published, WeightSource
 from foveate.families.spec import ALL_RATIOS, ModelSpec, budget_of
-from foveate.models.checkpoint_names import kind_within
 from foveate.models.infinity import InfinityConfig
-from foveate.models.stored import State
 from foveate.models.var import GRIDS_512, VARConfig
-from foveate.models.weight_files import files_of, is_weight_file, naming, read_weights, some
+from foveate.weights.files import files_of, is_weight_file, naming, read_weights, some
+from foveate.weights.names import kind_within
+from foveate.weights.stored import State
 
 _FAMILY_OF_KIND = {"Infinity": "infinity", "VAR": "var", "Switti": "switti"}
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 
 from foveate.core.errors import CheckpointError
-from foveate.models.checkpoint import MARKS, kind_of
-from foveate.models.stored import State, renamed
+from foveate.weights.key_map import MARKS, kind_of
+from foveate.weights.stored import State, renamed
 
 _WRAPPERS = frozenset(
     ("module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")

@@ -12,10 +12,10 @@ import torch
 
 from foveate.core.errors import CheckpointError
 from foveate.core.schedule import Grid
-from foveate.models.checkpoint import axes_of, copy_weights, count_of, refuse_foreign, without
-from foveate.models.checkpoint_names import plain_names
-from foveate.models.stored import State
 from foveate.models.var import GRIDS_256, GRIDS_512, VAR, VARConfig
+from foveate.weights.key_map import axes_of, copy_weights, count_of, refuse_foreign, without
+from foveate.weights.names import plain_names
+from foveate.weights.stored import State
 
 _CONSTANTS = ("zero_k_bias", "lvl_1L", "attn_bias_for_masking")
 

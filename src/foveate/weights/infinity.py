@@ -12,11 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from foveate.models.checkpoint import axes_of, copy_weights, count_of, refuse_foreign, without
-from foveate.models.checkpoint_names import plain_names, put_once
 from foveate.models.infinity import Infinity, InfinityConfig
-from foveate.models.stored import State, Stored, renamed
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
+from foveate.weights.key_map import axes_of, copy_weights, count_of, refuse_foreign, without
+from foveate.weights.names import plain_names, put_once
+from foveate.weights.stored import State, Stored, renamed
 
 _CONSTANTS = ("zero_k_bias", "lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen")
 _QUANTISERS = ("quantizer.", "quantize.")

@@ -21,9 +21,9 @@ from foveate.core.atomic import write_text
 from foveate.core.errors import CheckpointError
 from foveate.core.finite import broken_weight, names_of_broken
 from foveate.core.stand_in import refuse_stand_in
-from foveate.models.random_weights import empty_module
-from foveate.models.stored import State
-from foveate.models.weight_files import naming, read_weights, save_sharded, weights_sha256
+from foveate.weights.files import naming, read_weights, save_sharded, weights_sha256
+from foveate.weights.modules import empty_module
+from foveate.weights.stored import State
 
 CONFIG_NAME = "config.json"
 TRANSFORMER, AUTOENCODER = "transformer", "autoencoder"

@@ -11,8 +11,8 @@ from torch import nn
 
 from foveate.core.errors import CheckpointError
 from foveate.core.finite import broken_weight, names_of_broken
-from foveate.models.stored import State, renamed
-from foveate.models.weight_files import some
+from foveate.weights.files import some
+from foveate.weights.stored import State, renamed
 
 MARKS = {
     "cfg_uncond": "Infinity",

@@ -9,11 +9,11 @@ import logging
 
 import torch
 
-from foveate.models.checkpoint import axes_of, copy_weights, count_of, refuse_foreign
-from foveate.models.checkpoint_names import plain_names
-from foveate.models.stored import State, renamed
-from foveate.models.weight_files import some
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
+from foveate.weights.files import some
+from foveate.weights.key_map import axes_of, copy_weights, count_of, refuse_foreign
+from foveate.weights.names import plain_names
+from foveate.weights.stored import State, renamed
 
 _LOG = logging.getLogger("foveate")
 

@@ -19,7 +19,7 @@ from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError
 from foveate.core.finite import BrokenWeightError
 from foveate.core.stand_in import refuse_stand_in
-from foveate.models.stored import State, Stored, stored_pickle, stored_safetensors
+from foveate.weights.stored import State, Stored, stored_pickle, stored_safetensors
 
 INDEX_END = ".safetensors.index.json"
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")

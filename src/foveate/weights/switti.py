@@ -6,10 +6,10 @@ Source: the published checkpoints of Switti (arXiv 2412.01819) and their key nam
 
 import torch
 
-from foveate.models.checkpoint import axes_of, copy_weights, count_of, refuse_foreign, without
-from foveate.models.checkpoint_names import plain_names
-from foveate.models.stored import State
 from foveate.models.switti import Switti, SwittiConfig
+from foveate.weights.key_map import axes_of, copy_weights, count_of, refuse_foreign, without
+from foveate.weights.names import plain_names
+from foveate.weights.stored import State
 
 _CONSTANTS = ("lvl_1L", "attn_bias_for_masking")
 _HEAD_WIDTH = 64
