@@ -1,4 +1,5 @@
 """Toys for all tests: the real classes at tiny sizes, with random weights, as a model folder and as a pipeline."""
+# ruff: noqa: E402
 
 from pathlib import Path
 
@@ -6,6 +7,10 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from tests import shape_checks
+
+shape_checks.install()  # Before the first module of the package, so that the checks of all of them are these.
 
 from foveate.conditioning.minilm import MiniLM, MiniLMConfig, TextEncoder
 from foveate.families.spec import Defaults, ModelSpec
