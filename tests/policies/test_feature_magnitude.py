@@ -12,7 +12,7 @@ from foveate.core.signals import SublayerInput
 from foveate.policies.feature_magnitude import FeatureMagnitude
 from foveate.policies.registry import load_policy
 from tests.policies.following import Seen, assert_forecast_holds, replayed_by_score
-from tests.toys import cached_run, checked, run, same_bits, toy
+from tests.toys import LENGTHS, SEEDS, cached_run, checked, make_request, run, same_bits, toy
 
 SETTINGS = (
     ("feature-magnitude", -1, 0.5, 3, Base.PREVIOUS),
@@ -79,3 +79,18 @@ def test_wrong_settings_are_refused_by_name(field: str, value: object):
 def test_block_must_be_one_of_the_model(block: int):
     with pytest.raises(FoveateError, match=rf"block must be in \[-5, 4\] of this model, got {block}"):
         FeatureMagnitude(block=block).bind(toy("square").schedule, toy("square").model.shape)
+
+
+def test_signals_of_a_block_that_no_token_ran_are_zero():
+    """DepthVAR may leave the last block, whose input the other policy scores by, without a token of a single image."""
+    record = SublayerInput(block=4, sublayer=0)
+    result = run(
+        toy("wide"),
+        load_policy("feature-magnitude|depthvar"),
+        make_request(toy("wide").schedule, SEEDS[:1], LENGTHS[:1]),
+    )
+    blocks = [scale.work.rows[(0, True)].block_tokens for scale in result.trace.scales]
+    assert blocks[3][4] == 0 < blocks[2][4]
+    seen = {signals.scale: signals[record] for signals in result.bound.signals if signals and record in signals.values}
+    assert not seen[3].any()
+    assert seen[2].any()

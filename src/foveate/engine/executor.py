@@ -271,7 +271,7 @@ class Engine:
             residual_BZhw=residual_BZhw if Signal.RESIDUAL in run.records else None,
             f_hat_BZHW=f_hat_BZHW if Signal.F_HAT in run.records else None,
             logits=logits if Signal.LOGITS in run.records else None,
-            values=run.values | decoded,
+            values=run.values | run.idle_values(self.model.shape.width) | decoded,
         )
 
     def _refinement(self, run: ScaleRun, heads: _Heads, symbols: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -290,6 +290,17 @@ class ScaleRun:
             return
         self.values[AttentionEntropy(block=block)] = self.on_grid(entropy_a[:, None], active)[..., 0]
 
+    def idle_values(self, width: int) -> dict[Record, Tensor]:
+        """Values that were asked of blocks which no token ran: zero, as wherever a token did not run."""
+        like, shape = self.state.f_hat_BZHW, (self.state.request.num_images, self.scale.num_tokens)
+        idle: dict[Record, Tensor] = {}
+        for record in self.records - self.values.keys():
+            if isinstance(record, AttentionEntropy):
+                idle[record] = like.new_zeros(shape, dtype=torch.float32)
+            elif isinstance(record, SublayerInput):
+                idle[record] = like.new_zeros((*shape, width), dtype=torch.float32)
+        return idle
+
     def on_grid(self, part_aC: Shaped[Tensor, "a C"], active: Active) -> Shaped[Tensor, "B l C"]:
         """Values of the conditional rows on the grid, zero where a token did not run; a prefix is left out."""
         whole_nC = part_aC
