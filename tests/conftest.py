@@ -3,12 +3,13 @@
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from tests import shape_checks
+from tests import randomness, shape_checks
 
 shape_checks.install()  # Before the first module of the package, so that the checks of all of them are these.
 
@@ -41,6 +42,23 @@ TOY_SPEC = ModelSpec(
     ratios=("1:1",),
     defaults=Defaults(guidance_scale=2.5, temperature=0.5),
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Examples of hypothesis follow from the seed of the suite, unless they have one of their own."""
+    if config.getoption("--hypothesis-seed") is None:
+        hypothesis.core.global_force_seed = randomness.BASE
+
+
+def pytest_report_header() -> str:
+    """Says how to have the same random inputs again."""
+    return f"random inputs: FOVEATE_TEST_SEED={randomness.BASE}"
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """Numbers of the global generators depend on the test and the seed of the suite, not on the tests before."""
+    torch.manual_seed(randomness.seed_of(request.node.nodeid))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 from foveate.core.cost import ModelShape, RowWork, ScaleWork, request_cost
 from foveate.core.errors import FoveateError
 from foveate.core.guidance import GuidanceSchedule
+from tests.randomness import seed_of
 
 SHAPE = ModelShape(
     num_blocks=2,
@@ -48,7 +49,7 @@ def multiply_accumulates(work, text_tokens) -> int:
 
 def random_work(seed: int) -> list[ScaleWork]:
     """Scales that grow, skip, and lose unconditional rows."""
-    draw = random.Random(seed)
+    draw = random.Random(seed_of(seed))
     rows = draw.choice([[(0, True)], [(0, True), (0, False)], [(0, True), (1, True), (1, False)]])
     work, grid = [], 1
     for scale in range(draw.randint(1, 4)):

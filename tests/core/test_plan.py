@@ -12,6 +12,7 @@ from foveate.core.errors import FoveateError, PlanConflictError
 from foveate.core.plan import Base, CachedFill, DepthMap, ScalePlan
 from foveate.core.policy import require
 from foveate.core.selection import Rule, TokenSelection, keep_by_count, keep_by_mass
+from tests.randomness import generator
 
 SHARES = st.sampled_from([0.05, 0.25, 0.4, 0.5, 0.55, 0.75, 0.9, 0.999])
 
@@ -100,10 +101,10 @@ def test_selections_rank_the_survivors_from_left_to_right(
 
 
 def some_plan(seed: int, depth: bool = True) -> ScalePlan:
-    generator = torch.Generator().manual_seed(seed)
+    source = generator(seed)
 
     def uniform() -> torch.Tensor:
-        return torch.rand(2, 6, generator=generator)
+        return torch.rand(2, 6, generator=source)
 
     draws = uniform()[0].tolist()
     depths = (DepthMap(depth_Bl=(uniform() * 4).long(), order=(0, 2, 1)),) if depth and draws[0] < 0.7 else ()

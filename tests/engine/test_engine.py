@@ -20,6 +20,7 @@ from foveate.engine.kv_cache import KVCache, Slot
 from foveate.engine.scale_run import ScaleRun
 from foveate.policies.registry import load_policy
 from tests.engine.naive import attend_list, decisions_of, generate_planned
+from tests.randomness import normal
 from tests.toys import (
     LENGTHS,
     SEEDS,
@@ -37,7 +38,7 @@ SHAPE = ModelShape(num_blocks=2, width=8, ff_width=16, num_heads=2, head_width=4
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return normal(*shape, stream=seed)
 
 
 def begin(plan: ScalePlan, grid: tuple[int, int] = (8, 8), num_images: int = 1) -> ScaleRun:

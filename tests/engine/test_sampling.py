@@ -19,13 +19,14 @@ from foveate.engine.sample import (
 )
 from foveate.policies.full import Full
 from tests.engine.naive import draw, filtered
+from tests.randomness import normal
 from tests.toys import make_request, run, same_bits, toy
 
 OFF = Filter(top_k=0, top_p=0.0)
 
 
 def some_logits(seed: int, *shape: int) -> torch.Tensor:
-    return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return 2 * normal(*shape, stream=seed)
 
 
 # Keyed draws

@@ -6,6 +6,7 @@ import torch
 
 from foveate.engine.sample import SMOOTH_STREAM, Filter, KeyedSampler, keyed_exponential, keyed_uniform
 from foveate.kernels import draws, native
+from tests.randomness import numbers
 
 LARGEST = 2**64 - 1
 SHAPES = [(), (0,), (1,), (3,), (4,), (5,), (31,), (33,), (7, 0, 2), (3, 5, 4), (16, 16, 32), (9, 7, 1024), (200_001,)]
@@ -42,7 +43,7 @@ def same_bits(found: np.ndarray, expected: np.ndarray) -> bool:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_draws_are_the_formula_bit_for_bit(path: str, threads: int, shape: tuple[int, ...]):
-    fresh = tuple(int(word) for word in np.random.default_rng().integers(0, LARGEST, 2, np.uint64, endpoint=True))
+    fresh = tuple(int(word) for word in numbers(str(shape)).integers(0, LARGEST, 2, np.uint64, endpoint=True))
     for key in ((0, 0), (LARGEST, LARGEST), (5, 256 * 12 + 1), (2**63, 3), fresh):
         u = plain_uniform(key, shape)
         assert same_bits(draws.uniform(key, shape), u), key
@@ -53,7 +54,7 @@ def test_every_logarithm_is_the_one_of_numpy():
     """2**25 draws meet 98 of 100 of the 2**23 values that a draw can take."""
     if native.library() is None:
         pytest.skip(f"numpy takes its own logarithm: {native.describe()}")
-    seed = int(np.random.default_rng().integers(0, LARGEST, dtype=np.uint64))
+    seed = int(numbers("logarithms").integers(0, LARGEST, dtype=np.uint64))
     table = (-np.log((np.arange(2**23) + 0.5) * 2.0**-23)).astype(np.float32)
     met = np.zeros(2**23, dtype=bool)
     for stream in range(32):

@@ -15,6 +15,7 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import BlockChange, Signals
 from foveate.policies.depthvar import DepthVAR, apply_curve, bit_reversal_order, depth_scores
 from tests.engine.naive import decisions_of, generate_planned
+from tests.randomness import normal
 from tests.toys import LENGTHS, SEEDS, cached_run, checked, make_request, run, same_bits, text_features, toy
 
 CURVES = ("power", "linear", "step", "constant")
@@ -27,7 +28,7 @@ def shape_of(num_blocks: int) -> ModelShape:
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return normal(*shape, stream=seed)
 
 
 # Order

@@ -20,13 +20,14 @@ from foveate.core.signals import BranchLogits, Signal, Signals
 from foveate.policies.ld_pruning import LDPruning, branch_gap, detail_energy, haar_energy
 from foveate.policies.registry import load_policy
 from tests.engine.naive import codes_of
+from tests.randomness import normal
 from tests.toys import SEEDS, Result, cached_run, checked, make_request, run, same_bits, toy
 
 LHEP = LDPruning(sats=False)
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return normal(*shape, stream=seed)
 
 
 def signs(seed: int, channels: int, h: int, w: int) -> torch.Tensor:

@@ -19,13 +19,14 @@ from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.tokenizers.strips import MapNorm, convolve, enlarge, one_late, strips_of
 from foveate.tokenizers.vq import VQTokenizer
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
+from tests.randomness import normal
 from tests.toys import randomise
 
 KINDS = ("bits", "bits of patches", "ids")
 
 
 def random_map(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return normal(*shape, stream=seed)
 
 
 def make_tokenizer(kind: str) -> BSQTokenizer | VQTokenizer:

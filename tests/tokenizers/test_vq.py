@@ -15,6 +15,7 @@ from foveate.engine.sample import ForcedSampler
 from foveate.policies.registry import load_policy
 from foveate.tokenizers.vq import VQTokenizer, refiner_index
 from foveate.tokenizers.vq_autoencoder import Attention, VQAutoencoder, VQAutoencoderConfig
+from tests.randomness import normal
 from tests.toys import LATENT_CHANNELS, VAR_GRIDS, label_request, randomise, run, toy_var, with_sampler
 
 
@@ -23,7 +24,7 @@ def tokenizer() -> VQTokenizer:
 
 
 def random_map(seed: int, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return normal(*shape, stream=seed)
 
 
 # Which convolution
