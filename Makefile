@@ -15,9 +15,10 @@ demo: .venv/.installed
 test: .venv/.installed-dev
 	$(WORKERS) -m "not soak"
 
-# What takes minutes: captured graphs, kernels in the interpreter, dry runs of all recipes, the report of a model
+# What takes minutes: whole matrices, captured graphs, Triton kernels, dry runs of all recipes; REPORT has the durations
+REPORT ?= out/soak.md
 soak: .venv/.installed-dev
-	$(WORKERS) -m soak
+	$(WORKERS) -m soak --report $(REPORT)
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from foveate.pipeline.pipeline import Pipeline
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.weights.folder import save_folder
 from foveate.weights.modules import fill_randomly
+from tests.report import write_report
 
 # The first example of a test pays for imports and shape checks, so none has a deadline.
 settings.register_profile("foveate", deadline=None)
@@ -42,6 +43,18 @@ TOY_SPEC = ModelSpec(
     ratios=("1:1",),
     defaults=Defaults(guidance_scale=2.5, temperature=0.5),
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds `--report FILE`."""
+    parser.addoption("--report", type=Path, help="write a page about the run: what ran, for how long, and where")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Writes the page."""
+    if (path := config.getoption("report")) is not None:
+        arguments = [word for word in config.invocation_params.args if not word.startswith("--report")]
+        write_report(path, terminalreporter.stats, [word for word in arguments if word != str(path)])
 
 
 def pytest_configure(config: pytest.Config) -> None:

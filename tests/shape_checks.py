@@ -20,6 +20,9 @@ import torch
 FIRST = 4
 """Elements of a container that count; beartype itself looks at one, at random."""
 
+_known_by_type: set[type] = set()
+"""Types whose values differ in nothing that a check looks at."""
+
 _checked: Callable[..., Any] = jaxtyping.jaxtyped
 
 
@@ -31,14 +34,18 @@ def install() -> None:
 def known_by(value: object) -> object:
     """Whatever a check of this value can depend on, as something that can be hashed."""
     kind = type(value)
+    if kind in _known_by_type:
+        return kind
+    if kind is torch.Tensor or isinstance(value, (torch.Tensor, numpy.ndarray)):
+        return kind, value.shape, value.dtype
     if kind is str:
         return value
     if kind is tuple or kind is list:
         return kind, len(value), *map(known_by, value[:FIRST])
     if kind is dict and value:
         return kind, *map(known_by, next(iter(value.items())))
-    if isinstance(value, torch.Tensor | numpy.ndarray):
-        return kind, tuple(value.shape), value.dtype
+    if kind is not dict:
+        _known_by_type.add(kind)
     return kind
 
 
@@ -78,7 +85,9 @@ def _function(function: types.FunctionType, typechecker: Any) -> Callable[..., A
     @functools.wraps(function)
     def checked_once(*args: object, **kwargs: object) -> object:
         __tracebackhide__ = True
-        called = (*map(known_by, args), *((name, known_by(value)) for name, value in kwargs.items()))
+        called: object = (*map(known_by, args),)
+        if kwargs:
+            called = (called, *kwargs, *map(known_by, kwargs.values()))
         if called not in seen:
             result = full()(*args, **kwargs)
             seen.update((called, (called, known_by(result))))

@@ -17,7 +17,7 @@ PAGES += [ROOT / "recipes/emoji/README.md", ROOT / "packages/foveate-emoji/READM
 
 @pytest.fixture(scope="module")
 def emoji() -> Pipeline:
-    pipe = Pipeline.from_pretrained("emoji")
+    pipe = Pipeline.from_pretrained("emoji-tiny")
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -57,6 +57,7 @@ def test_kernels_equal_their_twins_in_the_interpreter():
 
 
 @NEEDS_TRITON
+@pytest.mark.soak
 def test_kernels_compile_for_ampere_and_hopper(tmp_path: Path):
     """To machine code, at the sizes of the published models; the simple ones read 16 bytes at once."""
     environment = {
