@@ -14,9 +14,20 @@ from torch import Tensor
 
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
-from foveate.weights.key_map import axes_of, copy_weights, count_of, refuse_foreign, without
+from foveate.weights.key_map import WeightKind, axes_of, copy_weights, count_of, declare, refuse_foreign, without
 from foveate.weights.names import plain_names, put_once
 from foveate.weights.stored import State, Stored, renamed
+
+declare(WeightKind(name="Infinity", role="an Infinity transformer", marks=("cfg_uncond",)))
+declare(
+    WeightKind(
+        name="autoencoder",
+        role="an Infinity autoencoder",
+        marks=("encoder.conv_in.weight", "encoder.conv_in.conv.weight"),
+        unless=("quantize.embedding.weight",),
+        is_autoencoder=True,
+    )
+)
 
 _CONSTANTS = ("zero_k_bias", "lvl_1L", "attn_bias_for_masking", "Infinity_visible_kvlen", "Infinity_invisible_qlen")
 _QUANTISERS = ("quantizer.", "quantize.")

@@ -5,6 +5,7 @@ Nothing is copied before every key and every shape fits, and the numbers are che
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,28 +15,47 @@ from foveate.core.finite import broken_weight, names_of_broken
 from foveate.weights.files import some
 from foveate.weights.stored import State, renamed
 
-MARKS = {
-    "cfg_uncond": "Infinity",
-    "class_emb.weight": "VAR",
-    "crop_embed.weight": "Switti",
-    "quantize.embedding.weight": "VQ",
-    "encoder.conv_in.weight": "autoencoder",
-    "encoder.conv_in.conv.weight": "autoencoder",
-}
-"""A key that only one kind of weights holds; the first one that is there decides (`VQ` is an autoencoder, too)."""
+KINDS: dict[str, "WeightKind"] = {}
+"""By name; every key map declares its own, so that importing `families.registry` knows all of them."""
 
-_ROLES = {
-    "Infinity": "an Infinity transformer",
-    "VAR": "a VAR transformer",
-    "Switti": "a Switti transformer",
-    "VQ": "a VQ autoencoder (VAR, Switti)",
-    "autoencoder": "an Infinity autoencoder",
-}
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightKind:
+    """One kind of weights, as its key map declares it.
+
+    Attributes:
+        name: In manifests and messages.
+        role: What a file of such weights is, in messages.
+        marks: Keys of which weights of this kind hold one, and others none.
+        unless: Keys that weights of this kind do not hold beside a mark.
+        is_autoencoder: Whether they are an autoencoder; where a file holds both, the transformer decides.
+    """
+
+    name: str
+    role: str
+    marks: tuple[str, ...]
+    unless: tuple[str, ...] = ()
+    is_autoencoder: bool = False
+
+    def marks_in(self, state: State) -> bool:
+        """Whether weights hold a mark of this kind."""
+        return any(mark in state for mark in self.marks) and not any(key in state for key in self.unless)
+
+
+def declare(kind: WeightKind) -> WeightKind:
+    """Makes a kind known to all key maps, which refuse each other's weights by its role."""
+    KINDS[kind.name] = kind
+    return kind
+
+
+def kind_names() -> list[str]:
+    """Every declared kind, the transformers first."""
+    return [kind.name for kind in sorted(KINDS.values(), key=lambda kind: kind.is_autoencoder)]
 
 
 def kind_of(state: State) -> str | None:
-    """Whose weights these are, a value of `MARKS`; None if nobody knows."""
-    return next((kind for mark, kind in MARKS.items() if mark in state), None)
+    """Whose weights these are, the name of a declared kind; None if nobody knows."""
+    return next((name for name in kind_names() if KINDS[name].marks_in(state)), None)
 
 
 def refuse_foreign(state: State, kind: str) -> None:
@@ -46,7 +66,9 @@ def refuse_foreign(state: State, kind: str) -> None:
     """
     found = kind_of(state)
     if found not in (None, kind):
-        raise CheckpointError(f"the weights are those of {_ROLES[found]}, expected {_ROLES[kind]}; give the other file")
+        raise CheckpointError(
+            f"the weights are those of {KINDS[found].role}, expected {KINDS[kind].role}; give the other file"
+        )
 
 
 def without(state: State, names: Sequence[str]) -> State:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 
 from foveate.core.errors import CheckpointError
-from foveate.weights.key_map import MARKS, kind_of
+from foveate.weights.key_map import kind_names, kind_of
 from foveate.weights.stored import State, renamed
 
 _WRAPPERS = frozenset(
@@ -31,9 +31,9 @@ _AVERAGE_COUNT = "n_averaged"
 
 
 def kind_within(state: State) -> str | None:
-    """Whose weights these are, a value of `MARKS`, whatever is around them; None if nobody knows."""
+    """Whose weights these are, the name of a declared kind, whatever is around them; None if nobody knows."""
     kinds = {kind_of(group) for group in _groups(state).values()}
-    return next((kind for kind in MARKS.values() if kind in kinds), None)
+    return next((kind for kind in kind_names() if kind in kinds), None)
 
 
 def plain_names(state: State, kind: str) -> State:
@@ -43,7 +43,7 @@ def plain_names(state: State, kind: str) -> State:
 
     Args:
         state: The weights under whatever names a file has.
-        kind: A value of `MARKS`. Where no weights are of it, those of another kind come back, to be refused.
+        kind: The name of a declared kind. Where no weights are of it, those of another kind come back, to be refused.
 
     Raises:
         CheckpointError: Two names become the same one, or two containers hold the kind.
@@ -57,7 +57,7 @@ def plain_names(state: State, kind: str) -> State:
         raise CheckpointError(f"the file holds such weights twice, below {first} and {second}; save one of them alone")
     if not weights:
         # The most telling ones, whose refusal says what is wrong.
-        known = [container for mark in MARKS.values() for container in groups if kinds[container] == mark]
+        known = [container for name in kind_names() for container in groups if kinds[container] == name]
         weights = known or sorted(groups, key=lambda container: (not container, -len(groups[container])))
     return groups[weights[0]] if weights else state
 

@@ -7,9 +7,11 @@ Source: the published checkpoints of Switti (arXiv 2412.01819) and their key nam
 import torch
 
 from foveate.models.switti import Switti, SwittiConfig
-from foveate.weights.key_map import axes_of, copy_weights, count_of, refuse_foreign, without
+from foveate.weights.key_map import WeightKind, axes_of, copy_weights, count_of, declare, refuse_foreign, without
 from foveate.weights.names import plain_names
 from foveate.weights.stored import State
+
+declare(WeightKind(name="Switti", role="a Switti transformer", marks=("crop_embed.weight",)))
 
 _CONSTANTS = ("lvl_1L", "attn_bias_for_masking")
 _HEAD_WIDTH = 64

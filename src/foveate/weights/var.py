@@ -13,9 +13,11 @@ import torch
 from foveate.core.errors import CheckpointError
 from foveate.core.schedule import Grid
 from foveate.models.var import GRIDS_256, GRIDS_512, VAR, VARConfig
-from foveate.weights.key_map import axes_of, copy_weights, count_of, refuse_foreign, without
+from foveate.weights.key_map import WeightKind, axes_of, copy_weights, count_of, declare, refuse_foreign, without
 from foveate.weights.names import plain_names
 from foveate.weights.stored import State
+
+declare(WeightKind(name="VAR", role="a VAR transformer", marks=("class_emb.weight",)))
 
 _CONSTANTS = ("zero_k_bias", "lvl_1L", "attn_bias_for_masking")
 

@@ -11,9 +11,15 @@ import torch
 
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 from foveate.weights.files import some
-from foveate.weights.key_map import axes_of, copy_weights, count_of, refuse_foreign
+from foveate.weights.key_map import WeightKind, axes_of, copy_weights, count_of, declare, refuse_foreign
 from foveate.weights.names import plain_names
 from foveate.weights.stored import State, renamed
+
+declare(
+    WeightKind(
+        name="VQ", role="a VQ autoencoder (VAR, Switti)", marks=("quantize.embedding.weight",), is_autoencoder=True
+    )
+)
 
 _LOG = logging.getLogger("foveate")
 
