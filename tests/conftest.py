@@ -33,6 +33,7 @@ TOY_TEXT = MiniLMConfig(vocab_size=64, max_positions=64, width=24, num_heads=3, 
 
 TOY_SPEC = ModelSpec(
     name="toy",
+    family="infinity",
     transformer=InfinityConfig(
         depth=3, width=64, heads=4, bits=8, text_width=24, pool_heads=4, text_tokens=64, ff_width=128
     ),

@@ -31,7 +31,7 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request
-from foveate.families.family import PLACES_CONDITIONER
+from foveate.families.minilm import MINILM_PLACES
 from foveate.families.spec import Defaults, ModelSpec, per_scale, tuples
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.policies.full import Full
@@ -424,9 +424,10 @@ class TrainingFolder:
         folder = self.out / self.recipe.name
         spec = ModelSpec(
             name=self.recipe.name,
+            family="infinity",
             transformer=self.recipe.transformer.shape,
             autoencoder=self.recipe.tokenizer.shape,
-            conditioner=PLACES_CONDITIONER,
+            conditioner=MINILM_PLACES.name,
             budgets=(self.recipe.budget,),
             ratios=("1:1",),
             defaults=self.defaults(),

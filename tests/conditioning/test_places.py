@@ -13,7 +13,7 @@ from torch import Tensor
 from foveate.conditioning.minilm import MiniLM, MiniLMConfig, TextEncoder
 from foveate.conditioning.places import CLASSES, NUM_AXES, PLACES_NAME, Places, PlacesConfig
 from foveate.core.errors import CheckpointError, FoveateError
-from foveate.families.memory import TEXT_ENCODER_PARAMETERS
+from foveate.families.minilm import MINILM, MINILM_PLACES
 from foveate.pipeline.pipeline import Pipeline
 from foveate.weights.modules import fill_randomly
 from tests.conftest import toy_text_encoder
@@ -174,5 +174,5 @@ def test_the_parameters_of_memory_are_those_of_the_encoder() -> None:
         counts = [
             sum(p.numel() for p in module.parameters()) for module in (MiniLM(MiniLMConfig()), Places(PlacesConfig()))
         ]
-    assert TEXT_ENCODER_PARAMETERS["minilm"] == counts[0]
-    assert TEXT_ENCODER_PARAMETERS["minilm-places"] == sum(counts)
+    assert MINILM.parameters == counts[0]
+    assert MINILM_PLACES.parameters == sum(counts)

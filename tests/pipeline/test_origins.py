@@ -12,8 +12,9 @@ import torch
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.core.hub import is_commit, is_repository
 from foveate.families.loading import Origin, Precision, find_spec, load_model
-from foveate.families.published import PUBLISHED, Published, WeightSource
+from foveate.families.published import PUBLISHED
 from foveate.families.sources import fetch_published
+from foveate.families.spec import Published, WeightSource
 from foveate.models.var import VAR
 from foveate.pipeline.pipeline import Pipeline
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder

@@ -78,6 +78,7 @@ def test_convolutions_are_channels_last(weights: str, toy_folder: Path) -> None:
 SMALL = {
     "infinity": ModelSpec(
         name="small",
+        family="infinity",
         transformer=InfinityConfig(depth=2, width=64, heads=2, bits=8, text_width=24, pool_heads=2, text_tokens=16),
         autoencoder=AutoencoderConfig(
             latent_channels=8, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1

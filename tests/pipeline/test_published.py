@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from foveate.conditioning.t5 import T5Text
 from foveate.core.errors import CheckpointError, FoveateError
-from foveate.families import loading, sources
-from foveate.families.published import PUBLISHED, Published, WeightSource
-from foveate.families.spec import Defaults, ModelSpec
+from foveate.families.published import PUBLISHED
+from foveate.families.registry import family_named
+from foveate.families.spec import Defaults, ModelSpec, Published, WeightSource
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.models.switti import SwittiConfig
 from foveate.models.var import GRIDS_256, GRIDS_512, VAR, VARConfig
@@ -113,6 +114,7 @@ def test_published_pairs_are_strict(model: str, autoencoder: str, right: str) ->
 def toy_entry(conditioner: str = "t5-xl") -> Published:
     spec = ModelSpec(
         name="infinity-toy",
+        family="infinity",
         transformer=TOY_INFINITY,
         autoencoder=BSQ,
         conditioner=conditioner,
@@ -153,7 +155,7 @@ def test_a_friendly_name_is_fetched_in_parts(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", one)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", many)
     monkeypatch.setitem(PUBLISHED, "infinity-toy", toy_entry())
-    monkeypatch.setattr(loading.T5Text, "from_pretrained", lambda *args, **kwargs: toy_text_encoder())
+    monkeypatch.setattr(T5Text, "from_pretrained", lambda *args, **kwargs: toy_text_encoder())
     pipe = Pipeline.from_pretrained("infinity-toy", revision="v2")
     assert asked == [("someone/weights", "shards/*", "v2"), ("someone/weights", "infinity_vae_d16.pth", "v2")]
     tuned = Pipeline.from_pretrained(tmp_path / "tuned.pth")
@@ -196,7 +198,7 @@ def test_the_hub_says_why_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_switti_needs_to_know_whether_scales_are_remembered(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="use_ar"):
-        sources.FAMILIES["switti"].transformer.infer({}, {})
+        family_named("switti").transformer.infer({}, {})
     spec = PUBLISHED["switti-1024"].spec
     assert isinstance(spec.transformer, SwittiConfig)
     assert spec.defaults.guidance_window == (0, 11)
@@ -254,7 +256,7 @@ def test_local_files_only_reaches_the_text_encoder(tmp_path: Path, monkeypatch: 
         asked.append(kwargs["local_files_only"])
         return toy_text_encoder()
 
-    monkeypatch.setattr(loading.T5Text, "from_pretrained", load)
+    monkeypatch.setattr(T5Text, "from_pretrained", load)
     for flag in (False, True):
         Pipeline.from_pretrained(tmp_path / "tuned.pth", local_files_only=flag)
     assert asked == [False, True]

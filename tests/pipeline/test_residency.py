@@ -12,6 +12,7 @@ from torch import nn
 
 from foveate.bench.memory import weights_bytes
 from foveate.conditioning.on_demand import OnDemand
+from foveate.conditioning.t5 import T5Text
 from foveate.core.conditions import ClassLabel
 from foveate.core.errors import CheckpointError
 from foveate.families import loading
@@ -110,7 +111,7 @@ def test_published_text_encoders_are_released_too(tmp_path: Path, monkeypatch: p
         read.append(place)
         return toy_text_encoder()
 
-    monkeypatch.setattr(loading.T5Text, "from_pretrained", load)
+    monkeypatch.setattr(T5Text, "from_pretrained", load)
     resident, released = (
         Pipeline.from_pretrained(tmp_path / "tuned.pth", text_encoder="someone/text", release_text_encoder=flag)
         for flag in (False, True)

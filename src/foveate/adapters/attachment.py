@@ -6,6 +6,7 @@ Only one name of that one object changes, its method that draws; the weights are
 import functools
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,17 +14,15 @@ from typing import Any
 from torch import nn
 
 from foveate.adapters.adapter import METHOD, Adapter, draw
-from foveate.adapters.infinity import OfficialInfinity
 from foveate.adapters.sharing import named_weights
-from foveate.adapters.var import OfficialVAR
 from foveate.core.errors import FoveateError, UnsupportedError
 from foveate.core.policy import Policy
 from foveate.core.trace import Trace
 from foveate.engine.report import Report
+from foveate.families.family import Family
+from foveate.families.registry import FAMILIES
 from foveate.policies.registry import load_policy
-from foveate.weights.key_map import kind_of
-
-_ADAPTERS: dict[str, type[OfficialInfinity | OfficialVAR]] = {"Infinity": OfficialInfinity, "VAR": OfficialVAR}
+from foveate.weights.key_map import KINDS, kind_of
 
 
 class Attachment:
@@ -133,21 +132,33 @@ def attach(model: object, policy: str | Path | Policy = "full") -> Attachment:
     """
     chosen = load_policy(policy)
     kind = type(model).__name__
+    families = [family for family in FAMILIES if family.adapter is not None]
+    titles = " or ".join(family.title for family in families)
+    taken = f"attach takes an {titles} object of the official code, got {kind}"
     if not isinstance(model, nn.Module):
-        raise FoveateError(f"attach takes an Infinity or VAR object of the official code, got {kind}")
+        raise FoveateError(taken)
     current = vars(model).get(METHOD)
     if isinstance(current, StandIn):
         current.attachment.policy = chosen
         return current.attachment
-    family = kind_of(named_weights(model))
-    if family not in _ADAPTERS:
-        found = "it has neither cfg_uncond nor class_emb.weight" if family is None else f"its weights are {family}'s"
-        raise FoveateError(f"attach takes an Infinity or VAR object of the official code, got {kind}: {found}")
+    whose = kind_of(named_weights(model))
+    family = next((family for family in families if family.transformer.kind == whose), None)
+    if family is None:
+        marks = " nor ".join(KINDS[known.transformer.kind].marks[0] for known in families)
+        found = f"it has neither {marks}" if whose is None else f"its weights are {whose}'s"
+        raise FoveateError(f"{taken}: {found}")
     if not callable(getattr(model, METHOD, None)):
         raise FoveateError(f"{kind} has no method {METHOD}, which every object of the official class has")
-    attachment = Attachment(_ADAPTERS[family](model), chosen)
+    attachment = Attachment(_adapter_of(family)(model), chosen)
     attachment.install()
     return attachment
+
+
+def _adapter_of(family: Family) -> Callable[[nn.Module], Adapter]:
+    """The adapter's class, which nothing imports before an object needs it."""
+    module, _, name = str(family.adapter).partition(":")
+    found: type[Adapter] = getattr(import_module(module), name)
+    return found
 
 
 def _is_default(value: object, parameter: inspect.Parameter) -> bool:

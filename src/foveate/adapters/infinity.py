@@ -23,7 +23,7 @@ from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, ReferenceSampler
 from foveate.engine.state import Request
-from foveate.families.family import FAMILIES
+from foveate.families.infinity import FAMILY
 from foveate.models.infinity import Infinity
 from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.tokenizers.bsq import BSQTokenizer
@@ -34,8 +34,6 @@ from foveate.weights.infinity import (
     transformer_tensors,
 )
 from foveate.weights.stored import State
-
-_FAMILY = FAMILIES["infinity"]
 
 _SETTINGS: dict[str, object] = {
     "use_bit_label": 1,
@@ -81,7 +79,7 @@ class OfficialInfinity(Adapter):
         if not isinstance(vae, nn.Module):
             raise FoveateError(f"vae must be the official autoencoder, got {type(vae).__name__}")
         transformer, autoencoder = self._transformer.over(self.model), self._autoencoder.over(vae)
-        wanted, offered = _FAMILY.symbols(transformer.config, autoencoder.config, self._patch)
+        wanted, offered = FAMILY.symbols(transformer.config, autoencoder.config, self._patch)
         if wanted != offered:
             raise FoveateError(f"the object wants {wanted}, vae offers {offered}; they are no pair")
         refuse_mixed(transformer)

@@ -22,15 +22,13 @@ from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, ReferenceSampler, Sampler, SmoothSampler
 from foveate.engine.state import Request
-from foveate.families.family import FAMILIES
+from foveate.families.var import FAMILY
 from foveate.models.var import VAR
 from foveate.tokenizers.vq import VQTokenizer
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder
 from foveate.weights.stored import State
 from foveate.weights.var import infer_var_config, var_state
 from foveate.weights.vq import infer_vq_config, vq_state
-
-_FAMILY = FAMILIES["var"]
 
 
 class OfficialVAR(Adapter):
@@ -53,7 +51,7 @@ class OfficialVAR(Adapter):
         transformer = self._transformer.over(self.model)
         tokenizer = self._tokenizer.over(_autoencoder(self.model))
         config = tokenizer.autoencoder.config
-        wanted, offered = _FAMILY.symbols(transformer.config, config, 1)
+        wanted, offered = FAMILY.symbols(transformer.config, config, 1)
         if wanted != offered:
             raise FoveateError(f"the object wants {wanted}, its autoencoder offers {offered}; they are no pair")
         return transformer, tokenizer
@@ -79,7 +77,7 @@ class OfficialVAR(Adapter):
                 num_scales=num_scales,
                 first=0,
                 end=num_scales,
-                is_after_draw=_FAMILY.smooths_after_draw,
+                is_after_draw=FAMILY.smooths_after_draw,
             )
         rule = Filter(top_k=int(arguments["top_k"]), top_p=float(arguments["top_p"]))
         return Request(

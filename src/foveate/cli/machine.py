@@ -7,7 +7,6 @@ from foveate.bench.machine import describe_machine
 from foveate.cli.env import EnvOptions
 from foveate.cli.options import SizeOptions
 from foveate.cli.registered import file_bytes
-from foveate.families.family import OWN_CONDITIONERS
 from foveate.families.loading import Origin, find_folder, find_spec
 from foveate.families.memory import count_parameters, memory_need
 from foveate.families.packaged import packaged_models
@@ -38,7 +37,7 @@ def needs(name: str, options: EnvOptions, size: SizeOptions) -> dict[str, Any]:
     """
     origin = Origin(name_or_path=name)
     spec = find_spec(origin)
-    is_own = (name in packaged_models() or Path(name).is_dir()) and spec.conditioner in OWN_CONDITIONERS
+    is_own = (name in packaged_models() or Path(name).is_dir()) and spec.conditioning.is_own
     folder = find_folder(origin) if is_own else None
     width, height = size.width_and_height() or (None, None)
     settings = Settings(

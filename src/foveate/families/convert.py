@@ -5,7 +5,7 @@ What is written loads like the original; the manifest beside it lets anyone chec
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,40 +19,16 @@ from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.core.finite import broken_weight, names_of_broken
 from foveate.core.stand_in import refuse_stand_in
-from foveate.families.family import FAMILIES, Network
+from foveate.families.family import Network
+from foveate.families.registry import FAMILIES
 from foveate.weights.files import INDEX_END, files_of, naming, read_weights, save_sharded, some, weights_sha256
-from foveate.weights.infinity import autoencoder_state, infer_infinity_config, transformer_tensors
 from foveate.weights.key_map import check_fit, check_floats
 from foveate.weights.names import kind_within
 from foveate.weights.stored import State
-from foveate.weights.switti import switti_state
-from foveate.weights.var import var_state
-from foveate.weights.vq import vq_state
 
 MANIFEST_NAME = "manifest.json"
 SHARD_BYTES = 5 * 2**30
 """Largest file of a folder."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Kind:
-    """How one kind of weights is written: plain names, and the network that they must fit."""
-
-    plain: Callable[[State], State]
-    network: Network
-
-
-def _chunked(state: State) -> State:
-    return transformer_tensors(state, infer_infinity_config(state))
-
-
-_KINDS: dict[str, _Kind] = {
-    "Infinity": _Kind(plain=_chunked, network=FAMILIES["infinity"].transformer),
-    "autoencoder": _Kind(plain=autoencoder_state, network=FAMILIES["infinity"].autoencoder),
-    "VAR": _Kind(plain=var_state, network=FAMILIES["var"].transformer),
-    "VQ": _Kind(plain=vq_state, network=FAMILIES["var"].autoencoder),
-    "Switti": _Kind(plain=switti_state, network=FAMILIES["switti"].transformer),
-}
 
 
 class _Cast(Mapping[str, Tensor]):
@@ -99,17 +75,17 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None = None) -> Con
     place.refuse()
     state = read_weights(source)
     with naming(source):
-        kind, plain = _plain(state)
+        network, plain = _plain(state)
         cast = _Cast(plain, dtype)
         _check_numbers(cast)
-    facts = _facts_beside(source) if kind == "Switti" else None
+    facts = _facts_beside(source) if network.unseen else None
     with place.writing(facts):
         written = _write(cast, target) if place.is_file else save_sharded(cast, target, "model", SHARD_BYTES)
-        described = _describe(kind, source, written)
+        described = _describe(network.kind, source, written)
         write_text(place.manifest, json.dumps(described, indent=1) + "\n")
     tensors = described["tensors"]
     return Converted(
-        kind=kind,
+        kind=network.kind,
         files=(*written, place.manifest),
         num_tensors=len(tensors),
         num_bytes=sum(entry["bytes"] for entry in tensors.values()),
@@ -180,7 +156,7 @@ class _Place:
 
 
 def _facts_beside(source: Path) -> str | None:
-    """The config.json beside the source, which says what weights of Switti do not."""
+    """The config.json beside the source, which says what some weights do not."""
     config = (source if source.is_dir() else source.parent) / "config.json"
     refuse_stand_in(config)
     return config.read_text(encoding="utf-8") if config.is_file() else None
@@ -192,25 +168,31 @@ def _write(state: State, target: Path) -> list[Path]:
     return [target]
 
 
-def _plain(state: State) -> tuple[str, State]:
-    """The kind of weights, and them under plain names.
+def _networks() -> dict[str, Network]:
+    """Every network by the kind of its weights."""
+    return {network.kind: network for family in FAMILIES for network in (family.transformer, family.autoencoder)}
+
+
+def _plain(state: State) -> tuple[Network, State]:
+    """The network that weights belong to, and them under plain names.
 
     Raises:
         CheckpointError: They are of no known kind, or would not load: a converted file is complete or does not exist.
     """
-    kind = kind_within(state)
+    kind, networks = kind_within(state), _networks()
     if kind is None:
+        known = ", ".join(networks)
         raise CheckpointError(
-            f"the weights are of no kind that is known here ({', '.join(_KINDS)}); the file holds {some(sorted(state))}"
+            f"the weights are of no kind that is known here ({known}); the file holds {some(sorted(state))}"
         )
-    plain, network = _KINDS[kind].plain(state), _KINDS[kind].network
-    # Whether scales of Switti see earlier ones changes no weight.
-    config = network.infer(plain, {"use_ar": False})
+    network = networks[kind]
+    plain = network.plain(state)
+    config = network.infer(plain, network.unseen)
     with torch.device("meta"):
         module = network.build(config)
     check_fit(module, plain, kind)
     check_floats(plain, kind)
-    return kind, plain
+    return network, plain
 
 
 def _check_numbers(cast: _Cast) -> None:

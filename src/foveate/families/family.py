@@ -1,64 +1,115 @@
-"""A family: how its networks are built and loaded, how its guidance is counted, what its conditions are.
+"""What a record of a family says: its networks, its text, its guidance, its sizes and its published models.
 
-The one table of families. Whatever needs to know more than this about a family belongs into the family's own files.
+A record is a `Family` in a file of its own, listed in `families.registry`. Everything else asks the record, so that
+nothing outside a family's own files knows which families there are.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from foveate.core.errors import CheckpointError
+from foveate.conditioning.text import Conditioner
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.protocols import ScaleTokenizer
-from foveate.models.infinity import Infinity, InfinityConfig
-from foveate.models.switti import Switti, SwittiConfig
-from foveate.models.var import VAR, VARConfig
-from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
-from foveate.tokenizers.bsq import BSQTokenizer
-from foveate.tokenizers.vq import VQTokenizer
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
-from foveate.weights.infinity import (
-    infer_autoencoder_config,
-    infer_infinity_config,
-    load_autoencoder,
-    load_transformer,
-)
 from foveate.weights.stored import State
-from foveate.weights.switti import infer_switti_config, load_switti
-from foveate.weights.var import infer_var_config, load_var
-from foveate.weights.vq import infer_vq_config, load_vq
 
-TransformerConfig = InfinityConfig | VARConfig | SwittiConfig
-TokenizerConfig = AutoencoderConfig | VQAutoencoderConfig
+if TYPE_CHECKING:
+    from foveate.families.spec import Published
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Network:
     """One of the two networks of a family: its configuration, the module, and how published weights become it.
 
-    Types meet in the table below: `build` takes a `config` and returns the module that `load` fills. `infer` reads the
-    configuration off weights, and off a config.json beside them what leaves no trace in weights.
+    Attributes:
+        kind: The kind of its weights (`weights.key_map.WeightKind`).
+        config: The configuration's class.
+        build: Makes the module of a configuration.
+        load: Fills the module with published weights.
+        infer: Reads the configuration off weights, and off the facts of a config.json beside them.
+        plain: Published weights under the module's own names.
+        unseen: Facts that leave no trace in weights and change none, with a value to check weights with.
     """
 
+    kind: str
     config: type
     build: Callable[[Any], Any]
     load: Callable[[Any, State], None]
     infer: Callable[[State, Mapping[str, Any]], Any]
+    plain: Callable[[State], State]
+    unseen: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextEncoderFiles:
+    """Where text encoders are read from, and how.
+
+    `places` are folders or hub repositories; `config` is the transformer's configuration.
+    """
+
+    model: str
+    config: Any
+    places: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    local_files_only: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditioning:
+    """What makes conditions of prompts.
+
+    Attributes:
+        name: As `config.json` holds it.
+        parameters: Of its text encoders, word embeddings included.
+        float32_parameters: Those of them that stay in float32 beside float16.
+        read: Reads it from published files; None where its weights lie in the model's own folder, in float32.
+        has_places: Whether it marks tokens with the places of their things.
+        names_classes: Whether prompts name classes, by an index too.
+    """
+
+    name: str
+    parameters: int = 0
+    float32_parameters: int = 0
+    read: Callable[[TextEncoderFiles], Conditioner] | None = None
+    has_places: bool = False
+    names_classes: bool = False
+
+    @property
+    def is_own(self) -> bool:
+        """Whether its weights lie in the model's own folder."""
+        return self.read is None
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """Of the weights of its text encoders in a model that computes in this dtype."""
+        if self.is_own:
+            return self.parameters * 4
+        wide = self.float32_parameters if dtype is torch.float16 else 0
+        return (self.parameters - wide) * dtype.itemsize + wide * 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextShape:
+    """What a transformer reads of a prompt: tokens at most, and their width; nothing by default."""
+
+    tokens: int = 0
+    width: int = 0
+
+
+def _no_text(_config: object) -> TextShape:
+    return TextShape()
 
 
 def _no_modules(_autoencoder: nn.Module) -> tuple[nn.Module, ...]:
     return ()
 
 
-def _quantiser(autoencoder: VQAutoencoder) -> tuple[nn.Module, ...]:
-    return (autoencoder.quantize,)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Family:
-    """What the models of a family share.
+    """What the models of a family share. Configurations and modules are those of its two networks.
 
     Attributes:
         name: As `config.json` holds it.
@@ -67,13 +118,21 @@ class Family:
         tokenizer: Makes the tokenizer from its network and the latents along a side of a token.
         symbols: What a token of either network holds, in words that agree where the two belong together.
         guidance: Weights from the published `cfg` of every scale, and the window in which guidance acts.
-        conditioners: What can make its conditions.
+        conditionings: What can make its conditions.
+        random_conditioner: Stands in for it beside random weights; made from the transformer's configuration.
+        sizes: Fields of the spec that follow from both configurations, for a model that nobody has published.
+        published: The published models, the one whose defaults fine-tunes take first.
+        shape: The transformer's configuration without what leaves no trace in images.
+        text: What the transformer reads of a prompt.
         has_negatives: Whether a negative prompt can replace the unconditional branch.
         is_fixed_size: Whether a model draws one size alone, its own grids, and no template of the published ratios.
         can_smooth: Whether the published sampler offers `more_smooth`.
         smooths_after_draw: Whether smoothing follows a draw of ids and their filters (`engine.sample.SmoothSampler`).
         null_prompt: The prompt that stands for none, where the model has learned no other; None if it has.
         codebook: The modules of the autoencoder that every scale reads, not only the decoder at the end.
+        other_autoencoders: Published file names, without their ending, of autoencoders that no entry uses.
+        autoencoder_aliases: Other names of published autoencoders, to the one of the hub; without endings.
+        adapter: Import path of the adapter of the official class, `module:class`; None if there is none.
     """
 
     name: str
@@ -82,115 +141,23 @@ class Family:
     tokenizer: Callable[[Any, int], ScaleTokenizer]
     symbols: Callable[[Any, Any, int], tuple[str, str]]
     guidance: Callable[[tuple[float, ...], tuple[int, int | None]], GuidanceSchedule]
-    conditioners: tuple[str, ...]
+    conditionings: tuple[Conditioning, ...]
+    random_conditioner: Callable[[Any, torch.device], Conditioner]
+    sizes: Callable[[Any, Any], Mapping[str, Any]]
+    published: Callable[[], "tuple[Published, ...]"]
+    shape: Callable[[Any], Any]
+    text: Callable[[Any], TextShape] = _no_text
     has_negatives: bool = True
     is_fixed_size: bool = True
     can_smooth: bool = True
     smooths_after_draw: bool = False
     null_prompt: str | None = None
     codebook: Callable[[Any], tuple[nn.Module, ...]] = _no_modules
+    other_autoencoders: tuple[str, ...] = ()
+    autoencoder_aliases: Mapping[str, str] = field(default_factory=dict)
+    adapter: str | None = None
 
-
-def _no_window(cfg: tuple[float, ...], _window: tuple[int, int | None]) -> GuidanceSchedule:
-    return GuidanceSchedule.from_infinity(cfg, len(cfg))
-
-
-def _linear(cfg: tuple[float, ...], window: tuple[int, int | None]) -> GuidanceSchedule:
-    return GuidanceSchedule.from_var(cfg, len(cfg), *window)
-
-
-def _infer_infinity(state: State, _facts: Mapping[str, Any]) -> InfinityConfig:
-    return infer_infinity_config(state)
-
-
-def _infer_autoencoder(state: State, _facts: Mapping[str, Any]) -> AutoencoderConfig:
-    return infer_autoencoder_config(state)
-
-
-def _infer_var(state: State, _facts: Mapping[str, Any]) -> VARConfig:
-    return infer_var_config(state)
-
-
-def _infer_switti(state: State, facts: Mapping[str, Any]) -> SwittiConfig:
-    if not isinstance(facts.get("use_ar"), bool):
-        raise CheckpointError(
-            "Switti weights do not say whether scales see earlier ones; put the config.json with `use_ar` beside them"
-        )
-    return infer_switti_config(state, use_ar=facts["use_ar"])
-
-
-def _infer_vq(state: State, _facts: Mapping[str, Any]) -> VQAutoencoderConfig:
-    return infer_vq_config(state)
-
-
-def _vq_tokenizer(autoencoder: VQAutoencoder, _patch: int) -> ScaleTokenizer:
-    return VQTokenizer(autoencoder)
-
-
-def _bits(transformer: InfinityConfig, autoencoder: AutoencoderConfig, patch: int) -> tuple[str, str]:
-    return f"{transformer.bits} bits a token", f"{autoencoder.latent_channels * patch**2} bits a token"
-
-
-def _codes(transformer: VARConfig | SwittiConfig, autoencoder: VQAutoencoderConfig, _patch: int) -> tuple[str, str]:
-    wanted, offered = (f"{c.codebook_size} codes of {c.latent_channels} channels" for c in (transformer, autoencoder))
-    return wanted, offered
-
-
-_VQ = Network(config=VQAutoencoderConfig, build=VQAutoencoder, load=load_vq, infer=_infer_vq)
-
-PLACES_CONDITIONER = "minilm-places"
-OWN_CONDITIONERS = ("minilm", PLACES_CONDITIONER)
-"""Those whose weights lie in the model's own folder; the second one marks tokens with the places of their things."""
-
-FAMILIES: dict[str, Family] = {
-    family.name: family
-    for family in (
-        Family(
-            name="infinity",
-            transformer=Network(config=InfinityConfig, build=Infinity, load=load_transformer, infer=_infer_infinity),
-            autoencoder=Network(
-                config=AutoencoderConfig, build=Autoencoder, load=load_autoencoder, infer=_infer_autoencoder
-            ),
-            tokenizer=BSQTokenizer,
-            symbols=_bits,
-            guidance=_no_window,
-            conditioners=(*OWN_CONDITIONERS, "t5-xl"),
-            is_fixed_size=False,
-            can_smooth=False,
-        ),
-        Family(
-            name="var",
-            transformer=Network(config=VARConfig, build=VAR, load=load_var, infer=_infer_var),
-            autoencoder=_VQ,
-            tokenizer=_vq_tokenizer,
-            symbols=_codes,
-            guidance=_linear,
-            conditioners=("imagenet",),
-            has_negatives=False,
-            smooths_after_draw=True,
-            codebook=_quantiser,
-        ),
-        Family(
-            name="switti",
-            transformer=Network(config=SwittiConfig, build=Switti, load=load_switti, infer=_infer_switti),
-            autoencoder=_VQ,
-            tokenizer=_vq_tokenizer,
-            symbols=_codes,
-            guidance=_linear,
-            conditioners=("clip-pair",),
-            null_prompt="",
-            codebook=_quantiser,
-        ),
-    )
-}
-
-
-def family_named(name: object) -> Family:
-    """The family of a name out of a file.
-
-    Raises:
-        CheckpointError: There is none; the families are listed.
-    """
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise CheckpointError(f"family must be one of {', '.join(FAMILIES)}, got {name!r}")
-    return FAMILIES[name]
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return self.transformer.kind

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 
-from foveate.conditioning.clip import CLIP_TOKENS, ClipPair
 from foveate.conditioning.on_demand import OnDemand
-from foveate.conditioning.t5 import T5Text
-from foveate.conditioning.text import ClassNames, Conditioner, RandomPooledText, RandomText
+from foveate.conditioning.text import Conditioner
 from foveate.core.errors import CheckpointError, FoveateError, unknown
 from foveate.core.finite import largest_magnitude, names_of_broken, too_large
 from foveate.core.hub import is_like_a_path, is_repository, no_such_file
 from foveate.core.protocols import NextScaleModel, ScaleTokenizer
 from foveate.core.warnings import CallWarning
-from foveate.families.family import OWN_CONDITIONERS, PLACES_CONDITIONER
+from foveate.families.family import TextEncoderFiles
+from foveate.families.minilm import OWN
 from foveate.families.packaged import DEMO_NAMES, DEMO_REMEDY, packaged_models
 from foveate.families.published import PUBLISHED
 from foveate.families.residency import Residency
@@ -29,9 +28,6 @@ from foveate.families.sources import Sources, fetch_model, fetch_published, loca
 from foveate.families.spec import ModelSpec
 from foveate.kernels import native
 from foveate.kernels.invariance import TILE_ROWS, tile_failing_
-from foveate.models.infinity import InfinityConfig
-from foveate.models.switti import SwittiConfig
-from foveate.models.var import VARConfig
 from foveate.weights.files import files_of, is_weight_file, naming, weights_sha256
 from foveate.weights.folder import (
     AUTOENCODER,
@@ -262,17 +258,14 @@ def _find_sources(origin: Origin) -> Sources:
 def _from_folder(folder: Path, precision: Precision, device: torch.device, residency: Residency) -> LoadedModel:
     """A model in our own format."""
     spec = ModelSpec.from_json(read_config(folder))
-    config = spec.transformer
-    if spec.conditioner not in OWN_CONDITIONERS or not isinstance(config, InfinityConfig):
-        own = " or ".join(OWN_CONDITIONERS)
+    if not spec.conditioning.is_own:
+        own = " or ".join(conditioning.name for conditioning in OWN)
         raise CheckpointError(f"{folder}: a folder of ours holds the text encoder {own}, got {spec.conditioner}")
-    has_places = spec.conditioner == PLACES_CONDITIONER
-    read = partial(read_text_encoder, folder, config.text_tokens, _text_place(device, residency), has_places=has_places)
+    shape, has_places = spec.kind.text(spec.transformer), spec.conditioning.has_places
+    read = partial(read_text_encoder, folder, shape.tokens, _text_place(device, residency), has_places=has_places)
     encoder = read()
-    if encoder.model.config.width != config.text_width:
-        raise CheckpointError(
-            f"text encoder is {encoder.model.config.width} wide, the transformer reads {config.text_width}"
-        )
+    if encoder.model.config.width != shape.width:
+        raise CheckpointError(f"text encoder is {encoder.model.config.width} wide, the transformer reads {shape.width}")
     text: Conditioner = OnDemand(read) if residency.release_text_encoder else encoder
     del encoder
     return _assemble(
@@ -366,15 +359,19 @@ def with_independent_rows(model: LoadedModel) -> LoadedModel:
 
 def _conditioner(sources: Sources, dtype: torch.dtype, device: torch.device) -> Conditioner:
     """The published conditioner; a class-conditional model has no weights for it."""
-    spec, places = sources.spec, sources.text_encoders
-    if isinstance(spec.transformer, VARConfig):
-        return ClassNames(num_classes=spec.transformer.num_classes)
-    if isinstance(spec.transformer, InfinityConfig):
-        text = T5Text.from_pretrained(places[0], dtype=dtype, device=device, local_files_only=sources.local_files_only)
-        return replace(text, max_tokens=min(text.max_tokens, spec.transformer.text_tokens))
-    if len(places) != 2:  # noqa: PLR2004 - a pair
-        raise FoveateError(f"{spec.name} has two text encoders of its own; leave text_encoder out")
-    return ClipPair.from_pretrained(*places, dtype=dtype, device=device, local_files_only=sources.local_files_only)
+    spec = sources.spec
+    if spec.conditioning.read is None:
+        raise CheckpointError(f"{spec.name}: the text encoder {spec.conditioner} lies in folders of ours only")
+    return spec.conditioning.read(
+        TextEncoderFiles(
+            model=spec.name,
+            config=spec.transformer,
+            places=sources.text_encoders,
+            dtype=dtype,
+            device=device,
+            local_files_only=sources.local_files_only,
+        )
+    )
 
 
 def _place(device: torch.device, residency: Residency) -> torch.device:
@@ -399,19 +396,9 @@ def _random(spec: ModelSpec, precision: Precision, device: torch.device, residen
         spec=spec,
         transformer=transformer,
         tokenizer=kind.tokenizer(autoencoder, spec.patch),
-        text=_random_conditioner(spec, device),
+        text=kind.random_conditioner(spec.transformer, device),
         weights="random",
         sha256=f"random-{RANDOM_SEED}",
         precision=precision,
         device=device,
     )
-
-
-def _random_conditioner(spec: ModelSpec, device: torch.device) -> Conditioner:
-    config = spec.transformer
-    if isinstance(config, VARConfig):
-        return ClassNames(num_classes=config.num_classes)
-    if isinstance(config, SwittiConfig):
-        tokens = RandomText(width=config.text_width, max_tokens=CLIP_TOKENS, device=device)
-        return RandomPooledText(tokens=tokens, pooled_width=config.pooled_width)
-    return RandomText(width=config.text_width, max_tokens=config.text_tokens, device=device)

@@ -10,32 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.conditioning.clip import CLIP_TOKENS
 from foveate.core.conditions import ClassLabel
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.policy import Bound, Policy
 from foveate.core.schedule import ScaleSchedule
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request, bounds_of
-from foveate.families.family import OWN_CONDITIONERS
 from foveate.families.residency import Residency
 from foveate.families.spec import ModelSpec
-from foveate.models.infinity import InfinityConfig
-from foveate.models.switti import SwittiConfig
 from foveate.tokenizers.strips import CPU_VALUES
 from foveate.weights.quantization import quantized_bytes
-
-TEXT_ENCODER_PARAMETERS = {
-    "minilm": 22_565_376,
-    "minilm-places": 22_565_376 + 316_553,
-    "t5-xl": 1_223_527_424,
-    "clip-pair": 123_060_480 + 693_021_440,
-    "imagenet": 0,
-}
-"""Of the text encoders of every kind of conditioner, word embeddings included."""
-
-_T5_FLOAT32 = 24 * 5120 * 2048
-"""Parameters of flan-t5-xl that stay in float32 beside float16: the second matrix of every feed-forward."""
 
 _RESIDENT = Residency()
 
@@ -113,7 +97,7 @@ class MemoryNeed:
 def count_parameters(spec: ModelSpec) -> dict[str, int]:
     """Parameters of both networks and of the text encoder, counted without memory for them."""
     counts = {name: count(network) for name, network in _networks(spec).items()}
-    return counts | {"text_encoder": TEXT_ENCODER_PARAMETERS[spec.conditioner]}
+    return counts | {"text_encoder": spec.conditioning.parameters}
 
 
 def memory_need(  # noqa: PLR0913 - everything that the size of a request follows from
@@ -148,11 +132,12 @@ def memory_need(  # noqa: PLR0913 - everything that the size of a request follow
     tokens = rows * schedule.scales[-1].num_tokens
     bound = policy.bind(schedule, shape)
     bounds = bounds_of(bound, _request(schedule, num_images, is_guided), shape)
-    read = _longest_prompt(spec) if text_tokens is None else min(text_tokens, _longest_prompt(spec))
+    longest = spec.kind.text(spec.transformer).tokens
+    read = longest if text_tokens is None else min(text_tokens, longest)
     return MemoryNeed(
         transformer=transformer_bytes(spec, dtype, quantization) + _narrowed_bytes(bound, schedule, networks, dtype),
         autoencoder=count(networks["autoencoder"]) * size,
-        text_encoder=_text_encoder_bytes(spec.conditioner, dtype),
+        text_encoder=spec.conditioning.num_bytes(dtype),
         text=rows * shape.num_blocks * shape.width * (2 * read * size + _MODULATION_VALUES * 4),
         kv=bounds.kv_bytes(shape.num_heads * shape.head_width, size),
         fills=bounds.fill_bytes(size),
@@ -182,7 +167,7 @@ def resident_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: str | None
     """Weights that stay on the device that draws between calls."""
     if residency.offload:
         return 0
-    text = 0 if residency.release_text_encoder else _text_encoder_bytes(spec.conditioner, dtype)
+    text = 0 if residency.release_text_encoder else spec.conditioning.num_bytes(dtype)
     return transformer_bytes(spec, dtype, quantization) + count(_networks(spec)["autoencoder"]) * dtype.itemsize + text
 
 
@@ -210,21 +195,6 @@ def _networks(spec: ModelSpec) -> dict[str, Any]:
 def count(network: nn.Module) -> int:
     """Parameters of a network."""
     return sum(p.numel() for p in network.parameters())
-
-
-def _text_encoder_bytes(conditioner: str, dtype: torch.dtype) -> int:
-    count = TEXT_ENCODER_PARAMETERS[conditioner]
-    wide = _T5_FLOAT32 if conditioner == "t5-xl" and dtype is torch.float16 else 0
-    size = 4 if conditioner in OWN_CONDITIONERS else dtype.itemsize
-    return (count - wide) * size + wide * 4
-
-
-def _longest_prompt(spec: ModelSpec) -> int:
-    """Tokens; 0 where the transformer reads no text."""
-    config = spec.transformer
-    if isinstance(config, InfinityConfig):
-        return config.text_tokens
-    return CLIP_TOKENS if isinstance(config, SwittiConfig) else 0
 
 
 def _request(schedule: ScaleSchedule, num_images: int, is_guided: bool) -> Request:

@@ -11,28 +11,15 @@ from typing import Any
 
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.core.hub import is_commit, is_repository, no_such_file
-from foveate.core.schedule import Grid
 from foveate.core.stand_in import refuse_stand_in
 from foveate.core.warnings import CallWarning
-from foveate.families.family import FAMILIES, Family, TransformerConfig
-from foveate.families.published import GRIDS_1024, PUBLISHED, Published, WeightSource
-from foveate.families.spec import ALL_RATIOS, ModelSpec, budget_of
-from foveate.models.infinity import InfinityConfig
-from foveate.models.var import GRIDS_512, VARConfig
+from foveate.families.family import Family
+from foveate.families.published import PUBLISHED
+from foveate.families.registry import FAMILIES
+from foveate.families.spec import ModelSpec, Published, WeightSource
 from foveate.weights.files import files_of, is_weight_file, naming, read_weights, some
 from foveate.weights.names import kind_within
 from foveate.weights.stored import State
-
-_FAMILY_OF_KIND = {"Infinity": "infinity", "VAR": "var", "Switti": "switti"}
-
-_AUTOENCODERS = frozenset(
-    {Path(entry.autoencoder.path).stem for entry in PUBLISHED.values() if entry.autoencoder.path}
-    | {f"infinity_vae_{name}" for name in ("d24", "d32", "d32_reg", "d64")}
-)
-"""Published file names without their ending: under one of these, a file is taken for what it is called."""
-
-_ALIASES = {"infinity_vae_d32_reg": "infinity_vae_d32reg"}
-"""The name that scripts of the publisher use, and the one that the hub has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,13 +143,13 @@ def local_sources(
     family = _family_of(state, path)
     with naming(path):
         config = family.transformer.infer(state, _facts_beside(path))
-    entry = _published_like(config, path)
+    entry = _published_like(family, config, path)
     found = Path(autoencoder) if autoencoder is not None else _autoencoder_beside(path, family, entry)
     if entry is not None:
         _refuse_pair(entry, found)
     # The file may be a fine-tune: under the published name its pictures could not be told from the original's.
     spec = _unnamed(family, config, found, path) if entry is None else replace(entry.spec, name=path.stem)
-    default = entry or next(e for e in PUBLISHED.values() if e.spec.family == family.name)
+    default = entry or family.published()[0]
     text_encoders = _text_encoders(text_encoder, default)
     return Sources(
         spec=spec,
@@ -215,18 +202,30 @@ def _transformer_in(path: Path) -> Path:
 
 
 def _is_autoencoder(path: Path) -> bool:
-    return path.stem in _AUTOENCODERS or "vae" in path.stem.lower()
+    return _is_published_autoencoder(path.stem) or "vae" in path.stem.lower()
+
+
+def _is_published_autoencoder(stem: str) -> bool:
+    """Whether a file of this name, its ending aside, is taken for the published autoencoder that is called so."""
+    used = (Path(entry.autoencoder.path).stem for entry in PUBLISHED.values() if entry.autoencoder.path)
+    return stem in used or any(stem in family.other_autoencoders for family in FAMILIES)
+
+
+def _hub_name(stem: str) -> str:
+    """The name that the hub has of an autoencoder under any of its published names."""
+    return next((f.autoencoder_aliases[stem] for f in FAMILIES if stem in f.autoencoder_aliases), stem)
 
 
 def _family_of(state: State, path: Path) -> Family:
     with naming(path):
         kind = kind_within(state)
-    if kind in _FAMILY_OF_KIND:
-        return FAMILIES[_FAMILY_OF_KIND[kind]]
+    found = next((family for family in FAMILIES if family.transformer.kind == kind), None)
+    if found is not None:
+        return found
     if kind is not None:
         raise CheckpointError(f"{path}: the weights are an autoencoder; name the transformer")
     raise CheckpointError(
-        f"{path}: the weights are of no family that is known here ({', '.join(sorted(FAMILIES))}); "
+        f"{path}: the weights are of no family that is known here ({', '.join(sorted(f.name for f in FAMILIES))}); "
         f"the file holds {some(sorted(state))}"
     )
 
@@ -242,18 +241,12 @@ def _facts_beside(path: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _published_like(config: TransformerConfig, path: Path) -> Published | None:
+def _published_like(family: Family, config: Any, path: Path) -> Published | None:  # noqa: ANN401 - of any family
     """The published model of this shape; where two have it, the one whose files are called like this one."""
-    alike = [entry for entry in PUBLISHED.values() if _shape(entry.spec.transformer) == _shape(config)]
+    entries = [entry for entry in PUBLISHED.values() if entry.spec.family == family.name]
+    alike = [entry for entry in entries if family.shape(entry.spec.transformer) == family.shape(config)]
     called = [entry for entry in alike if entry.transformer.path in (path.name, path.parent.name)]
     return next(iter(called or alike), None)
-
-
-def _shape(config: TransformerConfig) -> TransformerConfig:
-    """The shape without what leaves no trace in the pictures: how blocks are grouped, defaults written out."""
-    if isinstance(config, InfinityConfig):
-        return replace(config, ff_width=config.hidden, chunks=1)
-    return replace(config, ff_width=config.hidden)
 
 
 def _autoencoder_beside(path: Path, family: Family, entry: Published | None) -> Path:
@@ -262,7 +255,7 @@ def _autoencoder_beside(path: Path, family: Family, entry: Published | None) -> 
     places = [path.parent, path.parent.parent] if path.name.endswith(".index.json") else [path.parent]
     files = [file for place in places for file in sorted(place.iterdir())]
     beside = [file for file in files if is_weight_file(file) and _is_autoencoder(file)]
-    named = [file for file in beside if _ALIASES.get(file.stem, file.stem) == Path(wanted).stem]
+    named = [file for file in beside if _hub_name(file.stem) == Path(wanted).stem]
     if named or len(beside) == 1:
         return (named or beside)[0]
     found = ", ".join(file.name for file in beside) or "none"
@@ -274,34 +267,23 @@ def _autoencoder_beside(path: Path, family: Family, entry: Published | None) -> 
 
 def _refuse_pair(entry: Published, autoencoder: Path) -> None:
     """Refuses a published autoencoder of another model: some agree in all shapes and still give bad pictures."""
-    name = _ALIASES.get(autoencoder.stem, autoencoder.stem)
-    if name in _AUTOENCODERS and entry.autoencoder.path and name != Path(entry.autoencoder.path).stem:
+    name = _hub_name(autoencoder.stem)
+    if _is_published_autoencoder(name) and entry.autoencoder.path and name != Path(entry.autoencoder.path).stem:
         raise CheckpointError(
             f"{entry.spec.name} was trained with {entry.autoencoder.path}; with {autoencoder.name} its pictures come "
             "out wrong"
         )
 
 
-def _unnamed(family: Family, config: TransformerConfig, found: Path, path: Path) -> ModelSpec:
+def _unnamed(family: Family, config: Any, found: Path, path: Path) -> ModelSpec:  # noqa: ANN401 - of any family
     """A fine-tune of an unpublished shape: sizes as its family has them, defaults of the family's first model."""
     with naming(found):
         autoencoder = family.autoencoder.infer(read_weights(found), {})
-    like = next(entry.spec for entry in PUBLISHED.values() if entry.spec.family == family.name)
-    named = {"name": path.stem, "transformer": config, "autoencoder": autoencoder}
+    like = family.published()[0].spec
     try:
-        if isinstance(config, InfinityConfig):
-            patch = round((config.bits / autoencoder.latent_channels) ** 0.5)
-            return replace(like, **named, patch=patch, budgets=("1M",), ratios=ALL_RATIOS)
-        grids = config.grids if isinstance(config, VARConfig) else _switti_grids(config.num_levels)
-        return replace(like, **named, grids=grids, budgets=(budget_of(grids, autoencoder.stride),))
+        sizes = family.sizes(config, autoencoder)
+        return replace(like, name=path.stem, transformer=config, autoencoder=autoencoder, **sizes)
     except CheckpointError:
         raise
     except FoveateError as error:
         raise CheckpointError(f"{path}: {error}") from None
-
-
-def _switti_grids(num_levels: int) -> tuple[Grid, ...]:
-    by_levels = {len(grids): grids for grids in (GRIDS_512, GRIDS_1024)}
-    if num_levels not in by_levels:
-        raise CheckpointError(f"a Switti model has {' or '.join(map(str, by_levels))} scales, got {num_levels}")
-    return by_levels[num_levels]

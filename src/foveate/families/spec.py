@@ -6,7 +6,8 @@ from typing import Any
 
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.core.schedule import BUDGETS, Grid, ScaleSchedule, parse_ratio, ratio_name, sizes
-from foveate.families.family import Family, TokenizerConfig, TransformerConfig, family_named
+from foveate.families.family import Conditioning, Family
+from foveate.families.minilm import MINILM
 
 ALL_RATIOS = (
     "1:1", "4:5", "3:4", "2:3", "4:7", "1:2", "2:5", "1:3", "5:4", "4:3", "3:2", "7:4", "2:1", "5:2", "3:1",
@@ -45,16 +46,17 @@ class Defaults:
 class ModelSpec:
     """One model: its shapes, what it was trained on and its defaults.
 
-    `budgets` (pixel budgets) and `ratios` (width:height) are those it was trained on; the first ones are the default. A
-    model of a fixed size has `grids` instead, its one schedule.
+    `transformer` and `autoencoder` are configurations of the networks of `family`; `conditioner` names one of its
+    conditionings. `budgets` (pixel budgets) and `ratios` (width:height) are those it was trained on; the first ones are
+    the default. A model of a fixed size has `grids` instead, its one schedule.
     """
 
     name: str
-    transformer: TransformerConfig
-    autoencoder: TokenizerConfig
-    family: str = "infinity"
+    transformer: Any
+    autoencoder: Any
+    family: str
     patch: int = 1
-    conditioner: str = "minilm"
+    conditioner: str = MINILM.name
     budgets: tuple[str, ...] = ("1M",)
     ratios: tuple[str, ...] = ALL_RATIOS
     grids: tuple[Grid, ...] | None = None
@@ -63,9 +65,10 @@ class ModelSpec:
     def __post_init__(self) -> None:
         """Refuses parts that do not fit each other."""
         kind = self.kind
-        if self.conditioner not in kind.conditioners:
+        conditioners = [conditioning.name for conditioning in kind.conditionings]
+        if self.conditioner not in conditioners:
             raise FoveateError(
-                f"conditioner of family {self.family} must be one of {', '.join(kind.conditioners)}, "
+                f"conditioner of family {self.family} must be one of {', '.join(conditioners)}, "
                 f"got {self.conditioner!r}"
             )
         wanted, offered = kind.symbols(self.transformer, self.autoencoder, self.patch)
@@ -82,8 +85,13 @@ class ModelSpec:
 
     @property
     def kind(self) -> Family:
-        """The family's entry."""
-        return family_named(self.family)
+        """The family's record."""
+        return _family_named(self.family)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """What makes its conditions."""
+        return next(known for known in self.kind.conditionings if known.name == self.conditioner)
 
     @property
     def stride(self) -> int:
@@ -134,7 +142,7 @@ class ModelSpec:
         version = rest.pop("format", None)
         if version != 1:
             raise CheckpointError(f"config.json must be of format 1, got {version}")
-        kind = family_named(rest.get("family"))
+        kind = _family_named(rest.get("family"))
         try:
             rest["transformer"] = kind.transformer.config(**tuples(rest["transformer"]))
             rest["autoencoder"] = kind.autoencoder.config(**tuples(rest["autoencoder"]))
@@ -142,6 +150,47 @@ class ModelSpec:
             return cls(**tuples(rest))
         except (AttributeError, KeyError, TypeError) as error:
             raise CheckpointError(f"config.json does not describe a model: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightSource:
+    """A file or folder of weights in a hub repository."""
+
+    repo: str
+    path: str
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether shards and their index lie in a folder."""
+        return "." not in self.path.rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """A published model.
+
+    Attributes:
+        spec: Its shapes and defaults.
+        transformer: Where its weights are.
+        autoencoder: Where those of the autoencoder it was trained with are.
+        text_encoders: Hub repositories of its text encoders.
+        licence: Of the weights, as the model card states it.
+        revision: Commit of the transformer's repository at which the files are known; None where nobody has noted one,
+            and then loading from the hub warns (`weights_unpinned`).
+    """
+
+    spec: ModelSpec
+    transformer: WeightSource
+    autoencoder: WeightSource
+    text_encoders: tuple[str, ...]
+    licence: str
+    revision: str | None = None
+
+
+def _family_named(name: object) -> Family:
+    from foveate.families.registry import family_named  # noqa: PLC0415 - the records themselves hold specs
+
+    return family_named(name)
 
 
 def budget_of(grids: tuple[Grid, ...], stride: int) -> str:

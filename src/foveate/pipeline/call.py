@@ -324,7 +324,7 @@ def _is_plain(text: str) -> bool:
 
 def draws_classes(spec: ModelSpec) -> bool:
     """Whether prompts name classes, by an index too."""
-    return spec.conditioner == "imagenet"
+    return spec.conditioning.names_classes
 
 
 def _listed(prompts: Prompts, spec: ModelSpec) -> list[Any]:
