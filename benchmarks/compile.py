@@ -17,6 +17,7 @@ from torch import Tensor
 from foveate.bench.machine import describe_machine
 from foveate.bench.rounds import alternate
 from foveate.bench.spread import Spread
+from foveate.core.layers import init_weights
 from foveate.core.rows import Rows
 from foveate.kernels import activation, linear, norm, residual
 from foveate.kernels.norm import norm_modulate
@@ -49,6 +50,7 @@ def row_of(tokens: int, width: int, dtype: torch.dtype, runs: int) -> str:
     # Dynamo cannot compute a cached property, and finds these in place.
     assert (rows.total, rows.uniform, rows.starts[-1]) == (tokens // 2 * 2, tokens // 2, tokens // 2 * 2)
     layer = FeedForward(width, 4 * width).to(dtype).requires_grad_(requires_grad=False)
+    init_weights(layer)
     x_nC, modulation_R3C = torch.randn(rows.total, width), torch.randn(2, 3, width)
     compiled = torch.compile(
         lambda x_nC, modulation_R3C: sublayer(layer, rows, x_nC, modulation_R3C), fullgraph=True, dynamic=False

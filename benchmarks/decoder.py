@@ -19,9 +19,10 @@ from torch import Tensor
 from foveate.bench.memory import meter_for
 from foveate.bench.rounds import alternate
 from foveate.bench.spread import Spread
+from foveate.core.layers import empty_module
 from foveate.families.loading import Origin, find_spec
 from foveate.pipeline.pipeline import DTYPES
-from foveate.weights.modules import empty_module, fill_randomly
+from foveate.weights.random_weights import fill_randomly
 
 Decode = Callable[[Tensor], Tensor]
 

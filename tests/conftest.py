@@ -20,7 +20,7 @@ from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.pipeline.pipeline import Pipeline
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.weights.folder import save_folder
-from foveate.weights.modules import fill_randomly
+from foveate.weights.random_weights import fill_randomly
 from tests.report import write_report
 
 # The first example of a test pays for imports and shape checks, so none has a deadline.

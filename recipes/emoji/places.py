@@ -18,6 +18,7 @@ from torch.nn import functional
 from foveate.conditioning.minilm import TextEncoder
 from foveate.conditioning.places import NUM_AXES, Places, PlacesConfig
 from foveate.core.errors import FoveateError
+from foveate.core.layers import init_weights
 from recipes.emoji.captions import (
     BIG,
     QUALITIES,
@@ -191,6 +192,7 @@ def teach_places(
     model = encoder.model
     device = model.embeddings.word_embeddings.weight.device
     places = Places(PlacesConfig(text_width=model.config.width)).to(device)
+    init_weights(places)
     optimiser = torch.optim.AdamW(places.parameters(), lr=recipe.rate, weight_decay=recipe.weight_decay)
     for step in range(recipe.steps):
         captions = [draw_placed(drawings, rng) for _ in range(recipe.batch)]

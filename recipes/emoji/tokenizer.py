@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from foveate.core.layers import init_weights
 from foveate.core.schedule import Grid
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig, ResBlock
 from foveate.tokenizers.bsq import quantise
@@ -66,6 +67,7 @@ def pixel_loss(out: Float[Tensor, "B 3 Y X"], target: Float[Tensor, "B 3 Y X"]) 
 def new_autoencoder(shape: AutoencoderConfig) -> Autoencoder:
     """Builds an autoencoder whose residual blocks begin as the identity."""
     model = Autoencoder(shape)
+    init_weights(model)
     for module in model.modules():
         if isinstance(module, ResBlock):
             torch.nn.init.zeros_(module.conv2.weight)

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core.errors import FoveateError
+from foveate.core.layers import init_weights
 from foveate.core.schedule import ScaleSchedule
 from foveate.core.transfer import to_device
 from foveate.models.infinity import Infinity, InfinityConfig
@@ -161,6 +162,7 @@ def train_transformer(
     """
     torch.manual_seed(recipe.optimisation.seed)
     model = Infinity(recipe.shape).to(recipe.device)
+    init_weights(model)
     small_start(model)
     if initial is not None:
         model.load_state_dict(initial)

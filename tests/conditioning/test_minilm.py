@@ -22,6 +22,7 @@ from foveate.conditioning.minilm import (
     quantise_rows,
 )
 from foveate.core.errors import CheckpointError, FoveateError
+from foveate.core.layers import init_weights
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] a red green blue cat dog apple on left right of big small two the house"
 CONFIG = MiniLMConfig(vocab_size=64, max_positions=64, width=24, num_heads=3, num_blocks=2, hidden_width=48)
@@ -43,6 +44,7 @@ def make_tokenizer() -> Tokenizer:
 def make_model() -> MiniLM:
     torch.manual_seed(7)
     model = MiniLM(CONFIG)
+    init_weights(model)
     for parameter in model.parameters():
         # Biases and norms away from 0 and 1, so that leaving one out shows.
         parameter.data += 0.3 * torch.randn_like(parameter)

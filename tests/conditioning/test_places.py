@@ -15,7 +15,7 @@ from foveate.conditioning.places import CLASSES, NUM_AXES, PLACES_NAME, Places, 
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.families.minilm import MINILM, MINILM_PLACES
 from foveate.pipeline.pipeline import Pipeline
-from foveate.weights.modules import fill_randomly
+from foveate.weights.random_weights import fill_randomly
 from tests.conftest import toy_text_encoder
 
 TEXTS = ["a red cat", "cat", "a big red cat on a blue mat"]

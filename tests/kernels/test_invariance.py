@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foveate.core.layers import init_weights
 from foveate.core.rows import Rows
 from foveate.kernels import activation, invariance, native
 from foveate.kernels import linear as products
@@ -103,6 +104,7 @@ def test_what_the_probe_finds_holds_for_other_numbers(
 @pytest.mark.parametrize("shape", [(768, 768), (96, 320), (40, 24)], ids=str)
 def test_a_single_row_is_the_first_of_two(shape: tuple[int, int], dtype: torch.dtype):
     layer = Linear(shape[1], shape[0]).to(dtype)
+    init_weights(layer)
     x = random(2, shape[1], dtype=dtype)
     wanted = layer(x)[0]
     for axes in ((), (1,), (1, 1)):
@@ -115,6 +117,7 @@ def test_a_single_row_with_gradients_is_the_product_of_torch():
     with torch.inference_mode(mode=False), torch.enable_grad():
         layer, x = Linear(24, 40), torch.randn(1, 24, requires_grad=True)
         layer.tile_rows = 8
+        init_weights(layer)
         assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
         layer(x).sum().backward()
         assert x.grad is not None
@@ -138,6 +141,7 @@ def test_tiles_equal_a_loop_over_full_tiles(num_rows: int, dtype: torch.dtype):
 @pytest.mark.parametrize("tile_rows", [3, 64])
 def test_tiled_rows_have_no_company(tile_rows: int):
     layer = Linear(70, 50)
+    init_weights(layer)
     layer.tile_rows = tile_rows
     x = random(131, 70)
     together = layer(x)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from foveate.core.layers import init_weights
 from foveate.core.rows import Rows
 from foveate.kernels import native
 from foveate.kernels.activation import gelu
@@ -224,6 +225,7 @@ def test_resizing_equals_bilinear_interpolation(
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_linear_equals_plain_arithmetic(has_bias: bool, dtype: torch.dtype) -> None:
     layer = Linear(70, 50, bias=has_bias).to(dtype)
+    init_weights(layer)
     for shape in ((1, 70), (33, 70), (2, 5, 70), (0, 70)):
         x = random(*shape, dtype=dtype)
         bias = layer.bias.double() if has_bias else 0.0

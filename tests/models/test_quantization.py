@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.core.errors import FoveateError
+from foveate.core.layers import init_weights
 from foveate.kernels.linear import Linear
 from foveate.models.infinity import Infinity
 from foveate.models.switti import Switti, SwittiConfig
@@ -62,6 +63,7 @@ def quantized(name: str, kind: str) -> tuple[Infinity | VAR | Switti, Infinity |
 def test_layers_widened_for_many_tokens_compute_the_same(kind: str, num_tokens: int):
     generator = torch.Generator().manual_seed(0)
     before = Linear(64, 48).requires_grad_(requires_grad=False)
+    init_weights(before)
     x = torch.randn(num_tokens, 64, generator=generator)
     after = copy.deepcopy(before)
     quantize_blocks([after], kind)

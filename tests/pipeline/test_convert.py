@@ -19,7 +19,7 @@ from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder
 from foveate.weights.files import read_weights
 from foveate.weights.infinity import load_autoencoder, load_transformer
-from foveate.weights.modules import fill_randomly
+from foveate.weights.random_weights import fill_randomly
 from foveate.weights.var import load_var
 from foveate.weights.vq import load_vq
 from tests.models.test_switti import CONFIG as SWITTI

@@ -18,7 +18,7 @@ from foveate.families.spec import Published, WeightSource
 from foveate.models.var import VAR
 from foveate.pipeline.pipeline import Pipeline
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder
-from foveate.weights.modules import fill_randomly
+from foveate.weights.random_weights import fill_randomly
 from tests.pipeline.test_published import TOY_VAR, VQ
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -22,7 +22,7 @@ from foveate.pipeline.pipeline import Pipeline
 from foveate.pipeline.provenance import regenerate, save_image
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
-from foveate.weights.modules import fill_randomly
+from foveate.weights.random_weights import fill_randomly
 from tests.conftest import toy_text_encoder
 
 VQ = VQAutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 1, 1, 1, 1), num_res_blocks=1,

@@ -143,7 +143,7 @@ MEASURE = """
 import json, sys
 import torch
 from foveate.bench.memory import ResidentMeter
-from foveate.weights.modules import fill_randomly
+from foveate.weights.random_weights import fill_randomly
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 
 config = AutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1)

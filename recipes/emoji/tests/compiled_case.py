@@ -4,6 +4,7 @@ import sys
 
 import torch
 
+from foveate.core.layers import init_weights
 from foveate.core.schedule import ScaleSchedule
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.bsq import quantise
@@ -19,6 +20,7 @@ def main() -> None:
     texts = pad_texts([torch.randn(5, 12), torch.randn(3, 12)], 8)
     quantised = quantise(torch.randn(2, 8, 4, 4), GRIDS)
     model = Infinity(config)
+    init_weights(model)
     small_start(model)
     torch.nn.init.normal_(model.head.weight, std=0.3)
     plain = Teacher(model=model, schedule=ScaleSchedule.from_grids(GRIDS), masked_tokens=6, dtype=torch.float32)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from foveate.core.layers import init_weights
 from foveate.core.schedule import ScaleSchedule
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.bsq import quantise
@@ -33,6 +34,7 @@ def test_the_loss_is_the_mean_over_scenes_whatever_the_batches_and_the_padding()
     """Forty scenes in two unequal batches, against one scene at a time without padding."""
     torch.manual_seed(5)
     model = Infinity(SHAPE)
+    init_weights(model)
     torch.nn.init.normal_(model.head.weight, std=0.3)
     teacher = Teacher(model=model, schedule=ScaleSchedule.from_grids(GRIDS), masked_tokens=5, dtype=torch.float32)
     latents_BZHW = torch.randn(40, 8, 3, 3)

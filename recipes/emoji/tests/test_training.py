@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foveate.core.errors import FoveateError
 from foveate.core.guidance import GuidanceSchedule
+from foveate.core.layers import init_weights
 from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, ForcedSampler
@@ -52,6 +53,7 @@ def fake_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 def _model() -> Infinity:
     torch.manual_seed(3)
     model = Infinity(SHAPE)
+    init_weights(model)
     small_start(model)
     for parameter in model.head.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.core.errors import FoveateError
+from foveate.core.layers import Linear
 
 
 def require_sizes(sizes: Mapping[str, int]) -> None:
@@ -29,9 +30,9 @@ class _SelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(width, width)
+        self.value = Linear(width, width)
 
     def forward(self, x_BTE: Float[Tensor, "B T E"], mask_BT: Bool[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
         q_BNTD, k_BNTD, v_BNTD = (
@@ -45,7 +46,7 @@ class _SelfAttention(nn.Module):
 class _AddAndNorm(nn.Module):
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(in_width, width)
+        self.dense = Linear(in_width, width)
         self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
 
     def forward(self, y_BTF: Float[Tensor, "B T F"], x_BTE: Float[Tensor, "B T E"]) -> Float[Tensor, "B T E"]:
@@ -67,7 +68,7 @@ class _Attention(nn.Module):
 class _Intermediate(nn.Module):
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(width, hidden_width)
+        self.dense = Linear(width, hidden_width)
 
     def forward(self, x_BTE: Float[Tensor, "B T E"]) -> Float[Tensor, "B T F"]:
         return F.gelu(self.dense(x_BTE))

@@ -10,6 +10,7 @@ pooler, which sentence embeddings never use, is left out, and every token has ty
 import json
 import logging
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from foveate.conditioning.bert import BertBlock, require_sizes
 from foveate.conditioning.places import PLACES_NAME, Places
 from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError, FoveateError
+from foveate.core.layers import Embedding, empty_module
 
 WEIGHTS_NAME = "text_encoder.safetensors"
 TOKENIZER_NAME = "tokenizer.json"
@@ -111,9 +113,9 @@ def dequantise_rows(
 class _Embeddings(nn.Module):
     def __init__(self, config: MiniLMConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.width)
-        self.position_embeddings = nn.Embedding(config.max_positions, config.width)
-        self.token_type_embeddings = nn.Embedding(2, config.width)
+        self.word_embeddings = Embedding(config.vocab_size, config.width)
+        self.position_embeddings = Embedding(config.max_positions, config.width)
+        self.token_type_embeddings = Embedding(2, config.width)
         self.LayerNorm = nn.LayerNorm(config.width, eps=1e-12)
 
     def forward(self, ids_BT: Int[Tensor, "B T"]) -> Float[Tensor, "B T E"]:
@@ -341,9 +343,8 @@ def _read_model(path: Path) -> MiniLM:
         config = MiniLMConfig(**json.loads(metadata["config"]))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: `config` in its metadata is damaged ({_one_line(error)})") from error
-    with torch.device("meta"):
-        model = MiniLM(config).to(torch.float32)
-    own = model.to_empty(device="cpu").state_dict()
+    model = empty_module(partial(MiniLM, config), torch.float32, torch.device("cpu"))
+    own = model.state_dict()
     wrong = sorted(own.keys() ^ {name for name in names if not name.endswith(".scale")})
     if wrong:
         raise CheckpointError(f"{path} must fit its own configuration: {len(wrong)} keys do not, first {wrong[0]}")

@@ -11,6 +11,7 @@ Axes: `B` rows, `T` text tokens, `E` text width, `F` width of the reader, `A` th
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from foveate.conditioning.bert import BertBlock, require_sizes
 from foveate.core.atomic import replace_file
 from foveate.core.errors import CheckpointError
+from foveate.core.layers import Linear, empty_module
 
 PLACES_NAME = "text_places.safetensors"
 
@@ -64,11 +66,11 @@ class Places(nn.Module):
     def __init__(self, config: PlacesConfig) -> None:
         super().__init__()
         self.config = config
-        self.inward = nn.Linear(config.text_width, config.width)
+        self.inward = Linear(config.text_width, config.width)
         self.blocks = nn.ModuleList(
             BertBlock(config.width, config.num_heads, 2 * config.width) for _ in range(config.num_blocks)
         )
-        self.outward = nn.Linear(config.width, NUM_AXES * CLASSES)
+        self.outward = Linear(config.width, NUM_AXES * CLASSES)
         self.direction_AE = nn.Parameter(torch.zeros(NUM_AXES, config.text_width))
 
     def fits(self, text_width: int, num_blocks: int) -> bool:
@@ -122,11 +124,10 @@ class Places(nn.Module):
             with safe_open(file, "pt") as opened:
                 metadata: Mapping[str, str] = opened.metadata() or {}
             weights = {name: w.float() for name, w in load_file(file).items()}
-            with torch.device("meta"):
-                places = cls(PlacesConfig(**json.loads(metadata["config"]))).to(torch.float32)
-            places.to_empty(device="cpu")
+            config = PlacesConfig(**json.loads(metadata["config"]))
+            places = empty_module(partial(cls, config), torch.float32, torch.device("cpu"))
             places.load_state_dict(weights)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{file}: not readable as places of tokens, fetch it again ({reason})") from error
-        return places.requires_grad_(requires_grad=False).eval()
+        return places

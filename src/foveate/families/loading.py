@@ -17,6 +17,7 @@ from foveate.conditioning.text import Conditioner
 from foveate.core.errors import CheckpointError, FoveateError, unknown
 from foveate.core.finite import largest_magnitude, names_of_broken, too_large
 from foveate.core.hub import is_like_a_path, is_repository, no_such_file
+from foveate.core.layers import empty_module
 from foveate.core.protocols import NextScaleModel, ScaleTokenizer
 from foveate.core.warnings import CallWarning
 from foveate.families.family import TextEncoderFiles
@@ -38,8 +39,8 @@ from foveate.weights.folder import (
     read_network,
     read_text_encoder,
 )
-from foveate.weights.modules import RANDOM_SEED, empty_module, fill_randomly
 from foveate.weights.quantization import check_quantization, quantize_blocks
+from foveate.weights.random_weights import RANDOM_SEED, fill_randomly
 
 logger = logging.getLogger("foveate")
 

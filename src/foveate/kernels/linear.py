@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
 
+from foveate.core import layers
 from foveate.kernels import native, switches
 
 logger = logging.getLogger("foveate")
@@ -54,8 +55,8 @@ def linear(
     return _product(x, weight, bias)
 
 
-class Linear(nn.Linear):
-    """`torch.nn.Linear` that runs `linear`; same parameters, same names.
+class Linear(layers.Linear):
+    """`core.layers.Linear` that runs `linear`; same parameters, same names.
 
     Attributes:
         tile_rows: As `linear` takes it; set on a layer whose rows would depend on each other otherwise.

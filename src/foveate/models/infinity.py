@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from foveate.core.conditions import Condition
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
+from foveate.core.layers import Embedding
 from foveate.core.protocols import BlockContext, Change, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
@@ -150,13 +151,18 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.scale = (width // heads) ** -0.5
         if is_pool:
-            self.mat_q = nn.Parameter(torch.randn(1, heads, width // heads) * (3 * width) ** -0.5)
+            self.mat_q = nn.Parameter(torch.zeros(1, heads, width // heads))
         else:
             self.mat_q = Linear(width, width)
         self.mat_kv = Linear(text_width, 2 * width, bias=False)
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("zero_k_bias", torch.zeros(width), persistent=False)
         self.proj = Linear(width, width)
+
+    def init_own_weights(self) -> None:
+        """Draws the learned queries, where there are any."""
+        if isinstance(self.mat_q, nn.Parameter):
+            self.mat_q.normal_(std=(3 * self.mat_q[0].numel()) ** -0.5)
 
     def memory(self, text_TE: Float[Tensor, "t E"], lengths: tuple[int, ...]) -> TextMemory:
         """Keys and values of packed texts."""
@@ -187,11 +193,15 @@ class InfinityBlock(nn.Module):
     def __init__(self, config: InfinityConfig, index: int) -> None:
         super().__init__()
         self.index = index
-        self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) * config.width**-0.5)
+        self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.width))
         self.sa = SelfAttention(config.width, config.heads)
         self.ca = CrossAttention(config.width, config.heads, config.width)
         self.ca_norm = nn.LayerNorm(config.width, eps=1e-6)
         self.ffn = FeedForward(config.width, config.hidden)
+
+    def init_own_weights(self) -> None:
+        """Draws what the block adds to the shared modulation."""
+        self.ada_gss.normal_(std=self.ada_gss.shape[-1] ** -0.5)
 
     def change(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Change:
         """What self-attention (0), cross-attention (1) or the feed-forward net (2) adds."""
@@ -246,14 +256,14 @@ class Infinity(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.cfg_uncond = nn.Parameter(torch.randn(config.text_tokens, config.text_width) * config.text_width**-0.5)
-        self.pos_start = nn.Parameter(torch.randn(1, 1, width) * (3 * width) ** -0.5)
+        self.cfg_uncond = nn.Parameter(torch.zeros(config.text_tokens, config.text_width))
+        self.pos_start = nn.Parameter(torch.zeros(1, 1, width))
         self.text_norm = RootMeanSquareNorm(config.text_width)
         self.text_proj_for_sos = TextPool(config)
         self.text_proj_for_ca = nn.Sequential(
             Linear(config.text_width, width), nn.GELU(approximate="tanh"), Linear(width, width)
         )
-        self.lvl_embed = nn.Embedding(NUM_LEVELS, width)
+        self.lvl_embed = Embedding(NUM_LEVELS, width)
         self.word_embed = Linear(config.bits, width)
         self.shared_ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
         blocks = [InfinityBlock(config, i) for i in range(config.depth)]
@@ -273,6 +283,11 @@ class Infinity(nn.Module):
             row_flops=2 * 9 * width**2,
             text_token_flops=2 * width * (3 * config.text_width + 2 + width + 2 * config.depth * width),
         )
+
+    def init_own_weights(self) -> None:
+        """Draws the text of the unconditional branch and the start position."""
+        self.cfg_uncond.normal_(std=self.config.text_width**-0.5)
+        self.pos_start.normal_(std=(3 * self.config.width) ** -0.5)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from foveate.core.conditions import Condition, PooledText
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
+from foveate.core.layers import Embedding
 from foveate.core.protocols import BlockContext, Change, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
@@ -229,7 +230,11 @@ class CropEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(width // 8))
+        self.weight = nn.Parameter(torch.zeros(width // 8))
+
+    def init_own_weights(self) -> None:
+        """Draws the frequencies."""
+        self.weight.normal_()
 
     def forward(self, numbers: Sequence[float]) -> Float[Tensor, " C"]:
         """Embeds four numbers; float32, in the published order of products: angles reach thousands."""
@@ -254,8 +259,8 @@ class Switti(nn.Module):
         self.config = config
         width = config.width
         self.text_pooler = Linear(config.pooled_width, width)
-        self.pos_start = nn.Parameter(torch.randn(1, 1, width) * (3 * width) ** -0.5)
-        self.lvl_embed = nn.Embedding(config.num_levels, width)
+        self.pos_start = nn.Parameter(torch.zeros(1, 1, width))
+        self.lvl_embed = Embedding(config.num_levels, width)
         self.word_embed = Linear(config.latent_channels, width)
         self.crop_embed = CropEmbedding(width)
         self.crop_proj = Linear(width, width)
@@ -276,6 +281,10 @@ class Switti(nn.Module):
             text_token_flops=2 * config.depth * config.text_width * 2 * width,
             is_cached=config.use_ar,
         )
+
+    def init_own_weights(self) -> None:
+        """Draws the start position."""
+        self.pos_start.normal_(std=(3 * self.config.width) ** -0.5)
 
     @property
     def compute_dtype(self) -> torch.dtype:

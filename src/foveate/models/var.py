@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from foveate.core.conditions import ClassLabel, Condition
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
+from foveate.core.layers import Embedding
 from foveate.core.protocols import BlockContext, Change, Prepared
 from foveate.core.rows import Rows
 from foveate.core.schedule import Grid, ScaleSchedule
@@ -143,11 +144,17 @@ class VARBlock(nn.Module):
         super().__init__()
         self.index = index
         if config.shared_aln:
-            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, config.width) * config.width**-0.5)
+            self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.width))
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 6 * config.width))
         self.attn = SelfAttention(config.width, config.heads)
+        self.has_shared_aln = config.shared_aln
         self.ffn = FeedForward(config.width, config.hidden)
+
+    def init_own_weights(self) -> None:
+        """Draws what the block adds to the shared modulation, where there is one."""
+        if self.has_shared_aln:
+            self.ada_gss.normal_(std=self.ada_gss.shape[-1] ** -0.5)
 
     def change(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Change:
         """What self-attention (0) or the feed-forward net (1) adds."""
@@ -163,11 +170,11 @@ class VAR(nn.Module):
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
         self.config = config
-        width, std = config.width, (3 * config.width) ** -0.5
-        self.class_emb = nn.Embedding(config.num_classes + 1, width)
-        self.pos_start = nn.Parameter(torch.randn(1, 1, width) * std)
-        self.pos_1LC = nn.Parameter(torch.randn(1, config.starts[-1], width) * std)
-        self.lvl_embed = nn.Embedding(len(config.grids), width)
+        width = config.width
+        self.class_emb = Embedding(config.num_classes + 1, width)
+        self.pos_start = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_1LC = nn.Parameter(torch.zeros(1, config.starts[-1], width))
+        self.lvl_embed = Embedding(len(config.grids), width)
         self.word_embed = Linear(config.latent_channels, width)
         if config.shared_aln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
@@ -185,6 +192,11 @@ class VAR(nn.Module):
             input_channels=config.latent_channels,
             row_flops=2 * (6 * num_projections + 2) * width**2,
         )
+
+    def init_own_weights(self) -> None:
+        """Draws the start position and those of all tokens."""
+        for positions in (self.pos_start, self.pos_1LC):
+            positions.normal_(std=(3 * self.config.width) ** -0.5)
 
     @property
     def compute_dtype(self) -> torch.dtype:

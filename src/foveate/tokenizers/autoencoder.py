@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core.errors import FoveateError
+from foveate.core.layers import Conv2d
 from foveate.tokenizers.strips import (
     LayerChain,
     MapNorm,
@@ -64,11 +65,11 @@ class ResBlock(StripLayer):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = _norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = _norm(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.nin_shortcut = Conv2d(in_channels, out_channels, 1)
         self.has_shortcut = in_channels != out_channels
 
     def forward(self, x: Float[Tensor, "B c y x"]) -> Float[Tensor, "B c2 y x"]:
@@ -91,7 +92,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Float[Tensor, "B c y x"]) -> Float[Tensor, "B c y2 x2"]:
         """Runs the layer."""
@@ -103,7 +104,7 @@ class Upsample(StripLayer):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Float[Tensor, "B c y x"]) -> Float[Tensor, "B c y2 x2"]:
         """Runs the layer."""
@@ -159,7 +160,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.base_channels * m for m in config.channel_multipliers]
         self.patch = config.patch
-        self.conv_in = nn.Conv2d(3 * config.patch**2, config.base_channels, 3, padding=1)
+        self.conv_in = Conv2d(3 * config.patch**2, config.base_channels, 3, padding=1)
         levels: list[Level] = []
         previous = config.base_channels
         for i, width in enumerate(widths):
@@ -169,7 +170,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList(levels)
         self.mid = Middle(previous)
         self.norm_out = _norm(previous)
-        self.conv_out = nn.Conv2d(previous, config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(previous, config.latent_channels, 3, padding=1)
 
     def forward(self, pixels: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B Z H W"]:
         """Encodes pixels in [-1, 1]."""
@@ -186,7 +187,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.base_channels * m for m in config.channel_multipliers]
         self.patch = config.patch
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
         levels: list[Level] = []
         previous = widths[-1]
@@ -196,7 +197,7 @@ class Decoder(nn.Module):
             previous = width
         self.up = nn.ModuleList(levels)
         self.norm_out = _norm(previous)
-        self.conv_out = nn.Conv2d(previous, 3 * config.patch**2, 3, padding=1)
+        self.conv_out = Conv2d(previous, 3 * config.patch**2, 3, padding=1)
 
     def forward(self, latent_BZHW: Float[Tensor, "B Z H W"]) -> Float[Tensor, "B 3 Y X"]:
         """Decodes to pixels around [-1, 1], not clamped."""

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from foveate.core.errors import FoveateError
+from foveate.core.layers import Conv2d, Embedding
 from foveate.tokenizers.autoencoder import Downsample, ResBlock, Upsample
 from foveate.tokenizers.strips import LayerChain, StripLayer, convolve, run_in_strips, settle
 
@@ -51,8 +52,8 @@ class Attention(StripLayer):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.qkv = Conv2d(channels, 3 * channels, 1)
+        self.proj_out = Conv2d(channels, channels, 1)
 
     def forward(self, x: Float[Tensor, "B c y x"]) -> Float[Tensor, "B c y x"]:
         """Runs the layer."""
@@ -117,7 +118,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.base_channels * m for m in config.channel_multipliers]
         lowest = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
+        self.conv_in = Conv2d(3, config.base_channels, 3, padding=1)
         levels: list[Level] = []
         previous = config.base_channels
         for i, width in enumerate(widths):
@@ -127,7 +128,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList(levels)
         self.mid = Middle(previous)
         self.norm_out = nn.GroupNorm(32, previous, eps=1e-6)
-        self.conv_out = nn.Conv2d(previous, config.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(previous, config.latent_channels, 3, padding=1)
 
     def forward(self, pixels: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B Z H W"]:
         """Encodes pixels in [-1, 1]."""
@@ -144,7 +145,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.base_channels * m for m in config.channel_multipliers]
         lowest = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.conv_in = Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
         levels: list[Level] = []
         previous = widths[-1]
@@ -154,7 +155,7 @@ class Decoder(nn.Module):
             previous = width
         self.up = nn.ModuleList(levels)
         self.norm_out = nn.GroupNorm(32, previous, eps=1e-6)
-        self.conv_out = nn.Conv2d(previous, 3, 3, padding=1)
+        self.conv_out = Conv2d(previous, 3, 3, padding=1)
 
     def forward(self, latent_BZHW: Float[Tensor, "B Z H W"]) -> Float[Tensor, "B 3 Y X"]:
         """Decodes to pixels around [-1, 1], not clamped."""
@@ -175,8 +176,8 @@ class Quantiser(nn.Module):
     def __init__(self, config: VQAutoencoderConfig) -> None:
         super().__init__()
         channels = config.latent_channels
-        self.embedding = nn.Embedding(config.codebook_size, channels)
-        refiners = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_refiners))
+        self.embedding = Embedding(config.codebook_size, channels)
+        refiners = nn.ModuleList(Conv2d(channels, channels, 3, padding=1) for _ in range(config.num_refiners))
         self.quant_resi = nn.ModuleDict({"qresi_ls": refiners})
 
     def refiner(self, index: int) -> tuple[Float[Tensor, "Z Z 3 3"], Float[Tensor, " Z"]]:
@@ -195,8 +196,8 @@ class VQAutoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = Quantiser(config)
-        self.quant_conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.post_quant_conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.quant_conv = Conv2d(channels, channels, 3, padding=1)
+        self.post_quant_conv = Conv2d(channels, channels, 3, padding=1)
 
     def settle(self, dtype: torch.dtype, decoder_dtype: torch.dtype) -> None:
         """Puts what decodes, and everything else, each into its dtype, channels last."""

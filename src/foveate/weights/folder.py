@@ -20,9 +20,9 @@ from foveate.conditioning.places import PLACES_NAME
 from foveate.core.atomic import write_text
 from foveate.core.errors import CheckpointError
 from foveate.core.finite import broken_weight, names_of_broken
+from foveate.core.layers import empty_module
 from foveate.core.stand_in import refuse_stand_in
 from foveate.weights.files import naming, read_weights, save_sharded, weights_sha256
-from foveate.weights.modules import empty_module
 from foveate.weights.stored import State
 
 CONFIG_NAME = "config.json"

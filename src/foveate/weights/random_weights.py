@@ -1,32 +1,15 @@
-"""Modules without weights, and random weights that keep activations sane, so that any size can be timed.
+"""Random weights that keep activations sane, so that any size can be timed.
 
 Random weights draw noise, not pictures; what they cost is what trained ones cost.
 """
 
 import math
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import nn
 
-M = TypeVar("M", bound=nn.Module)
-
 RANDOM_SEED = 20
 """Seed of all random weights: two machines time the same numbers."""
-
-
-def empty_module(build: Callable[[], M], dtype: torch.dtype, device: torch.device) -> M:
-    """Builds a module in a dtype on a device without spending time on its default weights.
-
-    Parameters are uninitialised; buffers are zero, as all buffers of our modules are. Gradients are off.
-    """
-    with torch.device("meta"):
-        module = build()
-    module = module.to(dtype).to_empty(device=device)
-    for buffer in module.buffers():
-        buffer.zero_()
-    return module.requires_grad_(requires_grad=False).eval()
 
 
 def fill_randomly(module: nn.Module, seed: int = RANDOM_SEED) -> None:
