@@ -3,9 +3,12 @@
 import inspect
 import sys
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from enum import Enum
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from foveate.core.errors import unknown
+from foveate.core.fields import plain, written
 from foveate.core.policy import Policy
 from foveate.policies.registry import PRESETS, all_policies, load_policy
 
@@ -55,13 +58,21 @@ def _preset(name: str) -> dict[str, Any]:
 
 def _fields(policy: type[Policy], values: dict[str, Any]) -> list[dict[str, Any]]:
     kinds = get_type_hints(policy)
-    return [{"name": f.name, "type": _kind(kinds[f.name]), "default": values[f.name]} for f in fields(policy)]
+    return [{"name": f.name, "type": _type(kinds[f.name]), "default": plain(values[f.name])} for f in fields(policy)]
 
 
-def _kind(annotation: object) -> str:
-    if isinstance(annotation, type):
-        return annotation.__name__
-    return " | ".join(_kind(choice) if isinstance(choice, type) else str(choice) for choice in get_args(annotation))
+def _type(kind: Any) -> str:  # noqa: ANN401 - an annotation
+    """A field's type in a word."""
+    inside = get_args(kind)
+    if get_origin(kind) is tuple:
+        return f"[{', '.join('...' if one is Ellipsis else _type(one) for one in inside)}]"
+    if get_origin(kind) is Literal:
+        return " | ".join(written(choice) for choice in inside)
+    if inside:
+        return " | ".join(_type(choice) for choice in inside)
+    if issubclass(kind, Enum):
+        return " | ".join(written(choice) for choice in kind)
+    return "null" if kind is NoneType else str(kind.__name__)
 
 
 def _first_line(text: str) -> str:

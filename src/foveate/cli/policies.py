@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from foveate.cli.console import print_facts, print_gap, print_json, print_table
+from foveate.core.fields import written
 
 
 @Parameter(name="*")
@@ -54,12 +55,8 @@ def _print_one(entry: dict[str, Any]) -> None:
     facts += [("spec", entry["spec"])] if "spec" in entry else []
     print_facts([*facts, ("what it does", entry["summary"]), ("in detail", entry["details"])])
     print_gap()
-    print_table(("field", "type", "default"), [(f["name"], f["type"], _plain(f["default"])) for f in entry["fields"]])
+    print_table(("field", "type", "default"), [(f["name"], f["type"], written(f["default"])) for f in entry["fields"]])
 
 
 def _setting(field: dict[str, Any]) -> str:
-    return f"{field['name']}={_plain(field['default'])}"
-
-
-def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return f"{field['name']}={written(field['default'])}"

@@ -12,6 +12,7 @@ import yaml
 from foveate.core.atomic import write_text
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
+from foveate.core.fields import plain, written
 from foveate.core.plan import Keep, ScalePlan
 from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Record, Signals
@@ -104,6 +105,10 @@ class Policy(ABC):
         """Field names and values."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def stored(self) -> dict[str, Any]:
+        """Name and every field as JSON and YAML have them."""
+        return {"policy": self.name, **{name: plain(value) for name, value in self.settings().items()}}
+
     def changed(self) -> dict[str, Any]:
         """Fields that differ from their defaults."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
@@ -111,7 +116,7 @@ class Policy(ABC):
     @property
     def spec(self) -> str:
         """The policy as one line: name, then the fields that differ from their defaults."""
-        given = [f"{name}={_plain(value)}" for name, value in self.changed().items()]
+        given = [f"{name}={written(value)}" for name, value in self.changed().items()]
         return self.name + (":" + ",".join(given) if given else "")
 
     @property
@@ -120,21 +125,18 @@ class Policy(ABC):
 
         A new field with a neutral default changes no old fingerprint.
         """
-        text = "|".join(f"{part.name}:{part.revision}:{sorted(part.changed().items())}" for part in self.parts_of())
+        changed = [sorted((name, plain(value)) for name, value in part.changed().items()) for part in self.parts_of()]
+        text = "|".join(f"{part.name}:{part.revision}:{c}" for part, c in zip(self.parts_of(), changed, strict=True))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def to_yaml(self, path: str | Path) -> None:
         """Writes the policy with every field, so that later defaults cannot change it."""
-        parts = [{"policy": part.name, **part.settings()} for part in self.parts_of()]
+        parts = [part.stored() for part in self.parts_of()]
         write_text(path, yaml.safe_dump(parts if len(parts) > 1 else parts[0], sort_keys=False))
 
     def replace(self: P, **changes: Any) -> P:
         """The same policy with some fields changed and checked again."""
         return replace(self, **changes)
-
-
-def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def require(ok: bool, name: str, rule: str, value: object) -> None:

@@ -227,7 +227,7 @@ def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
         "policy": {
             "spec": job.policy.spec,
             "fingerprint": job.policy.fingerprint,
-            "parts": [{"policy": part.name, **part.settings()} for part in job.policy.parts_of()],
+            "parts": [part.stored() for part in job.policy.parts_of()],
         },
         **({"tiled_layers": list(model.tiled_layers)} if model.tiled_layers else {}),
         "batch_invariant": job.is_batch_invariant(model.has_independent_rows),

@@ -17,14 +17,13 @@ from PIL import Image
 
 from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
-from foveate.core.policy import Policy
 from foveate.families.loading import model_names
 from foveate.pipeline.bulk import refuse_too_many
 from foveate.pipeline.call import Options, resolve, settings_of
 from foveate.pipeline.encoding import Encoder, read_text, text_of
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline
-from foveate.policies.registry import all_policies, join
+from foveate.policies.registry import from_stored
 
 FORMATS = (1, 2)
 """Of a configuration, those that are read."""
@@ -230,25 +229,6 @@ def _own_generator(path: str | Path) -> FoveateError:
     return FoveateError(f"{path} was drawn from a caller's generator, whose state is not in the file")
 
 
-def policy_from_parts(parts: Sequence[Mapping[str, Any]]) -> Policy:
-    """A policy from `config["policy"]["parts"]`: every field as it was, whatever the defaults are now.
-
-    Raises:
-        FoveateError: A policy or field that this installation does not know.
-    """
-    known = all_policies()
-    policies = []
-    for part in parts:
-        fields = {name: value for name, value in part.items() if name != "policy"}
-        if part["policy"] not in known:
-            raise FoveateError(f"no policy {part['policy']!r} in this installation; there are {', '.join(known)}")
-        try:
-            policies.append(known[part["policy"]](**fields))
-        except TypeError as error:
-            raise FoveateError(f"policy {part['policy']} has other fields in this version: {error}") from None
-    return join(policies)
-
-
 @contextmanager
 def naming_damage(path: str | Path) -> Iterator[None]:
     """Turns what Python raises over a damaged configuration into one line that names the file; for reading alone."""
@@ -293,7 +273,7 @@ def _options(config: Mapping[str, Any]) -> Options:
         top_p=config["top_p"],
         more_smooth=config.get("more_smooth", False),
         rng=config["rng"],
-        policy=policy_from_parts(config["policy"]["parts"]),
+        policy=from_stored(config["policy"]["parts"]),
         batch_invariant=config["batch_invariant"],
     )
 

@@ -2,15 +2,17 @@
 
 import functools
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import yaml
 
 from foveate.core.composition import Composed
 from foveate.core.errors import FoveateError, unknown
+from foveate.core.fields import parsed, split, typed, words
 from foveate.core.policy import Policy
 from foveate.policies.attention_entropy import AttentionEntropyTokens
 from foveate.policies.cached_guidance import CachedGuidance
@@ -89,22 +91,16 @@ def plug_ins() -> dict[str, type[Policy]]:
     return found
 
 
-def _value(policy: type[Policy], name: str, text: str) -> Any:
-    """A field's value from text, by the field's annotation."""
+def _value(policy: type[Policy], name: str, value: object) -> Any:
+    """A field's value from a text or from plain data, by the field's annotation."""
     kind = get_type_hints(policy)[name]
-    if get_origin(kind) is not None and not isinstance(kind, type):
-        choices = [str(choice) for choice in get_args(kind)]
-        if text not in choices:
-            raise FoveateError(f"{policy.name}: {name} must be {' or '.join(choices)}, got {text}")
-        return text
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise FoveateError(f"{policy.name}: {name} must be true or false, got {text}")
-        return text.lower() == "true"
     try:
-        return kind(text)
+        return typed(kind, value)
+    except FoveateError as error:
+        raise FoveateError(f"{policy.name}: {name}: {error}") from None
     except ValueError:
-        raise FoveateError(f"{policy.name}: {name} must be a {kind.__name__}, got {text!r}") from None
+        shown = value if kind is bool or get_origin(kind) is Literal else repr(value)
+        raise FoveateError(f"{policy.name}: {name} must be {words(kind)}, got {shown}") from None
 
 
 def _build(name: str, given: dict[str, Any]) -> Policy:
@@ -126,18 +122,18 @@ def _with(base: Policy | None, kind: type[Policy], given: dict[str, Any]) -> Pol
         field_name = key.strip().replace("-", "_")
         if field_name not in names:
             raise unknown(f"field of {kind.name}", field_name, names or ["(none)"])
-        values[field_name] = _value(kind, field_name, str(value).strip())
+        values[field_name] = _value(kind, field_name, value)
     return kind(**values)
 
 
 def _part(text: str) -> Policy:
     name, _, rest = text.partition(":")
     given: dict[str, Any] = {}
-    for item in rest.split(",") if rest.strip() else []:
+    for item in split(rest, ",") if rest.strip() else []:
         key, equals, value = item.partition("=")
         if not equals:
             raise FoveateError(f"policy fields are written name=value, got {item!r} in {text!r}")
-        given[key] = value
+        given[key] = parsed(value)
     return _build(name, given)
 
 
@@ -154,6 +150,24 @@ def _from_yaml(path: Path) -> Policy:
         given = {str(key): value for key, value in entry.items() if key != "policy"}
         parts.append(_build(str(entry["policy"]), given))
     return join(parts)
+
+
+def from_stored(parts: Sequence[Mapping[str, Any]]) -> Policy:
+    """A policy from what `Policy.stored` gave for its parts: every field as it was, whatever the defaults are now.
+
+    Raises:
+        FoveateError: A policy or field that this installation does not know.
+    """
+    known, policies = all_policies(), []
+    for part in parts:
+        name = part["policy"]
+        if name not in known:
+            raise FoveateError(f"no policy {name!r} in this installation; there are {', '.join(known)}")
+        try:
+            policies.append(_with(None, known[name], {key: value for key, value in part.items() if key != "policy"}))
+        except TypeError as error:
+            raise FoveateError(f"policy {name} has other fields in this version: {error}") from None
+    return join(policies)
 
 
 def join(parts: list[Policy]) -> Policy:
@@ -174,4 +188,4 @@ def load_policy(policy: str | Path | Policy) -> Policy:
     text = str(policy)
     if text.endswith((".yaml", ".yml")):
         return _from_yaml(Path(text))
-    return join([_part(part) for part in text.split("|")])
+    return join([_part(part) for part in split(text, "|")])
