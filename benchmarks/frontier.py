@@ -94,12 +94,12 @@ def _times(ratio: Spread) -> str:
 
 
 HEADER = (
-    "| policy | speed-up (p10-p90) | end to end (p10-p90) | FLOPs | PSNR dB | PSNR p10 | drawing only | SSIM | "
+    "| policy | speedup (p10-p90) | end to end (p10-p90) | FLOPs | PSNR dB | PSNR p10 | foreground PSNR | SSIM | "
     "text match |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 CONTROLS = ("full", "skip-scales", "drop-branch")
-"""Families that stand in the table of every page."""
+"""Families that every run measures, so that its other rows have baselines from the same run."""
 
 HEADLINE = (
     "full",
@@ -231,18 +231,27 @@ def measure(
 
 
 def tables(results: Sequence[Result], yardstick: dict[str, Any]) -> dict[str, str]:
-    """The table of every page by its name; each ends with the yardstick, another seed of the full run."""
+    """The table of every page by its name, with its own rows; `all` and the README's end with another seed.
+
+    Without all families there is a table `baselines` instead of the README's, and none for the pages of the baselines.
+    """
     seed_row = (
         f"| *another seed* | - | - | 100 % | {yardstick['psnr']['mean']:.1f} | {yardstick['psnr']['p10']:.1f} | "
         f"{yardstick['foreground_psnr']['mean']:.1f} | {yardstick['ssim']['mean']:.3f} | - |"
     )
     families = {result.family for result in results}
-    chosen = {name: [r for r in results if r.family in (*CONTROLS, name)] for name in SETTINGS if name in families}
-    if families != set(SETTINGS):
-        chosen = {name: rows for name, rows in chosen.items() if name not in CONTROLS}
-        return {name: "\n".join([HEADER, *(r.row() for r in rows), seed_row]) for name, rows in chosen.items()}
-    chosen |= {"readme": [r for r in results if r.spec in HEADLINE], "all": list(results)}
-    return {name: "\n".join([HEADER, *(r.row() for r in rows), seed_row]) for name, rows in chosen.items()}
+    is_whole = families == set(SETTINGS)
+    found = {
+        name: [r.row() for r in results if r.family == name]
+        for name in SETTINGS
+        if name in families and (is_whole or name not in CONTROLS)
+    }
+    found["all"] = [*(r.row() for r in results), seed_row]
+    if is_whole:
+        found["readme"] = [*(r.row() for r in results if r.spec in HEADLINE), seed_row]
+    else:
+        found["baselines"] = [*(r.row() for r in results if r.family in CONTROLS), seed_row]
+    return {name: "\n".join([HEADER, *rows]) for name, rows in found.items()}
 
 
 def page(data: dict[str, Any], table: str) -> str:
@@ -259,15 +268,15 @@ def page(data: dict[str, Any], table: str) -> str:
 - machine: {cpu["name"]}, {cpu["threads"]} threads; kernels: {cpu["kernels"]}
 - versions: foveate {versions["foveate"]}, python {versions["python"]}, torch {versions["torch"]}
 - fidelity: {data["prompts"]} prompts, seed 0, batches of {BATCH}, against the full run with the same draws; PSNR is a
-  mean, beside its tenth percentile; equal pictures get 100 dB; "drawing only" leaves out pixels that are white in both
-- time: batch 1, the first {data["timed"]} prompts, each drawn in full and with the setting, in changing order;
+  mean, beside its tenth percentile; equal images get 100 dB; foreground PSNR leaves out pixels that are white in both
+- time: batch 1, the first {data["timed"]} prompts, each generated in full and with the setting, in changing order;
   median and p10-p90 of full over setting. The row of `full` is `full` against itself: what noise alone gives
 - FLOPs: of the transformer, counted while it ran, as a share of the full run
-- text match: how often the label that was asked for is the nearest of all {data["labels"]} labels to the picture
+- text match: how often the label that was asked for is the nearest of all {data["labels"]} labels to the image
 
 {table}
 
-![PSNR to the full run against measured speed-up](frontier.png)
+![PSNR to the full run against measured speedup](frontier.png)
 """
 
 
@@ -313,8 +322,7 @@ def main() -> None:
         found = {name: f"{table}\n\n*{len(prompts)} prompts, {len(timed)} timed.*" for name, table in found.items()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "frontier.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    table = found["all"] if "all" in found else "\n\n".join(found.values())
-    (out / "frontier.md").write_text(page(data, table), encoding="utf-8")
+    (out / "frontier.md").write_text(page(data, found["all"]), encoding="utf-8")
     plot(results, yardstick["psnr"]["mean"], out / "frontier.png")
     if given.update_pages:
         fill_pages(found)
