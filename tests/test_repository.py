@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 import foveate as fv
 from foveate.families.packaged import packaged_models
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += [ROOT / "recipes/emoji/README.md", ROOT / "packages/foveate-emoji/README.md"]
 
 
@@ -28,6 +29,16 @@ def test_links_lead_somewhere_and_tables_are_filled(page: Path) -> None:
     for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
         assert (page.parent / link).exists(), link
     assert not re.search(r"<!-- table:\S+ -->\s*<!-- /table -->|<!-- notes:|to be written", text)
+
+
+def test_the_site_has_every_page() -> None:
+    def pages(nav: object) -> list[str]:
+        if isinstance(nav, str):
+            return [nav]
+        return [page for entry in (nav.values() if isinstance(nav, dict) else nav) for page in pages(entry)]
+
+    listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert sorted(listed) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in ROOT.glob("docs/**/*.md"))
 
 
 def test_the_model_card_and_the_notice_travel_with_the_weights() -> None:
