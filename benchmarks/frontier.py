@@ -100,6 +100,8 @@ HEADER = (
 )
 CONTROLS = ("full", "skip-scales", "drop-branch")
 """Families that every run measures, so that its other rows have baselines from the same run."""
+BASELINES = (*CONTROLS, "random-tokens", "uniform-depth", "feature-magnitude", "token-variance", "late-bfloat16")
+"""Families that share one page and have no table there: their rows stand beside each other."""
 
 HEADLINE = (
     "full",
@@ -175,15 +177,7 @@ def plot(results: Sequence[Result], yardstick: float, path: Path) -> None:
         points = sorted((r.transformer_speedup.median, r.psnr["mean"]) for r in results if r.family == family)
         if family == "full" or not points:
             continue
-        control = family in (
-            "skip-scales",
-            "drop-branch",
-            "random-tokens",
-            "uniform-depth",
-            "feature-magnitude",
-            "token-variance",
-            "late-bfloat16",
-        )
+        control = family in BASELINES
         axis.plot(*zip(*points, strict=True), "o--" if control else "s-", label=family, alpha=0.9, lw=1.2, ms=5)
     axis.axhline(yardstick, color="grey", lw=1, ls=":")
     axis.annotate("another seed", (axis.get_xlim()[1], yardstick), ha="right", va="bottom", color="grey", fontsize=9)
@@ -231,26 +225,25 @@ def measure(
 
 
 def tables(results: Sequence[Result], yardstick: dict[str, Any]) -> dict[str, str]:
-    """The table of every page by its name, with its own rows; `all` and the README's end with another seed.
+    """The table of every page by its name, with its own rows; those that hold baselines end with another seed.
 
-    Without all families there is a table `baselines` instead of the README's, and none for the pages of the baselines.
+    These are `all`, and with all families `readme`, else `baselines`.
     """
     seed_row = (
         f"| *another seed* | - | - | 100 % | {yardstick['psnr']['mean']:.1f} | {yardstick['psnr']['p10']:.1f} | "
         f"{yardstick['foreground_psnr']['mean']:.1f} | {yardstick['ssim']['mean']:.3f} | - |"
     )
     families = {result.family for result in results}
-    is_whole = families == set(SETTINGS)
     found = {
         name: [r.row() for r in results if r.family == name]
         for name in SETTINGS
-        if name in families and (is_whole or name not in CONTROLS)
+        if name in families and name not in BASELINES
     }
     found["all"] = [*(r.row() for r in results), seed_row]
-    if is_whole:
+    if families == set(SETTINGS):
         found["readme"] = [*(r.row() for r in results if r.spec in HEADLINE), seed_row]
     else:
-        found["baselines"] = [*(r.row() for r in results if r.family in CONTROLS), seed_row]
+        found["baselines"] = [*(r.row() for r in results if r.family in BASELINES), seed_row]
     return {name: "\n".join([HEADER, *rows]) for name, rows in found.items()}
 
 
