@@ -82,7 +82,7 @@ def test_ratios_are_formed_within_a_round() -> None:
     entry = Timing(peak_flops_per_s=1e6).entry(Full(), own, baseline)
     assert entry.figures["speedup.transformer"] == Spread(median=2.0, p10=2.0, p90=2.0)
     assert entry.figures["speedup.by_flops"].median == 4.0
-    assert entry.figures["reached"] == Spread(median=0.5, p10=0.5, p90=0.5)
+    assert entry.figures["efficiency"] == Spread(median=0.5, p10=0.5, p90=0.5)
     assert entry.figures["speedup.end_to_end"].p90 == pytest.approx(0.9 * 35 / 20 + 0.1 * 15 / 10)
     assert entry.figures["flops_ratio"].median == 0.2
     assert entry.figures["ms.rest"].median == 2.0
@@ -95,7 +95,7 @@ def test_ratios_are_formed_within_a_round() -> None:
 
 def test_baseline_and_batches_leave_out_what_they_cannot_say() -> None:
     entry = Timing(peak_flops_per_s=None).entry(Full(), [timed(10.0, 800, num_images=4)], None)
-    assert not {"reached", "peak_share"} & set(entry.figures)
+    assert not {"efficiency", "peak_share"} & set(entry.figures)
     assert not [name for name in entry.figures if name.startswith("speedup")]
     assert set(entry.numbers) == {"images_per_s"}
     assert entry.numbers["images_per_s"] == pytest.approx(4 / 0.015)

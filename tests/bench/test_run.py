@@ -231,7 +231,7 @@ def test_a_composed_policy_does_not_break_the_table(toy_pipe: Pipeline, monkeypa
 
 
 def test_columns_without_a_figure_are_left_out(toy_report: Callable[[str], BenchReport]) -> None:
-    assert "reached" in main_table(toy_report("latency"))[0]
+    assert "efficiency" in main_table(toy_report("latency"))[0]
     columns, rows = main_table(toy_report("calibrate"))
     assert columns[-2:] == ("decoder", "of peak")
     assert all(len(row) == len(columns) for row in rows)

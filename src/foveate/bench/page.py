@@ -22,7 +22,7 @@ def main_table(report: BenchReport) -> Table:
         "memory": (_MEMORY, _memory_cells),
     }[report.kind]
     rows = [(case.title, entry.policy, *cells(entry)) for case in report.cases for entry in case.entries]
-    names = ("pictures", "policy", *columns)
+    names = ("images", "policy", *columns)
     told = [i for i in range(len(names)) if any(row[i] != _NOTHING for row in rows)]
     return tuple(names[i] for i in told), [tuple(row[i] for i in told) for row in rows]
 
@@ -90,16 +90,16 @@ def markdown(report: BenchReport, plot: str | None) -> str:
 
 
 _LATENCY = (
-    "ms", "spread", "text", "transformer", "decoder", "speed-up", "end to end", "by FLOPs", "reached", "of peak",
+    "ms", "spread", "text", "transformer", "decoder", "speedup", "end to end", "FLOP-bound", "efficiency", "of peak",
 )  # fmt: skip
-_THROUGHPUT = ("images/s", "ms", "spread", "speed-up", *(f"p{p} ms" for p in PERCENTILES))
+_THROUGHPUT = ("images/s", "ms", "spread", "speedup", *(f"p{p} ms" for p in PERCENTILES))
 _MEMORY = ("KV MB", "caches MB", "activations MB", "transformer MB", "call MB", "spread", "peak MB", "call ratio")
 
 
 def _latency_cells(entry: Entry) -> tuple[str, ...]:
     parts = (_ms(entry.figures[f"ms.{part}"].median) for part in ("text", "transformer", "decoder"))
     measured = (_speedup(entry, part) for part in ("transformer", "end_to_end"))
-    names = (("speedup.by_flops", "{:.2f}x"), ("reached", "{:.0%}"), ("peak_share", "{:.0%}"))
+    names = (("speedup.by_flops", "{:.2f}x"), ("efficiency", "{:.0%}"), ("peak_share", "{:.0%}"))
     others = (_ratio(entry.figures.get(name), form) for name, form in names)
     total = entry.figures["ms.total"]
     return (_ms(total.median), f"{_ms(total.p10)}-{_ms(total.p90)}", *parts, *measured, *others)

@@ -82,7 +82,7 @@ def _throughput(axis: Axes, report: BenchReport) -> None:
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
     axis.set_xlabel("batch")
-    axis.set_ylabel("pictures per second, offline")
+    axis.set_ylabel("images per second, offline")
     _finish(axis)
 
 

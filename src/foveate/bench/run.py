@@ -29,12 +29,12 @@ KINDS = ("latency", "throughput", "memory", "calibrate")
 
 _TIMING_METHOD = (
     "wall clock; the device is waited for after every scale and after decoding",
-    "ms.total is the whole call: text encoder, transformer, decoder, copying the pictures to main memory as bytes",
+    "ms.total is the whole call: text encoder, transformer, decoder, copying the images to main memory as bytes",
     "the first scale holds what a call prepares once: text keys and values, modulation, allocation of the cache",
     "ratios are formed within a round, baseline over policy, then summarised",
-    "reached is speedup.transformer over speedup.by_flops",
+    "efficiency is speedup.transformer over speedup.by_flops",
     "peak_share: counted FLOPs of the transformer over its time, over the best square matrix product of this process",
-    "images_per_s: all pictures over all time of the rounds that count, one batch after the other",
+    "images_per_s: all images over all time of the rounds that count, one batch after the other",
 )
 _MEMORY_METHOD = (
     "weights are counted from parameters and buffers",
@@ -180,7 +180,7 @@ def _excluded(plan: BenchPlan) -> tuple[str, ...]:
     return (
         warm if plan.warmup else "no warm-up round: the first round counts, and first calls are slow",
         "loading the model",
-        "making picture files out of bytes",
+        "encoding image files",
     )
 
 

@@ -110,7 +110,7 @@ class Timing(Measure[TimedRun]):
 
 
 def _ratios(own: Sequence[TimedRun], baseline: Sequence[TimedRun]) -> dict[str, list[float]]:
-    """Per round: how many times faster, what the FLOPs alone would give, and the share of that which was reached."""
+    """Per round: how many times faster, the FLOP-bound speedup, and the efficiency, measured over FLOP-bound."""
     pairs = list(zip(own, baseline, strict=True))
     transformer = [b.ms.transformer / o.ms.transformer for o, b in pairs]
     by_flops = [b.flops_run / o.flops_run for o, b in pairs]
@@ -119,7 +119,7 @@ def _ratios(own: Sequence[TimedRun], baseline: Sequence[TimedRun]) -> dict[str, 
         "speedup.decoder": [b.ms.decoder / o.ms.decoder for o, b in pairs],
         "speedup.end_to_end": [b.ms.total / o.ms.total for o, b in pairs],
         "speedup.by_flops": by_flops,
-        "reached": [measured / promised for measured, promised in zip(transformer, by_flops, strict=True)],
+        "efficiency": [measured / promised for measured, promised in zip(transformer, by_flops, strict=True)],
     }
 
 
