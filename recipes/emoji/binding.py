@@ -1,6 +1,6 @@
 """Whether a text-to-image model knows which of two things belongs where: loss under false captions, and pictures.
 
-    python benchmarks/binding.py --corpus RUN/corpus
+    python -m recipes.emoji.binding --corpus RUN/corpus
 
 Pictures of two things are encoded, and the true bits of every scale are read back under three captions: the true one,
 the same with "left" and "right" (or "above" and "below") exchanged, and that of another picture of the kind, nearly
