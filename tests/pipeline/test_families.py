@@ -53,7 +53,7 @@ def test_published_parameters() -> None:
 
 def test_config_survives_json() -> None:
     assert ModelSpec.from_json(json.loads(json.dumps(TOY_SPEC.to_json()))) == TOY_SPEC
-    with pytest.raises(CheckpointError, match="format 1"):
+    with pytest.raises(CheckpointError, match="format 1, got 2"):
         ModelSpec.from_json({**TOY_SPEC.to_json(), "format": 2})
     with pytest.raises(CheckpointError, match="colour"):
         ModelSpec.from_json({**TOY_SPEC.to_json(), "colour": 2})

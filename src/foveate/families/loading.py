@@ -91,7 +91,7 @@ class LoadedModel:
     """A model in memory; nothing here changes while it generates.
 
     `weights` is `pretrained` or `random`; `sha256` identifies the weights (`weights_sha256`), those of a text
-    encoder only where it lies in the model's own folder: `text_encoders` names the others by folder or repository.
+    encoder only where the model's own folder holds or names it: `text_encoders` names others by folder or repository.
     `tiled_layers` are shapes of linear layers that run in tiles (`kernels.invariance`). `warnings` belong to every
     call. `device` is where it runs; an offloaded model (`offload`) lies in main memory between calls.
     """

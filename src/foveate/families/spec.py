@@ -8,6 +8,7 @@ from foveate.core.errors import CheckpointError, FoveateError
 from foveate.core.schedule import BUDGETS, Grid, ScaleSchedule, parse_ratio, ratio_name, sizes
 from foveate.families.family import Conditioning, Family
 from foveate.families.minilm import MINILM
+from foveate.weights.folder import FORMAT
 
 ALL_RATIOS = (
     "1:1", "4:5", "3:4", "2:3", "4:7", "1:2", "2:5", "1:3", "5:4", "4:3", "3:2", "7:4", "2:1", "5:2", "3:1",
@@ -129,7 +130,7 @@ class ModelSpec:
 
     def to_json(self) -> dict[str, Any]:
         """What `config.json` of a model folder holds."""
-        return {"format": 1, **asdict(self)}
+        return {"format": FORMAT, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "ModelSpec":
@@ -140,8 +141,10 @@ class ModelSpec:
         """
         rest = dict(data)
         version = rest.pop("format", None)
-        if version != 1:
-            raise CheckpointError(f"config.json must be of format 1, got {version}")
+        if version != FORMAT:
+            raise CheckpointError(f"config.json must be of format {FORMAT}, got {version}")
+        # Where the text encoder lies is the folder's business.
+        rest.pop("text_encoder", None)
         kind = _family_named(rest.get("family"))
         try:
             rest["transformer"] = kind.transformer.config(**tuples(rest["transformer"]))

@@ -6,7 +6,7 @@ Format 1 described a whole call, and which of its images this is; it is still re
 
 import json
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,12 +1,14 @@
 """A model as a folder: written by training, read by `families`.
 
-- config.json: shapes, sizes trained on, defaults (`families.spec.ModelSpec`)
+- config.json: `format`, the version of this layout; shapes, sizes trained on, defaults (`families.spec.ModelSpec`)
 - transformer*.safetensors, autoencoder*.safetensors: float16 unless asked otherwise, in shards below 15 MiB
-- text_encoder.safetensors, tokenizer.json; text_places.safetensors if the encoder marks places
+- text_encoder.safetensors, tokenizer.json; text_places.safetensors if the encoder marks places. Models that lie side
+  by side may share these three: config.json then says where, as in `"text_encoder": "../minilm"`
 - NOTICE, MODEL_CARD.md
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +27,15 @@ from foveate.core.stand_in import refuse_stand_in
 from foveate.weights.files import naming, read_weights, save_sharded, weights_sha256
 from foveate.weights.stored import State
 
+FORMAT = 1
+"""Version of the layout that this release writes; it reads no other."""
+
 CONFIG_NAME = "config.json"
 TRANSFORMER, AUTOENCODER = "transformer", "autoencoder"
+_TEXT_FILES = (WEIGHTS_NAME, TOKENIZER_NAME, PLACES_NAME)
+
+_BESIDE = re.compile(r"\.\./\w[\w.-]*", re.ASCII)
+"""Where a shared text encoder may lie: one level up and one down, so that nothing else of a disk is ever read."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -37,7 +46,7 @@ def save_folder(
     config: dict[str, Any],
     transformer: nn.Module,
     autoencoder: nn.Module,
-    text_encoder: TextEncoder,
+    text_encoder: TextEncoder | str,
     notice: str,
     model_card: str,
     dtype: torch.dtype = torch.float16,
@@ -49,21 +58,27 @@ def save_folder(
         config: `families.spec.ModelSpec.to_json()`.
         transformer: Left as it was.
         autoencoder: Left as it was.
-        text_encoder: Left as it was; its matrices are stored as int8.
+        text_encoder: Left as it was; its matrices are stored as int8. Or the folder of one that models share, which is
+            there already, as `../NAME`.
         notice: Whose work the weights rest on.
         model_card: Markdown.
         dtype: Of transformer and autoencoder on disk.
 
     Raises:
-        CheckpointError: A weight holds NaN or an infinity, or overflows `dtype`; nothing is written then.
+        CheckpointError: A weight holds NaN or an infinity, or overflows `dtype`, or there is no such folder of a text
+            encoder; nothing is written then.
     """
+    if isinstance(text_encoder, str):
+        config = {**config, "text_encoder": text_encoder}
+        _shared_folder(folder, text_encoder)
     modules: tuple[tuple[str, nn.Module], ...] = ((TRANSFORMER, transformer), (AUTOENCODER, autoencoder))
     stored = [(stem, _converted(module, dtype, stem)) for stem, module in modules]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_NAME).unlink(missing_ok=True)
     for stem, state in stored:
         save_sharded(state, folder, stem)
-    text_encoder.save(folder)
+    if isinstance(text_encoder, TextEncoder):
+        text_encoder.save(folder)
     write_text(folder / "NOTICE", notice)
     write_text(folder / "MODEL_CARD.md", model_card)
     write_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
@@ -84,7 +99,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads config.json.
 
     Raises:
-        CheckpointError: It is missing or not a JSON object.
+        CheckpointError: It is missing or not a JSON object, or a later release wrote it.
     """
     path = folder / CONFIG_NAME
     refuse_stand_in(path)
@@ -96,7 +111,35 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: must hold an object, got {type(data).__name__}")
+    version = data.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise CheckpointError(
+            f"{path}: format {version} is newer than {FORMAT}, the one that this release reads; upgrade foveate"
+        )
     return data
+
+
+def text_encoder_folder(folder: Path) -> Path:
+    """The folder that holds a model's text encoder: its own, or the one beside it that config.json names.
+
+    Raises:
+        CheckpointError: config.json is missing, or names a folder that is missing or not beside the model's.
+    """
+    named = read_config(folder).get("text_encoder")
+    return folder if named is None else _shared_folder(folder, named)
+
+
+def _shared_folder(folder: Path, named: object) -> Path:
+    """The folder beside a model's that is named as `../NAME`."""
+    if not isinstance(named, str) or not _BESIDE.fullmatch(named):
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: text_encoder must be a folder beside the model's, as ../NAME, got {named!r}"
+        )
+    shared = folder / named
+    # The folder itself may not exist yet, and then nothing is beside it for the system.
+    if not (shared if folder.is_dir() else folder.parent / named.removeprefix("../")).is_dir():
+        raise CheckpointError(f"{folder / CONFIG_NAME}: no folder {named} for the text encoder; copy it there as well")
+    return shared
 
 
 def read_network(
@@ -126,7 +169,7 @@ def read_text_encoder(folder: Path, text_tokens: int, device: torch.device, *, h
     """Reads the text encoder; it computes in float32 and cuts prompts at what the transformer takes.
 
     Args:
-        folder: The folder of the model.
+        folder: The folder of the model, which holds the encoder or names the folder that does.
         text_tokens: What the transformer takes at most.
         device: Where it computes.
         has_places: Whether the transformer was taught with marks of places; without them it would draw at random.
@@ -134,7 +177,8 @@ def read_text_encoder(folder: Path, text_tokens: int, device: torch.device, *, h
     Raises:
         CheckpointError: A file is missing, damaged or too many.
     """
-    for name in (WEIGHTS_NAME, TOKENIZER_NAME, PLACES_NAME):
+    folder = text_encoder_folder(folder)
+    for name in _TEXT_FILES:
         refuse_stand_in(folder / name)
     encoder = TextEncoder.from_folder(folder)
     _check_numbers(folder / WEIGHTS_NAME, encoder.model)
@@ -156,5 +200,12 @@ def _check_numbers(path: Path, module: nn.Module) -> None:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Hash over all weight files and the text tokenizer."""
-    return weights_sha256(sorted([*folder.glob("*.safetensors"), folder / "tokenizer.json"]))
+    """Hash over all weight files and the text tokenizer; the same whether the text encoder is shared or not.
+
+    Raises:
+        CheckpointError: As `text_encoder_folder`.
+    """
+    shared = text_encoder_folder(folder)
+    own = [path for path in folder.glob("*.safetensors") if path.name not in _TEXT_FILES]
+    text = [shared / name for name in _TEXT_FILES if name != PLACES_NAME or (shared / name).is_file()]
+    return weights_sha256(sorted([*own, *text], key=lambda path: path.name))
