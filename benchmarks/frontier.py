@@ -28,6 +28,7 @@ from foveate.eval.fidelity import fidelity_report
 from foveate.families.loading import Origin, find_folder
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
 from foveate.policies.registry import load_policy
+from foveate.weights.folder import text_encoder_folder
 
 HERE = Path(__file__).parent
 BATCH = 8
@@ -154,7 +155,8 @@ class Matcher:
 
         self.heads = TextMatch.bundled()
         self.labels = list(labels)
-        self.texts = TextEncoder.from_folder(find_folder(Origin(name_or_path=model))).pooled(self.labels).numpy()
+        folder = text_encoder_folder(find_folder(Origin(name_or_path=model)))
+        self.texts = TextEncoder.from_folder(folder).pooled(self.labels).numpy()
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> float:
         """Share of pictures whose label comes first."""

@@ -38,7 +38,7 @@ from foveate.policies.full import Full
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.weights.files import weights_sha256
-from foveate.weights.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder
+from foveate.weights.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder, text_encoder_folder
 from foveate.weights.infinity import load_autoencoder, load_transformer
 from recipes.emoji.contrast import rim_contrast
 from recipes.emoji.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
@@ -354,7 +354,7 @@ class TrainingFolder:
         path = self.out / PLACES_NAME
         if path.exists():
             return path
-        kept = None if self.start_from is None else Places.from_folder(self.start_from)
+        kept = None if self.start_from is None else Places.from_folder(text_encoder_folder(self.start_from))
         if kept is not None:
             kept.save(self.out)
             return path

@@ -7,7 +7,7 @@ from foveate.families.memory import count_parameters
 from foveate.families.packaged import DEMO_NAMES, packaged_models
 from foveate.families.published import PUBLISHED
 from foveate.families.spec import ModelSpec
-from foveate.weights.folder import CONFIG_NAME, read_config
+from foveate.weights.folder import CONFIG_NAME, files_of_folder, read_config
 
 
 def all_models() -> list[dict[str, Any]]:
@@ -23,8 +23,8 @@ def all_models() -> list[dict[str, Any]]:
 
 
 def file_bytes(folder: Path) -> int:
-    """Bytes of the weights on disk."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    """Bytes of the weights and the text tokenizer on disk; a shared text encoder counts."""
+    return sum(path.stat().st_size for path in files_of_folder(folder) if path.is_file())
 
 
 def _packaged(name: str, folder: Path) -> dict[str, Any]:

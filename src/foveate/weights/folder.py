@@ -199,8 +199,8 @@ def _check_numbers(path: Path, module: nn.Module) -> None:
         raise CheckpointError(f"{path}: {broken_weight(broken[0], own[broken[0]], own[broken[0]].dtype)}")
 
 
-def folder_sha256(folder: Path) -> str:
-    """Hash over all weight files and the text tokenizer; the same whether the text encoder is shared or not.
+def files_of_folder(folder: Path) -> list[Path]:
+    """All weight files of a model and its text tokenizer, by name, wherever the text encoder lies.
 
     Raises:
         CheckpointError: As `text_encoder_folder`.
@@ -208,4 +208,13 @@ def folder_sha256(folder: Path) -> str:
     shared = text_encoder_folder(folder)
     own = [path for path in folder.glob("*.safetensors") if path.name not in _TEXT_FILES]
     text = [shared / name for name in _TEXT_FILES if name != PLACES_NAME or (shared / name).is_file()]
-    return weights_sha256(sorted([*own, *text], key=lambda path: path.name))
+    return sorted([*own, *text], key=lambda path: path.name)
+
+
+def folder_sha256(folder: Path) -> str:
+    """Hash over the files of a model; the same whether its text encoder is shared or not.
+
+    Raises:
+        CheckpointError: As `text_encoder_folder`.
+    """
+    return weights_sha256(files_of_folder(folder))
