@@ -91,7 +91,7 @@ class Embedding(nn.Embedding):
         super().reset_parameters()
 
 
-def _zero(*parameters: nn.Parameter | None) -> None:
+def _zero(*parameters: Tensor | None) -> None:
     for parameter in parameters:
         if parameter is not None:
             nn.init.zeros_(parameter)
