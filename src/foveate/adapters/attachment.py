@@ -19,8 +19,8 @@ from foveate.core.errors import FoveateError, UnsupportedError
 from foveate.core.policy import Policy
 from foveate.core.trace import Trace
 from foveate.engine.report import Report
+from foveate.families import registry
 from foveate.families.family import Family
-from foveate.families.registry import FAMILIES
 from foveate.policies.registry import load_policy
 from foveate.weights.key_map import KINDS, kind_of
 
@@ -132,7 +132,7 @@ def attach(model: object, policy: str | Path | Policy = "full") -> Attachment:
     """
     chosen = load_policy(policy)
     kind = type(model).__name__
-    families = [family for family in FAMILIES if family.adapter is not None]
+    families = [family for family in registry.FAMILIES if family.adapter is not None]
     titles = " or ".join(family.title for family in families)
     taken = f"attach takes an {titles} object of the official code, got {kind}"
     if not isinstance(model, nn.Module):

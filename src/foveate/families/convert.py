@@ -19,8 +19,8 @@ from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.core.finite import broken_weight, names_of_broken
 from foveate.core.stand_in import refuse_stand_in
+from foveate.families import registry
 from foveate.families.family import Network
-from foveate.families.registry import FAMILIES
 from foveate.weights.files import INDEX_END, files_of, naming, read_weights, save_sharded, some, weights_sha256
 from foveate.weights.key_map import check_fit, check_floats
 from foveate.weights.names import kind_within
@@ -170,7 +170,9 @@ def _write(state: State, target: Path) -> list[Path]:
 
 def _networks() -> dict[str, Network]:
     """Every network by the kind of its weights."""
-    return {network.kind: network for family in FAMILIES for network in (family.transformer, family.autoencoder)}
+    return {
+        network.kind: network for family in registry.FAMILIES for network in (family.transformer, family.autoencoder)
+    }
 
 
 def _plain(state: State) -> tuple[Network, State]:

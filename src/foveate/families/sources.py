@@ -13,9 +13,9 @@ from foveate.core.errors import CheckpointError, FoveateError
 from foveate.core.hub import is_commit, is_repository, no_such_file
 from foveate.core.stand_in import refuse_stand_in
 from foveate.core.warnings import CallWarning
+from foveate.families import registry
 from foveate.families.family import Family
 from foveate.families.published import PUBLISHED
-from foveate.families.registry import FAMILIES
 from foveate.families.spec import ModelSpec, Published, WeightSource
 from foveate.weights.files import files_of, is_weight_file, naming, read_weights, some
 from foveate.weights.names import kind_within
@@ -208,25 +208,25 @@ def _is_autoencoder(path: Path) -> bool:
 def _is_published_autoencoder(stem: str) -> bool:
     """Whether a file of this name, its ending aside, is taken for the published autoencoder that is called so."""
     used = (Path(entry.autoencoder.path).stem for entry in PUBLISHED.values() if entry.autoencoder.path)
-    return stem in used or any(stem in family.other_autoencoders for family in FAMILIES)
+    return stem in used or any(stem in family.other_autoencoders for family in registry.FAMILIES)
 
 
 def _hub_name(stem: str) -> str:
     """The name that the hub has of an autoencoder under any of its published names."""
-    return next((f.autoencoder_aliases[stem] for f in FAMILIES if stem in f.autoencoder_aliases), stem)
+    return next((f.autoencoder_aliases[stem] for f in registry.FAMILIES if stem in f.autoencoder_aliases), stem)
 
 
 def _family_of(state: State, path: Path) -> Family:
     with naming(path):
         kind = kind_within(state)
-    found = next((family for family in FAMILIES if family.transformer.kind == kind), None)
+    found = next((family for family in registry.FAMILIES if family.transformer.kind == kind), None)
     if found is not None:
         return found
     if kind is not None:
         raise CheckpointError(f"{path}: the weights are an autoencoder; name the transformer")
+    known = ", ".join(sorted(family.name for family in registry.FAMILIES))
     raise CheckpointError(
-        f"{path}: the weights are of no family that is known here ({', '.join(sorted(f.name for f in FAMILIES))}); "
-        f"the file holds {some(sorted(state))}"
+        f"{path}: the weights are of no family that is known here ({known}); the file holds {some(sorted(state))}"
     )
 
 

@@ -18,6 +18,7 @@ from foveate.core.policy import Policy
 from foveate.core.schedule import ScaleSchedule, parse_ratio, ratio_name
 from foveate.core.warnings import CallWarning
 from foveate.engine.sample import Filter
+from foveate.families import registry
 from foveate.families.spec import ModelSpec, per_scale
 from foveate.policies.registry import load_policy
 
@@ -337,7 +338,8 @@ def _listed(prompts: Prompts, spec: ModelSpec) -> list[Any]:
 def _smooth_scales(asked: bool | None, spec: ModelSpec, count: int) -> tuple[int, int] | None:
     """Scales that mix codes: from where the model's defaults begin to where guidance ends."""
     defaults = spec.defaults
-    _require(not asked or spec.kind.can_smooth, f"more_smooth is for VAR and Switti; {spec.name} samples bits")
+    able = " and ".join(family.title for family in registry.FAMILIES if family.can_smooth)
+    _require(not asked or spec.kind.can_smooth, f"more_smooth is for {able}; {spec.name} samples bits")
     if not (defaults.more_smooth if asked is None else asked):
         return None
     end = defaults.guidance_window[1]
