@@ -8,18 +8,17 @@ import hashlib
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import CheckpointError
 from foveate.core.finite import BrokenWeightError
 from foveate.core.stand_in import refuse_stand_in
-from foveate.weights.stored import State, Stored, stored_pickle, stored_safetensors
+from foveate.weights.stored import State, Stored, Weight, stored_pickle, stored_safetensors
 
 INDEX_END = ".safetensors.index.json"
 _PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -198,15 +197,15 @@ def _read_file(path: Path) -> Stored:
 
 def _read_shards(path: Path) -> Stored:
     weight_map = _weight_map(path)
-    readers: dict[str, Callable[[], Tensor]] = {}
+    weights: dict[str, Weight] = {}
     for name in sorted(set(weight_map.values())):
         if not (path.parent / name).is_file():
             raise CheckpointError(f"{path}: shard {name} is missing")
-        readers.update(_read_file(path.parent / name).readers)
-    absent = [key for key in weight_map if key not in readers]
+        weights.update(_read_file(path.parent / name).weights)
+    absent = [key for key in weight_map if key not in weights]
     if absent:
         raise CheckpointError(f"{path}: the shards lack {some(absent)}")
-    return Stored({key: readers[key] for key in weight_map})
+    return Stored({key: weights[key] for key in weight_map})
 
 
 def _weight_map(path: Path) -> dict[str, str]:

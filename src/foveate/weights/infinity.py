@@ -7,16 +7,20 @@ Source: the published checkpoints of Infinity (arXiv 2412.04431) and their key n
 
 import math
 import re
-from functools import partial
 
 import torch
-from torch import Tensor
 
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
-from foveate.weights.key_map import WeightKind, axes_of, copy_weights, count_of, declare, refuse_foreign, without
-from foveate.weights.names import plain_names, put_once
-from foveate.weights.stored import State, Stored, renamed
+from foveate.weights.key_map import (
+    WeightKind,
+    autoencoder_shape,
+    axes_of,
+    copy_weights,
+    declare,
+)
+from foveate.weights.names import plain_state, put_once
+from foveate.weights.stored import State, Stored, Weight, on_meta, renamed
 
 declare(WeightKind(name="Infinity", role="an Infinity transformer", marks=("cfg_uncond",)))
 declare(
@@ -67,33 +71,19 @@ def infer_autoencoder_config(state: State) -> AutoencoderConfig:
         CheckpointError: A weight that the shape follows from is missing, or the weights are of another family.
     """
     state = autoencoder_state(state)
-    base, pixels = axes_of(state, "encoder.conv_in.weight", 4)[:2]
-    levels = count_of(state, r"encoder\.down\.(\d+)\.")
-    widths = [axes_of(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
     return AutoencoderConfig(
+        **autoencoder_shape(state),
         latent_channels=axes_of(state, "decoder.conv_in.weight", 4)[1],
-        base_channels=base,
-        channel_multipliers=tuple(width // base for width in widths),
-        num_res_blocks=count_of(state, r"encoder\.down\.0\.block\.(\d+)\."),
-        patch=round((pixels / 3) ** 0.5),
+        patch=round((axes_of(state, "encoder.conv_in.weight", 4)[1] / 3) ** 0.5),
     )
 
 
 def load_transformer(model: Infinity, state: State, *, dtype: torch.dtype | None = None) -> None:
-    """Copies published weights into a transformer.
-
-    Args:
-        model: Is changed; left as it was when loading is refused.
-        state: Weights under their published names, also inside a training checkpoint.
-        dtype: Changes the model's dtype; None keeps it.
-
-    Raises:
-        CheckpointError: A weight is missing, unknown or of another shape, or the weights are of another family.
-    """
+    """Copies published weights into a transformer; `copy_weights` says what is refused."""
     copy_weights(model, transformer_tensors(state, model.config), "transformer", dtype)
 
 
-def transformer_tensors(state: State, config: InfinityConfig) -> State:
+def transformer_tensors(state: State, config: InfinityConfig) -> Stored:
     """Published weights under the names and in the layout that a transformer of this shape has; nothing is read.
 
     Raises:
@@ -110,36 +100,26 @@ def transformer_tensors(state: State, config: InfinityConfig) -> State:
             index = int(match[1] or 0) * per_chunk + int(match[2])
             name = f"block_chunks.{index // size}.module.{index % size}.{match[3]}"
         put_once(names, name, key)
-    gains = {name: partial(_gain, found, key) for name, key in names.items() if name.endswith("scale_mul_1H11")}
-    return Stored(renamed(found, names).readers | gains)
+    weights = dict(renamed(found, names).weights)
+    for name, weight in weights.items():
+        if name.endswith("scale_mul_1H11"):
+            weights[name] = _gain(weight)
+    return Stored(weights)
 
 
 def load_autoencoder(model: Autoencoder, state: State, *, dtype: torch.dtype | None = None) -> None:
-    """Copies published weights into an autoencoder.
-
-    Args:
-        model: Is changed; left as it was when loading is refused.
-        state: Weights under their published names, with or without the names of wrappers (`conv1.conv.weight`), also
-            below `vae` or, where there is no `vae`, below `ema`.
-        dtype: Changes the model's dtype; None keeps it.
-
-    Raises:
-        CheckpointError: A weight is missing, unknown or of another shape, or the weights are of another family.
-    """
+    """Copies published weights into an autoencoder; `copy_weights` says what is refused."""
     copy_weights(model, autoencoder_state(state), "autoencoder", dtype)
 
 
-def transformer_state(state: State) -> State:
+def transformer_state(state: State) -> Stored:
     """A transformer's weights without nesting and constant buffers."""
-    state = plain_names(state, "Infinity")
-    refuse_foreign(state, "Infinity")
-    return without(state, _CONSTANTS)
+    return plain_state(state, "Infinity", _CONSTANTS)
 
 
-def autoencoder_state(state: State) -> State:
+def autoencoder_state(state: State) -> Stored:
     """An autoencoder's weights without nesting, wrapper names and the quantiser's buffers."""
-    state = plain_names(state, "autoencoder")
-    refuse_foreign(state, "autoencoder")
+    state = plain_state(state, "autoencoder")
     names: dict[str, str] = {}
     for key in state:
         if not key.startswith(_QUANTISERS):
@@ -147,9 +127,10 @@ def autoencoder_state(state: State) -> State:
     return renamed(state, names)
 
 
-def _gain(state: State, key: str) -> Tensor:
+def _gain(weight: Weight) -> Weight:
     """Head temperatures along the second axis; some checkpoints have them along the third."""
-    return state[key].reshape(1, -1, 1, 1)
+    shape = (1, weight.described.numel(), 1, 1)
+    return Weight(described=on_meta(shape, weight.described.dtype), read=lambda: weight.read().reshape(shape))
 
 
 def _unwrap(key: str) -> str:

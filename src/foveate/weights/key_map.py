@@ -6,6 +6,7 @@ Nothing is copied before every key and every shape fits, and the numbers are che
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 from foveate.core.errors import CheckpointError
 from foveate.core.finite import broken_weight, names_of_broken
 from foveate.weights.files import some
-from foveate.weights.stored import State, renamed
+from foveate.weights.stored import State, Stored, described, renamed
 
 KINDS: dict[str, "WeightKind"] = {}
 """By name; every key map declares its own, so that importing `families.registry` knows all of them."""
@@ -71,7 +72,7 @@ def refuse_foreign(state: State, kind: str) -> None:
         )
 
 
-def without(state: State, names: Sequence[str]) -> State:
+def without(state: State, names: Sequence[str]) -> Stored:
     """The weights without those whose name ends in one of the given last parts."""
     return renamed(state, {key: key for key in state if key.rpartition(".")[2] not in names})
 
@@ -90,9 +91,26 @@ def axes_of(state: State, key: str, num_axes: int) -> tuple[int, ...]:
     """
     if key not in state:
         raise CheckpointError(f"the weights lack {key}, so their shape cannot be told; found {some(sorted(state))}")
-    if state[key].dim() != num_axes:
-        raise CheckpointError(f"{key} must have {num_axes} axes, got shape {tuple(state[key].shape)}")
-    return tuple(state[key].shape)
+    shape = tuple(described(state, key).shape)
+    if len(shape) != num_axes:
+        raise CheckpointError(f"{key} must have {num_axes} axes, got shape {shape}")
+    return shape
+
+
+def autoencoder_shape(state: State) -> dict[str, Any]:
+    """What the weights of either autoencoder say under the same names: the fields that both configurations share.
+
+    Raises:
+        CheckpointError: A weight that the shape follows from is missing.
+    """
+    base = axes_of(state, "encoder.conv_in.weight", 4)[0]
+    levels = count_of(state, r"encoder\.down\.(\d+)\.")
+    widths = [axes_of(state, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)]
+    return {
+        "base_channels": base,
+        "channel_multipliers": tuple(width // base for width in widths),
+        "num_res_blocks": count_of(state, r"encoder\.down\.0\.block\.(\d+)\."),
+    }
 
 
 def check_fit(module: nn.Module, tensors: State, what: str) -> None:
@@ -107,10 +125,10 @@ def check_fit(module: nn.Module, tensors: State, what: str) -> None:
         parts = [f"{len(missing)} missing: {some(missing)}"] if missing else []
         parts += [f"{len(unknown)} unknown: {some(unknown)}"] if unknown else []
         raise CheckpointError(f"the weights do not fit this {what}; keys {'; '.join(parts)}")
-    wrong = [key for key in own if own[key].shape != tensors[key].shape]
+    wrong = [key for key in own if own[key].shape != described(tensors, key).shape]
     if wrong:
         key = wrong[0]
-        wanted, got = tuple(own[key].shape), tuple(tensors[key].shape)
+        wanted, got = tuple(own[key].shape), tuple(described(tensors, key).shape)
         more = f" ({len(wrong)} such keys)" if len(wrong) > 1 else ""
         raise CheckpointError(f"the weights do not fit this {what}; {key} wants {wanted}, got {got}{more}")
 
@@ -121,9 +139,10 @@ def check_floats(tensors: State, what: str) -> None:
     Raises:
         CheckpointError: Names the first one.
     """
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"the weights do not fit this {what}; {key} wants floats, got {tensor.dtype}")
+    for key in tensors:
+        dtype = described(tensors, key).dtype
+        if not dtype.is_floating_point:
+            raise CheckpointError(f"the weights do not fit this {what}; {key} wants floats, got {dtype}")
 
 
 def copy_weights(module: nn.Module, tensors: State, what: str, dtype: torch.dtype | None = None) -> None:

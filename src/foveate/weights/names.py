@@ -6,11 +6,11 @@ or a second network. Names of published checkpoints come out as they went in.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from foveate.core.errors import CheckpointError
-from foveate.weights.key_map import kind_names, kind_of
-from foveate.weights.stored import State, renamed
+from foveate.weights.key_map import kind_names, kind_of, refuse_foreign, without
+from foveate.weights.stored import State, Stored, renamed
 
 _WRAPPERS = frozenset(
     ("module", "_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
@@ -34,6 +34,22 @@ def kind_within(state: State) -> str | None:
     """Whose weights these are, the name of a declared kind, whatever is around them; None if nobody knows."""
     kinds = {kind_of(group) for group in _groups(state).values()}
     return next((kind for kind in kind_names() if kind in kinds), None)
+
+
+def plain_state(state: State, kind: str, constants: Sequence[str] = ()) -> Stored:
+    """The weights of one kind without nesting and constant buffers; nothing is read.
+
+    Args:
+        state: The weights under whatever names a file has.
+        kind: The name of a declared kind.
+        constants: Last parts of the names of constant buffers, which may be there or not.
+
+    Raises:
+        CheckpointError: As `plain_names`, or the weights are of another kind.
+    """
+    state = plain_names(state, kind)
+    refuse_foreign(state, kind)
+    return without(state, constants)
 
 
 def plain_names(state: State, kind: str) -> State:

@@ -1,10 +1,12 @@
 """Weights that stay in their files: a tensor is mapped when it is asked for, and its pages go when it does.
 
-So names and shapes cost nothing, and a copy out of a file holds one tensor at a time beside what it fills. A mapping
-that stayed open would count every page that was ever read as memory of this process.
+Names, shapes and dtypes are read once and at once, so that checks of them open no file; a copy out of a file holds one
+tensor at a time beside what it fills. A mapping that stayed open would count every page that was ever read as memory of
+this process.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,23 +20,41 @@ State = Mapping[str, Tensor]
 """Weights by name, without nesting."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Weight:
+    """A weight that is read later: `described` has its shape and dtype and need not hold values, `read` returns it."""
+
+    described: Tensor
+    read: Callable[[], Tensor]
+
+
 class Stored(State):
     """Weights by name, each made by a function of its own when it is read; nothing is kept."""
 
-    def __init__(self, readers: dict[str, Callable[[], Tensor]]) -> None:
-        self.readers = readers
+    def __init__(self, weights: Mapping[str, Weight]) -> None:
+        self.weights = weights
 
     def __getitem__(self, key: str) -> Tensor:
-        return self.readers[key]()
+        return self.weights[key].read()
 
     def __contains__(self, key: object) -> bool:
-        return key in self.readers
+        return key in self.weights
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.readers)
+        return iter(self.weights)
 
     def __len__(self) -> int:
-        return len(self.readers)
+        return len(self.weights)
+
+
+def described(state: State, key: str) -> Tensor:
+    """A tensor of the shape and dtype of a weight, which is not read: only these two can be asked of it."""
+    return state.weights[key].described if isinstance(state, Stored) else state[key]
+
+
+def on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Describes a weight: a tensor without values."""
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def renamed(state: State, names: Mapping[str, str]) -> Stored:
@@ -44,7 +64,11 @@ def renamed(state: State, names: Mapping[str, str]) -> Stored:
         state: The weights.
         names: Name in `state` by new name.
     """
-    return Stored({name: partial(state.__getitem__, key) for name, key in names.items()})
+    if isinstance(state, Stored):
+        return Stored({name: state.weights[key] for name, key in names.items()})
+    return Stored(
+        {name: Weight(described=state[key], read=partial(state.__getitem__, key)) for name, key in names.items()}
+    )
 
 
 def stored_safetensors(path: Path) -> Stored:
@@ -54,8 +78,15 @@ def stored_safetensors(path: Path) -> Stored:
         SafetensorError: The file is damaged or cut.
         OSError: It cannot be read.
     """
+    weights: dict[str, Weight] = {}
     with safe_open(path, "pt") as file:
-        return Stored({key: partial(_read_safetensors, path, key) for key in file.keys()})  # noqa: SIM118 - no mapping
+        for key in file.keys():  # noqa: SIM118 - no mapping
+            # Mapped and dropped: no page of it is read.
+            mapped = file.get_tensor(key)
+            weights[key] = Weight(
+                described=on_meta(tuple(mapped.shape), mapped.dtype), read=partial(_read_safetensors, path, key)
+            )
+    return Stored(weights)
 
 
 def stored_pickle(path: Path) -> Stored:
@@ -76,11 +107,16 @@ def stored_pickle(path: Path) -> Stored:
         held = dict(_flatten(torch.load(path, map_location="cpu", weights_only=True)))
         return renamed(held, {key: key for key in held})
     size = path.stat().st_size
-    described = dict(_flatten(loaded))
-    for key, tensor in described.items():
+    found = dict(_flatten(loaded))
+    for key, tensor in found.items():
         if _offset(tensor) + tensor.untyped_storage().nbytes() > size:
             raise CheckpointError(f"{path}: {key} ends behind the end of the file; fetch it again")
-    return Stored({key: partial(_read_pickled, path, size, tensor) for key, tensor in described.items()})
+    return Stored(
+        {
+            key: Weight(described=tensor, read=partial(_read_pickled, path, size, tensor))
+            for key, tensor in found.items()
+        }
+    )
 
 
 def _read_safetensors(path: Path, key: str) -> Tensor:
@@ -89,18 +125,18 @@ def _read_safetensors(path: Path, key: str) -> Tensor:
         return tensor
 
 
-def _read_pickled(path: Path, size: int, described: Tensor) -> Tensor:
+def _read_pickled(path: Path, size: int, meta: Tensor) -> Tensor:
     """The tensor that one on the meta device describes."""
-    begin = _offset(described)
+    begin = _offset(meta)
     whole = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-    part = whole[begin : begin + described.untyped_storage().nbytes()]
-    empty = torch.empty(0, dtype=described.dtype, device="cpu")
-    return empty.set_(part, described.storage_offset(), described.shape, described.stride())
+    part = whole[begin : begin + meta.untyped_storage().nbytes()]
+    empty = torch.empty(0, dtype=meta.dtype, device="cpu")
+    return empty.set_(part, meta.storage_offset(), meta.shape, meta.stride())
 
 
-def _offset(described: Tensor) -> int:
+def _offset(meta: Tensor) -> int:
     """Where in the file the storage begins (torch's notes on serialization describe the attribute)."""
-    begin = described.untyped_storage()._checkpoint_offset
+    begin = meta.untyped_storage()._checkpoint_offset
     assert begin is not None, "torch.load notes it on the meta device"
     return begin
 

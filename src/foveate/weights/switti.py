@@ -7,9 +7,9 @@ Source: the published checkpoints of Switti (arXiv 2412.01819) and their key nam
 import torch
 
 from foveate.models.switti import Switti, SwittiConfig
-from foveate.weights.key_map import WeightKind, axes_of, copy_weights, count_of, declare, refuse_foreign, without
-from foveate.weights.names import plain_names
-from foveate.weights.stored import State
+from foveate.weights.key_map import WeightKind, axes_of, copy_weights, count_of, declare
+from foveate.weights.names import plain_state
+from foveate.weights.stored import State, Stored
 
 declare(WeightKind(name="Switti", role="a Switti transformer", marks=("crop_embed.weight",)))
 
@@ -46,30 +46,16 @@ def infer_switti_config(state: State, *, use_ar: bool, heads: int | None = None)
 
 
 def load_switti(model: Switti, state: State, *, dtype: torch.dtype | None = None) -> None:
-    """Copies published weights into a transformer.
+    """Copies published weights into a transformer; `copy_weights` says what is refused.
 
     The frequencies of the crop embedding stay in float32 whatever the dtype: angles are hundreds of times as large, so
     bfloat16 would turn them by whole circles.
-
-    Args:
-        model: Is changed; left as it was when loading is refused.
-        state: Weights under their published names.
-        dtype: Changes the model's dtype; None keeps it.
-
-    Raises:
-        CheckpointError: A weight is missing, unknown or of another shape, or the weights are of another family.
     """
     tensors = switti_state(state)
     copy_weights(model, tensors, "transformer", dtype)
     model.crop_embed.weight.data = tensors["crop_embed.weight"].to(model.device, torch.float32, copy=True)
 
 
-def switti_state(state: State) -> State:
-    """A transformer's weights without constant buffers.
-
-    Raises:
-        CheckpointError: The weights are of another family.
-    """
-    state = plain_names(state, "Switti")
-    refuse_foreign(state, "Switti")
-    return without(state, _CONSTANTS)
+def switti_state(state: State) -> Stored:
+    """A transformer's weights without nesting and constant buffers."""
+    return plain_state(state, "Switti", _CONSTANTS)

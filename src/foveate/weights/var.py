@@ -13,9 +13,9 @@ import torch
 from foveate.core.errors import CheckpointError
 from foveate.core.schedule import Grid
 from foveate.models.var import GRIDS_256, GRIDS_512, VAR, VARConfig
-from foveate.weights.key_map import WeightKind, axes_of, copy_weights, count_of, declare, refuse_foreign, without
-from foveate.weights.names import plain_names
-from foveate.weights.stored import State
+from foveate.weights.key_map import WeightKind, axes_of, copy_weights, count_of, declare
+from foveate.weights.names import plain_state
+from foveate.weights.stored import State, Stored
 
 declare(WeightKind(name="VAR", role="a VAR transformer", marks=("class_emb.weight",)))
 
@@ -49,24 +49,13 @@ def infer_var_config(state: State, grids: Sequence[Grid] | None = None) -> VARCo
 
 
 def load_var(model: VAR, state: State, *, dtype: torch.dtype | None = None) -> None:
-    """Copies published weights into a transformer.
-
-    Args:
-        model: Is changed; left as it was when loading is refused.
-        state: Weights under their published names, also inside a training checkpoint.
-        dtype: Changes the model's dtype; None keeps it.
-
-    Raises:
-        CheckpointError: A weight is missing, unknown or of another shape, or the weights are of another family.
-    """
+    """Copies published weights into a transformer; `copy_weights` says what is refused."""
     copy_weights(model, var_state(state), "transformer", dtype)
 
 
-def var_state(state: State) -> State:
+def var_state(state: State) -> Stored:
     """A transformer's weights without nesting and constant buffers."""
-    state = plain_names(state, "VAR")
-    refuse_foreign(state, "VAR")
-    return without(state, _CONSTANTS)
+    return plain_state(state, "VAR", _CONSTANTS)
 
 
 def _find_grids(num_positions: int, num_scales: int, grids: Sequence[Grid] | None) -> tuple[Grid, ...]:
