@@ -19,7 +19,7 @@ from foveate.bench.rounds import alternate
 from foveate.bench.spread import Spread
 from foveate.core.prompt_file import read_prompt_file
 from foveate.kernels import native
-from foveate.pipeline.call import Options
+from foveate.pipeline.options import Options
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
 
 POLICIES = ("full", "ld-pruning", "ld-pruning:sats=false", "depthvar", "drop-branch")
@@ -30,7 +30,7 @@ PARTS = ("transformer", "total")
 def generate(pipe: Pipeline, prompts: list[str], policy: str, together: bool) -> tuple[np.ndarray, dict[str, float]]:
     """All images as bytes (n, height, width, 3), and milliseconds of the transformer and in total."""
     calls = [(prompts, list(range(len(prompts))))] if together else [([p], [i]) for i, p in enumerate(prompts)]
-    outputs = [pipe.generate(texts, **Options(policy=policy, output_type="np", seed=seeds)) for texts, seeds in calls]
+    outputs = [pipe(texts, **Options(policy=policy, output_type="np", seed=seeds)) for texts, seeds in calls]
     images = np.concatenate([stack_uint8(output.images) for output in outputs])
     return images, {part: sum(getattr(output.report.ms, part) for output in outputs) for part in PARTS}
 

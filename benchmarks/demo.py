@@ -57,7 +57,7 @@ def draw(pipe: Pipeline, policies: tuple[str, ...], rounds: int) -> list[Drawn]:
     found: dict[str, list[PipelineOutput]] = {policy: [] for policy in policies}
     for _ in range(rounds + 1):
         for policy in policies:
-            found[policy].append(pipe.generate(PROMPTS, seed=SEED, policy=policy, output_type="pil"))
+            found[policy].append(pipe(PROMPTS, seed=SEED, policy=policy, output_type="pil"))
     return [Drawn(policy=policy, rounds=tuple(outputs[1:])) for policy, outputs in found.items()]
 
 

@@ -50,7 +50,7 @@ def latents(pipe: Pipeline, prompts: Sequence[str], seed: int, policy: Policy) -
     def note(_pipe: object, _scale: int, _left: int, values: dict[str, Any]) -> None:
         seen.append(values["latents"])
 
-    pipe.generate(list(prompts), seed=seed, policy=policy, output_type="latent", callback_on_step_end=note)
+    pipe(list(prompts), seed=seed, policy=policy, output_type="latent", callback_on_step_end=note)
     return seen
 
 

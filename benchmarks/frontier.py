@@ -124,7 +124,7 @@ def draw(pipe: Pipeline, prompts: Sequence[str], spec: str, seed: int) -> tuple[
     """All prompts in batches; uint8 pictures and run / full FLOPs."""
     images, run, full = [], 0, 0
     for i in range(0, len(prompts), BATCH):
-        out = pipe.generate(prompts[i : i + BATCH], seed=seed, policy=load_policy(spec), output_type="np")
+        out = pipe(prompts[i : i + BATCH], seed=seed, policy=load_policy(spec), output_type="np")
         images.append(stack_uint8(out.images))
         run, full = run + out.report.flops_run, full + out.report.flops_full
     return np.concatenate(images), run / full
@@ -138,7 +138,7 @@ def clock(pipe: Pipeline, prompts: Sequence[str], spec: str) -> tuple[Spread, Sp
     transformer, total = [], []
     for i, prompt in enumerate(prompts):
         order = ("full", spec) if i % 2 == 0 else (spec, "full")
-        both = [pipe.generate(prompt, seed=0, policy=load_policy(policy)).report.ms for policy in order]
+        both = [pipe(prompt, seed=0, policy=load_policy(policy)).report.ms for policy in order]
         full, own = both if i % 2 == 0 else reversed(both)
         transformer.append(full.transformer / own.transformer)
         total.append(full.total / own.total)

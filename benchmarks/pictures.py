@@ -61,14 +61,14 @@ def main() -> None:
     prompts = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     pipe = Pipeline.from_pretrained(given.model)
     pipe.set_progress_bar_config(disable=True)
-    drawn = [image for i in range(0, len(prompts), 8) for image in pipe.generate(prompts[i : i + 8], seed=0).images]
+    drawn = [image for i in range(0, len(prompts), 8) for image in pipe(prompts[i : i + 8], seed=0).images]
     sheet = Image.new("RGB", (8 * CELL, -(-len(drawn) // 8) * CELL), "white")
     for i, image in enumerate(drawn):
         sheet.paste(image.resize((CELL, CELL), Image.Resampling.LANCZOS), (i % 8 * CELL, i // 8 * CELL))
     sheet.save(given.out / "readme.png", optimize=True)
     six = prompts[:6]
     for page, specs in PAGES.items():
-        outs = [pipe.generate(six, seed=0, policy=spec, trace=True) for spec in specs]
+        outs = [pipe(six, seed=0, policy=spec, trace=True) for spec in specs]
         rows = [(spec, list(out.images)) for spec, out in zip(specs, outs, strict=True)]
         grid(rows, six).save(given.out / f"{page}.png", optimize=True)
         compute_map(rows[1][1][0], outs[1].trace, 0).save(given.out / f"{page}-map.png", optimize=True)

@@ -35,7 +35,7 @@ def pictures(pipe: Pipeline, prompts: list[str], batch: int) -> np.ndarray:
     for first in range(0, len(prompts), batch):
         group = prompts[first : first + batch]
         seeds = [first + i for i in range(len(group))]
-        parts.append(pipe.generate(group, seed=seeds, output_type="np").images)
+        parts.append(pipe(group, seed=seeds, output_type="np").images)
     return np.concatenate([stack_uint8(part) for part in parts])
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     def once(side: int, index: int) -> Milliseconds:
         seeds = [given.batch * index + i for i in range(given.batch)]
         options: dict[str, Any] = {"seed": seeds, "output_type": "np"}
-        return pipes[names[side]].generate([prompts[s % len(prompts)] for s in seeds], **options).report.ms
+        return pipes[names[side]]([prompts[s % len(prompts)] for s in seeds], **options).report.ms
 
     rounds = alternate(once, len(names), runs=given.runs, warmup=1, after_round=lambda: None)
     exact = pictures(pipes["plain"], prompts, given.batch)

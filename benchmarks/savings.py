@@ -28,7 +28,7 @@ from foveate.engine.state import Bounds, RequestState
 from foveate.families.loading import model_names
 from foveate.kernels import activation, attention, heads, linear, native, norm, residual
 from foveate.kernels.attention import attend_group
-from foveate.pipeline.call import Options
+from foveate.pipeline.options import Options
 from foveate.pipeline.pipeline import Pipeline
 
 _TORCH = SimpleNamespace(serves=lambda *_: False, allows_onednn=lambda: False)
@@ -153,9 +153,9 @@ def measure(pipe: Pipeline, pixels: str, saving: Saving, runs: int, warmup: int)
         options = Options(pixels=pixels, seed=index, output_type="latent")
         if side:
             with saving.undo():
-                report = pipe.generate("a red apple on a table", **options).report
+                report = pipe("a red apple on a table", **options).report
         else:
-            report = pipe.generate("a red apple on a table", **options).report
+            report = pipe("a red apple on a table", **options).report
         return report.ms.transformer, report.kv_bytes_peak
 
     rounds = alternate(once, 2, runs=runs, warmup=warmup, after_round=lambda: None)

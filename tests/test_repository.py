@@ -49,7 +49,7 @@ def test_the_model_card_and_the_notice_travel_with_the_weights() -> None:
 
 
 def test_the_bundled_model_draws_a_picture_that_depends_on_the_prompt(emoji: Pipeline) -> None:
-    pictures = stack_uint8(emoji.generate(["hamburger", "cactus"], seed=7).images)
+    pictures = stack_uint8(emoji(["hamburger", "cactus"], seed=7).images)
     assert pictures.shape == (2, 256, 256, 3)
     assert np.abs(pictures[0].astype(int) - pictures[1]).mean() > 10
     corners = pictures[:, [4, 4, -4, -4], [4, -4, 4, -4]]

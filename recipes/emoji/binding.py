@@ -77,7 +77,7 @@ def turned(scene: Scene) -> Scene:
 
 def draw(pipe: Pipeline, scenes: Sequence[Scene], seed: int) -> Tensor:
     """Pictures of the captions in [0, 1], shape (scenes, 3, height, width)."""
-    images = pipe.generate([scene.caption for scene in scenes], seed=seed, output_type="pt").images
+    images = pipe([scene.caption for scene in scenes], seed=seed, output_type="pt").images
     assert isinstance(images, Tensor)
     return images
 

@@ -20,7 +20,7 @@ from foveate.core.schedule import Grid
 from foveate.eval.features import features, load_network
 from foveate.eval.fidelity import foreground_psnr, psnr, ssim
 from foveate.eval.quality import kid, nearest
-from foveate.pipeline.call import PerScale
+from foveate.pipeline.options import PerScale
 from foveate.pipeline.output import to_uint8
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
 from foveate.tokenizers.bsq import BSQTokenizer, quantise
@@ -111,7 +111,7 @@ class Examiner:
     ) -> Images:
         """Pictures of prompts, in batches; that of prompt i on has the seed `seed + i`. None is the model's default."""
         parts = [
-            self.pipe.generate(
+            self.pipe(
                 list(prompts[i : i + BATCH]),
                 seed=self.seed + i,
                 guidance_scale=guidance_scale,

@@ -103,7 +103,7 @@ def test_baseline_and_batches_leave_out_what_they_cannot_say() -> None:
 
 @pytest.mark.parametrize("spec", ["full", "skip-scales:count=2", "drop-branch:count=1", "depthvar", "ld-pruning"])
 def test_flops_of_the_scales_add_up_to_those_of_the_call(toy_pipe: Pipeline, spec: str) -> None:
-    output = toy_pipe.generate("a red cat", seed=1, policy=load_policy(spec), output_type="np")
+    output = toy_pipe("a red cat", seed=1, policy=load_policy(spec), output_type="np")
     flops = scale_flops(output.trace)
     assert sum(flops) == output.report.flops_run
     run = TimedRun.of(output)

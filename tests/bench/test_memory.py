@@ -110,7 +110,7 @@ def test_report(toy_report: Callable[[str], BenchReport], toy_pipe: Pipeline) ->
 
 def test_caches_hold_what_the_text_decides_and_what_a_policy_reads_again(toy_pipe: Pipeline) -> None:
     shape: ModelShape = toy_pipe.model.transformer.shape
-    full, depth = (toy_pipe.generate("a red cat", seed=3, policy=name) for name in ("full", "depthvar"))
+    full, depth = (toy_pipe("a red cat", seed=3, policy=name) for name in ("full", "depthvar"))
     text_tokens = sum(full.trace.text_tokens.values())
     assert full.report.cache_bytes_peak >= 4 * 2 * shape.width * shape.num_blocks * text_tokens
     # Two branches, float32: the changes of every block at one of the scales.

@@ -30,13 +30,13 @@ KINDS = ("latency", "throughput", "memory")
 def calls(toy_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, Any]]:
     """What the pipeline was asked for: prompts, seeds and policy of every call, in order."""
     seen: list[tuple[Any, Any, Any]] = []
-    generate = Pipeline.generate
+    generate = Pipeline.__call__
 
     def spy(self: Pipeline, prompts: Any, **options: Any) -> Any:
         seen.append((prompts, options["seed"], options["policy"].spec))
         return generate(self, prompts, **options)
 
-    monkeypatch.setattr(Pipeline, "generate", spy)
+    monkeypatch.setattr(Pipeline, "__call__", spy)
     monkeypatch.setattr("foveate.bench.run.MATMUL_SIZES", (32,))
     return seen
 
@@ -101,7 +101,7 @@ def test_plans_check_themselves(changes: dict[str, Any], message: str) -> None:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) -> None:
     """Makes a call of the pipeline fail, counted from 0."""
-    generate, made = Pipeline.generate, []
+    generate, made = Pipeline.__call__, []
 
     def fail(self: Pipeline, prompts: Any, **options: Any) -> Any:
         made.append(prompts)
@@ -109,7 +109,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, call: int, error: BaseException) ->
             raise error
         return generate(self, prompts, **options)
 
-    monkeypatch.setattr(Pipeline, "generate", fail)
+    monkeypatch.setattr(Pipeline, "__call__", fail)
     monkeypatch.setattr("foveate.bench.run.MATMUL_SIZES", (32,))
 
 

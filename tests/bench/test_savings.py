@@ -10,7 +10,7 @@ from foveate.pipeline.pipeline import Pipeline
 
 
 def latent(pipe: Pipeline) -> torch.Tensor:
-    return pipe.generate("a red cat", seed=3, output_type="latent").images
+    return pipe("a red cat", seed=3, output_type="latent").images
 
 
 @pytest.mark.parametrize("saving", savings.SAVINGS, ids=lambda saving: saving.name)
@@ -25,9 +25,9 @@ def test_the_picture_stays_the_same(toy_pipe: Pipeline, saving: savings.Saving) 
 
 def test_undoing_reaches_the_engine(toy_pipe: Pipeline) -> None:
     by_name = {saving.name: saving for saving in savings.SAVINGS}
-    plain = toy_pipe.generate("a red cat", seed=3).report.kv_bytes_peak
+    plain = toy_pipe("a red cat", seed=3).report.kv_bytes_peak
     with by_name["no cache for the last scale"].undo():
-        assert toy_pipe.generate("a red cat", seed=3).report.kv_bytes_peak > plain
+        assert toy_pipe("a red cat", seed=3).report.kv_bytes_peak > plain
 
 
 @pytest.mark.parametrize("saving", savings.SAVINGS, ids=lambda saving: saving.name)

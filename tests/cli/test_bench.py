@@ -66,7 +66,7 @@ def test_calibrate_writes_a_profile(run: Callable[..., Any], toy_folder: Path, t
 def test_a_stop_still_prints_what_was_measured(
     run: Callable[..., Any], toy_folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
 ) -> None:
-    generate, made = Pipeline.generate, []
+    generate, made = Pipeline.__call__, []
 
     def fail(self: Pipeline, prompts: Any, **options: Any) -> Any:
         made.append(prompts)
@@ -74,7 +74,7 @@ def test_a_stop_still_prints_what_was_measured(
             raise error
         return generate(self, prompts, **options)
 
-    monkeypatch.setattr(Pipeline, "generate", fail)
+    monkeypatch.setattr(Pipeline, "__call__", fail)
     ran = run("bench", "latency", "-m", toy_folder, *QUICK, "--warmup", 0, "--runs", 5, "--json")
     assert ran.code == code
     assert (ran.data["cases"][0]["rounds"], ran.data["stopped"]) == (1, ran.data["stopped"])
@@ -86,7 +86,7 @@ def test_nothing_measured(run: Callable[..., Any], toy_folder: Path, monkeypatch
     def fail(self: Pipeline, prompts: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Pipeline, "generate", fail)
+    monkeypatch.setattr(Pipeline, "__call__", fail)
     ran = run("bench", "latency", "-m", toy_folder, *QUICK)
     assert (ran.code, ran.out, ran.err) == (130, "", "foveate: interrupted\n")
 
@@ -135,6 +135,6 @@ def test_a_plot_needs_an_extra_and_says_so_before_it_measures(
     run: Callable[..., Any], toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("foveate.cli.benching.find_spec", lambda name: None)
-    monkeypatch.setattr(Pipeline, "generate", None)
+    monkeypatch.setattr(Pipeline, "__call__", None)
     run("bench", "latency", "-m", toy_folder, "-o", "out").assert_refused("needs matplotlib", "foveate[eval]")
     assert list(tmp_path.iterdir()) == []

@@ -339,7 +339,7 @@ def test_draws_in_the_published_order(
     draw = ("generate", "a cat", "-m", toy_folder, "--rng", "reference", "-o", "x.png")
     assert run(*draw, "--seed", 7).code == 0
     assert read_image_config(tmp_path / "x.png")["rng"] == "reference"
-    by_library = toy_pipe.generate("a cat", seed=7, rng="reference", output_type="np").images
+    by_library = toy_pipe("a cat", seed=7, rng="reference", output_type="np").images
     assert np.array_equal(pixels_of(tmp_path / "x.png"), by_library[0])
     run(*draw, "--seed", "7,8").assert_refused("takes one integer seed")
 

@@ -79,4 +79,4 @@ def test_env_says_what_a_run_needs_before_anything_is_loaded(run: Callable[..., 
 
 def test_bound_of_env_is_what_the_engine_allocates(run: Callable[..., Any], toy_folder: Path, toy_pipe: Any) -> None:
     needs = run("env", "--json", "--model", toy_folder).data["model"]
-    assert needs["bytes"]["float32"]["kv"] == toy_pipe.generate("a cat", seed=1).report.kv_bytes_bound
+    assert needs["bytes"]["float32"]["kv"] == toy_pipe("a cat", seed=1).report.kv_bytes_bound

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from foveate.core.errors import FoveateError
 from foveate.families.published import PUBLISHED
 from foveate.families.spec import ModelSpec
-from foveate.pipeline.call import Settings, resolve
+from foveate.pipeline.call import resolve
 
 
 def refusal(spec: ModelSpec, width: int, height: int) -> str:
     with pytest.raises(FoveateError) as raised:
-        resolve("a cat", Settings(width=width, height=height), spec)
+        resolve("a cat", {"width": width, "height": height}, spec)
     return str(raised.value)
 
 

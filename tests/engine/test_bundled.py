@@ -111,8 +111,8 @@ def test_one_request(spec: str, subject: Toy, request_of, full: Result):
 @pytest.mark.parametrize("spec", SOME)
 def test_batch_invariant_mode_gives_the_same_bits(spec: str, pipe: Pipeline):
     options = {"policy": spec, "output_type": "latent", "batch_invariant": True}
-    alone = pipe.generate(PROMPTS[1], seed=SEEDS[1], **options).images
-    batch = pipe.generate([PROMPTS[0], PROMPTS[1]], seed=list(SEEDS), **options).images
+    alone = pipe(PROMPTS[1], seed=SEEDS[1], **options).images
+    batch = pipe([PROMPTS[0], PROMPTS[1]], seed=list(SEEDS), **options).images
     assert torch.equal(batch[1], alone[0])
 
 

@@ -60,6 +60,6 @@ def test_prompts_from_a_file(tmp_path: Path) -> None:
 
 def test_missing_extra_is_said_before_anything_is_drawn(toy_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foveate.eval.compare.find_spec", lambda name: None)
-    monkeypatch.setattr(Pipeline, "generate", None)
+    monkeypatch.setattr(Pipeline, "__call__", None)
     with pytest.raises(FoveateError, match=r"needs torchmetrics, .*foveate\[eval\]"):
         compare(toy_pipe, "full", ["a red cat"])

@@ -57,11 +57,11 @@ def test_an_image_is_generated_and_the_same_in_a_batch(toy_folder, options: dict
     prompts = ["a red apple", "two blue dogs left of the house", "a cat"]
 
     def latents(texts: list[str], seeds: list[int]) -> Tensor:
-        return pipe.generate(texts, seed=seeds, output_type="latent").images
+        return pipe(texts, seed=seeds, output_type="latent").images
 
     together = latents(prompts, [4, 5, 6])
     assert together.isfinite().all()
     assert together.float().std() > 0
     for index, prompt in enumerate(prompts):
         assert torch.equal(latents([prompt], [4 + index])[0], together[index])
-    assert pipe.generate("a cat", seed=6).images[0].getextrema()
+    assert pipe("a cat", seed=6).images[0].getextrema()

@@ -80,7 +80,7 @@ def test_an_image_has_the_same_bits_in_every_batch(toy_pipe: Pipeline) -> None:
     assert np.array_equal(pixels(found[1]), pixels(found[4]))
     assert np.array_equal(pixels(found[3]), pixels(found[4]))
     prompts, seeds = [PROMPTS[i % 3] for i in range(4)], [7, 8, 9, 10]
-    one_call = toy_pipe.generate(prompts, seed=seeds, output_type="np", **options)
+    one_call = toy_pipe(prompts, seed=seeds, output_type="np", **options)
     assert np.array_equal(pixels(found[1]), one_call.images)  # type: ignore[arg-type]
     assert [row for batch in found[3] for row in batch.rows] == list(rows(4))
 
@@ -98,7 +98,7 @@ def test_rows_are_those_of_a_call(toy_pipe: Pipeline) -> None:
         for prompt, negative, seeds in (("a red cat", "green", (3, 4)), ("a big dog", "blue", (9, 10)))
         for seed in seeds
     ]
-    together = toy_pipe.generate(PROMPTS[:2], output_type="np", **options)
+    together = toy_pipe(PROMPTS[:2], output_type="np", **options)
     assert np.array_equal(pixels(drawn(toy_pipe, found, BulkSettings(batch_size=3))), together.images)  # type: ignore
     one, other = (next(rows_of("a cat", toy_pipe.model.spec)).seed for _ in range(2))
     assert one != other
@@ -203,7 +203,7 @@ def test_the_published_order_is_one_batch_or_none(
 
     monkeypatch.setattr(bulk, "LARGEST_BATCH", 2)
     (batch,) = drawn(toy_pipe, asked(3), **options)
-    call = toy_pipe.generate("a cat", num_images_per_prompt=3, seed=5, output_type="np", **options)
+    call = toy_pipe("a cat", num_images_per_prompt=3, seed=5, output_type="np", **options)
     assert np.array_equal(pixels([batch]), call.images)  # type: ignore[arg-type]
     set_memory(int(3.5 * one_image(toy_pipe) / 0.9))
     for how in (BulkSettings(), BulkSettings(total=10**12), BulkSettings(batch_size=4)):
@@ -359,7 +359,7 @@ def test_without_guidance_half_the_rows_run(toy_pipe: Pipeline) -> None:
     spec = toy_pipe.model.spec
     guided, alone = (memory_need(spec, torch.float32, Full(), is_guided=is_guided) for is_guided in (True, False))
     assert 2 * alone.drawing == guided.drawing
-    report = toy_pipe.generate("a cat", seed=1, guidance_scale=1, output_type="latent").report
+    report = toy_pipe("a cat", seed=1, guidance_scale=1, output_type="latent").report
     assert alone.kv == report.kv_bytes_bound
 
 

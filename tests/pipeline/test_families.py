@@ -79,7 +79,7 @@ def test_folder_is_float16_by_default(tmp_path: Path) -> None:
     assert {value.dtype for value in stored.values()} == {torch.float16}
     pipe = Pipeline.from_pretrained(tmp_path, dtype="bfloat16")
     assert pipe.model.transformer.compute_dtype is torch.bfloat16
-    latents = pipe.generate("a red cat", seed=1, output_type="latent").images
+    latents = pipe("a red cat", seed=1, output_type="latent").images
     assert isinstance(latents, torch.Tensor)
     assert torch.isfinite(latents).all()
 
@@ -94,7 +94,7 @@ def test_missing_files_are_named(toy_folder: Path, tmp_path: Path, missing: str)
 
 def test_random_weights_are_the_same_every_time(toy_folder: Path) -> None:
     a, b = (Pipeline.from_pretrained(toy_folder, weights="random") for _ in range(2))
-    one, two = (p.generate("a red cat", seed=1, output_type="latent").images for p in (a, b))
+    one, two = (p("a red cat", seed=1, output_type="latent").images for p in (a, b))
     assert isinstance(one, torch.Tensor)
     assert torch.equal(one, two)  # type: ignore[arg-type]
     assert a.model.text.encode(["four words in here"])[0].shape == (6, 24)

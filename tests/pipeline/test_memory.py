@@ -51,7 +51,7 @@ entry = PUBLISHED["infinity-125m"]
 spec = replace(entry.spec, transformer=replace(entry.spec.transformer, depth=2, chunks=1), budgets=("0.06M",))
 PUBLISHED["infinity-125m"] = replace(entry, spec=spec)
 pipe = Pipeline.from_pretrained("infinity-125m", weights="random", dtype=sys.argv[1])
-draw = lambda: pipe.generate("a cat", seed=1, num_images_per_prompt=4, output_type="latent").images
+draw = lambda: pipe("a cat", seed=1, num_images_per_prompt=4, output_type="latent").images
 draw()
 latent, run = peak_of(draw)
 _, decoder = peak_of(lambda: pipe.model.tokenizer.decode(latent[:1]))
@@ -110,7 +110,7 @@ def test_text_and_keys_are_what_a_request_holds(toy_pipe: Pipeline) -> None:
     held = prepared.modulation_PR6C.nbytes  # type: ignore[attr-defined]
     held += sum(part.nbytes for memory in prepared.memory for part in (*memory.k_RNTD, *memory.v_RNTD))  # type: ignore[attr-defined]
     assert memory_need(spec, torch.float32, Full(), text_tokens=features.shape[0]).text == held
-    report = toy_pipe.generate([prompt] * 2, seed=1).report
+    report = toy_pipe([prompt] * 2, seed=1).report
     assert memory_need(spec, torch.float32, Full(), num_images=2).kv == report.kv_bytes_bound
 
 

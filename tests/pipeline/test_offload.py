@@ -77,7 +77,7 @@ def var_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def pixels(pipe: Pipeline, prompt: str = "a red cat", **options: Any) -> torch.Tensor:
-    images = pipe.generate(prompt, seed=3, output_type="pt", **options).images
+    images = pipe(prompt, seed=3, output_type="pt", **options).images
     assert isinstance(images, torch.Tensor)
     return images
 
@@ -104,7 +104,7 @@ def test_text_encoder_transformer_and_decoder_take_turns(toy_folder: Path, toy_p
 
 def test_no_decoder_comes_where_nothing_is_decoded(toy_folder: Path) -> None:
     parked = Parked(toy_folder)
-    parked.pipe.generate("a cat", seed=1, output_type="latent")
+    parked.pipe("a cat", seed=1, output_type="latent")
     assert parked.came() == [TEXT_ENCODER, TRANSFORMER]
     assert not parked.there
 
@@ -151,7 +151,7 @@ def test_everything_is_home_behind_a_cancel_and_an_error(toy_folder: Path, toy_p
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        parked.pipe.generate("a cat", seed=1, callback_on_step_end=fail)
+        parked.pipe("a cat", seed=1, callback_on_step_end=fail)
     assert not parked.there
     events = parked.pipe.stream("a cat", previews=7, seed=1)
     next(events)

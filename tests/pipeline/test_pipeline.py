@@ -10,7 +10,7 @@ from dataclasses import replace
 from decimal import Decimal
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ from foveate.engine.kv_cache import KVCache
 from foveate.engine.state import RequestState
 from foveate.families.published import PUBLISHED
 from foveate.pipeline import output as pipeline_output
-from foveate.pipeline.call import Settings, resolve
+from foveate.pipeline.call import resolve
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
 from foveate.policies.registry import load_policy
 
@@ -30,7 +30,7 @@ PROMPTS = ["a red cat", "two big dogs on the left of the house"]
 
 
 def draw(pipe: Pipeline, prompts: Any, **options: Any) -> np.ndarray:
-    return stack_uint8(pipe.generate(prompts, output_type="np", **options).images)
+    return stack_uint8(pipe(prompts, output_type="np", **options).images)
 
 
 def test_alone_equals_batch_bit_for_bit(toy_pipe: Pipeline) -> None:
@@ -43,8 +43,8 @@ def test_alone_equals_batch_bit_for_bit(toy_pipe: Pipeline) -> None:
 
 def test_merged_trace_counts_what_a_batch_counts(toy_pipe: Pipeline) -> None:
     options: dict[str, Any] = {"seed": 1, "output_type": "latent", "trace": True, "policy": "drop-branch:count=2"}
-    batch = toy_pipe.generate(PROMPTS, **options)
-    apart = toy_pipe.generate(PROMPTS, batch_invariant=True, **options)
+    batch = toy_pipe(PROMPTS, **options)
+    apart = toy_pipe(PROMPTS, batch_invariant=True, **options)
     assert batch.report.flops_run == apart.report.flops_run
     assert batch.report.tokens_run == apart.report.tokens_run == 2 * 521
     assert batch.report.kv_bytes_peak == apart.report.kv_bytes_peak == apart.report.kv_bytes_bound
@@ -54,8 +54,8 @@ def test_merged_trace_counts_what_a_batch_counts(toy_pipe: Pipeline) -> None:
 
 @pytest.mark.parametrize("policy", ["full", "skip-scales:count=2", "drop-branch:count=3", "uniform-depth"])
 def test_forecast_equals_count(toy_pipe: Pipeline, policy: str) -> None:
-    output = toy_pipe.generate([PROMPTS[0]], seed=1, output_type="latent", policy=policy)
-    job = resolve([PROMPTS[0]], Settings(seed=1, policy=policy), toy_pipe.model.spec)
+    output = toy_pipe([PROMPTS[0]], seed=1, output_type="latent", policy=policy)
+    job = resolve([PROMPTS[0]], {"seed": 1, "policy": policy}, toy_pipe.model.spec)
     request = toy_pipe._requests(job)[0]
     shape = toy_pipe.model.transformer.shape
     bound = load_policy(policy).bind(job.schedule, shape)
@@ -65,8 +65,8 @@ def test_forecast_equals_count(toy_pipe: Pipeline, policy: str) -> None:
 
 
 def test_forecast_is_an_upper_bound(toy_pipe: Pipeline) -> None:
-    output = toy_pipe.generate(PROMPTS, seed=1, output_type="latent", policy="ld-pruning")
-    job = resolve(PROMPTS, Settings(seed=1, policy="ld-pruning"), toy_pipe.model.spec)
+    output = toy_pipe(PROMPTS, seed=1, output_type="latent", policy="ld-pruning")
+    job = resolve(PROMPTS, {"seed": 1, "policy": "ld-pruning"}, toy_pipe.model.spec)
     shape = toy_pipe.model.transformer.shape
     cost = forecast(job.policy.bind(job.schedule, shape), toy_pipe._requests(job)[0], shape)
     assert cost.flops >= output.report.flops_run
@@ -100,7 +100,7 @@ def test_closed_stream_leaves_nothing(toy_pipe: Pipeline) -> None:
 
 def test_stream_equals_call(toy_pipe: Pipeline) -> None:
     events = list(toy_pipe.stream(PROMPTS, previews=3, seed=2, policy="ld-pruning"))
-    called = toy_pipe.generate(PROMPTS, seed=2, policy="ld-pruning")
+    called = toy_pipe(PROMPTS, seed=2, policy="ld-pruning")
     assert [event.images is not None for event in events] == [False] * 4 + [True] * 3
     output = events[-1].output
     assert output is not None
@@ -113,27 +113,27 @@ def test_stream_equals_call(toy_pipe: Pipeline) -> None:
 
 
 def test_seeds_come_back_and_reproduce(toy_pipe: Pipeline) -> None:
-    drawn = toy_pipe.generate(PROMPTS, num_images_per_prompt=2, output_type="latent")
+    drawn = toy_pipe(PROMPTS, num_images_per_prompt=2, output_type="latent")
     start = drawn.seeds[0]
     assert drawn.seeds == (start, start + 1, start, start + 1)
     assert drawn.prompts == (PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1])
-    again = toy_pipe.generate(PROMPTS, num_images_per_prompt=2, output_type="latent", seed=start)
+    again = toy_pipe(PROMPTS, num_images_per_prompt=2, output_type="latent", seed=start)
     assert torch.equal(drawn.images, again.images)  # type: ignore[arg-type]
-    other = toy_pipe.generate(PROMPTS, num_images_per_prompt=2, output_type="latent", seed=start + 1)
+    other = toy_pipe(PROMPTS, num_images_per_prompt=2, output_type="latent", seed=start + 1)
     assert not torch.equal(drawn.images, other.images)  # type: ignore[arg-type]
 
 
 def test_reference_draws_follow_the_generator(toy_pipe: Pipeline) -> None:
     generator = torch.Generator().manual_seed(11)
-    by_generator = toy_pipe.generate(PROMPTS, rng="reference", generator=generator, output_type="latent")
-    by_seed = toy_pipe.generate(PROMPTS, rng="reference", seed=11, output_type="latent")
+    by_generator = toy_pipe(PROMPTS, rng="reference", generator=generator, output_type="latent")
+    by_seed = toy_pipe(PROMPTS, rng="reference", seed=11, output_type="latent")
     assert torch.equal(by_generator.images, by_seed.images)  # type: ignore[arg-type]
     assert by_generator.seeds == ()
     assert by_seed.seeds == (11, 11)
 
 
 def test_config_holds_every_default_as_json(toy_pipe: Pipeline) -> None:
-    config = toy_pipe.generate(PROMPTS[0], seed=4, output_type="latent", cfg=3.0, policy="skip-scales").config
+    config = toy_pipe(PROMPTS[0], seed=4, output_type="latent", cfg=3.0, policy="skip-scales").config
     assert json.loads(json.dumps(config)) == config
     assert config["guidance_scale"] == [3.0] * 7
     assert config["temperature"] == [0.5] * 7
@@ -149,7 +149,7 @@ def test_config_names_kernels_and_text_encoders(
     toy_pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = replace(toy_pipe.model, text_encoders=(str(tmp_path), "google/flan-t5-xl"), device=torch.device("cuda"))
-    job = resolve(PROMPTS[0], Settings(seed=1), model.spec)
+    job = resolve(PROMPTS[0], {"seed": 1}, model.spec)
     monkeypatch.setattr(pipeline_output, "processor_name", str)
     monkeypatch.setattr(pipeline_output, "installed_version", lambda name: f"{name} 3")
     for has_triton, kernels in ((True, "triton"), (False, "torch")):
@@ -161,13 +161,14 @@ def test_config_names_kernels_and_text_encoders(
 
 
 def test_output_types_agree(toy_pipe: Pipeline) -> None:
-    pil = toy_pipe.generate(PROMPTS[0], seed=1)
+    pil = toy_pipe(PROMPTS[0], seed=1)
     array = draw(toy_pipe, PROMPTS[0], seed=1)
-    tensor = toy_pipe.generate(PROMPTS[0], seed=1, output_type="pt").images
+    tensor = toy_pipe(PROMPTS[0], seed=1, output_type="pt").images
     assert isinstance(tensor, torch.Tensor)
     assert np.array_equal(stack_uint8(pil.images), array)
     assert np.array_equal((tensor * 255).to(torch.uint8).permute(0, 2, 3, 1).numpy(), array)
-    assert isinstance(toy_pipe(PROMPTS[0], seed=1, return_dict=False, output_type="latent"), tuple)
+    with pytest.raises(FoveateError, match="no option 'return_dict'"):
+        toy_pipe(PROMPTS[0], **cast(Any, {"return_dict": False}))
 
 
 def test_negative_prompt_matters_only_with_guidance(toy_pipe: Pipeline) -> None:
@@ -179,7 +180,7 @@ def test_negative_prompt_matters_only_with_guidance(toy_pipe: Pipeline) -> None:
 
 def test_size_outside_of_training_warns(toy_pipe: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "foveate"):
-        output = toy_pipe.generate(PROMPTS[0], seed=1, aspect_ratio="3:2", output_type="latent")
+        output = toy_pipe(PROMPTS[0], seed=1, aspect_ratio="3:2", output_type="latent")
     assert "3:2 at 0.06M" in caplog.text
     assert output.config["width"] > output.config["height"]
 
@@ -213,7 +214,7 @@ def test_size_outside_of_training_warns(toy_pipe: Pipeline, caplog: pytest.LogCa
 )
 def test_refusals_say_the_remedy(toy_pipe: Pipeline, options: dict[str, Any], message: str) -> None:
     with pytest.raises(FoveateError, match=message) as caught:
-        resolve(PROMPTS[0], Settings(**options), toy_pipe.model.spec)
+        resolve(PROMPTS[0], options, toy_pipe.model.spec)
     assert "\n" not in str(caught.value)
 
 
@@ -224,27 +225,27 @@ def test_numbers_of_numpy_are_numbers(toy_pipe: Pipeline) -> None:
         "height": np.int32(256),
     }  # fmt: skip
     plain = {name: value.item() for name, value in options.items() if name != "temperature"}
-    output = toy_pipe.generate(PROMPTS[0], output_type="latent", **options)
-    assert output.config == toy_pipe.generate(PROMPTS[0], output_type="latent", temperature=0.5, **plain).config
+    output = toy_pipe(PROMPTS[0], output_type="latent", **options)
+    assert output.config == toy_pipe(PROMPTS[0], output_type="latent", temperature=0.5, **plain).config
     assert json.loads(json.dumps(output.config)) == output.config
     assert output.seeds == (3, 4)
 
 
 def test_a_list_may_hold_numbers_of_any_kind(toy_pipe: Pipeline) -> None:
     for values in (torch.full((7,), 2.0), [Decimal(2)] * 7, np.full(7, 2.0), [torch.tensor(2)] * 7):
-        assert resolve(PROMPTS[0], Settings(guidance_scale=values), toy_pipe.model.spec).guidance_scale == (2.0,) * 7
+        assert resolve(PROMPTS[0], {"guidance_scale": values}, toy_pipe.model.spec).guidance_scale == (2.0,) * 7
 
 
 @pytest.mark.parametrize(("ratio", "name"), [(1, "1:1"), (1.5, "3:2"), (4 / 3, "4:3"), (1.333, "4:3"), (4 / 7, "4:7")])
 def test_an_aspect_ratio_may_be_a_number(toy_pipe: Pipeline, ratio: float, name: str) -> None:
     for value in (ratio, np.float32(ratio)):
-        assert resolve(PROMPTS[0], Settings(aspect_ratio=value), toy_pipe.model.spec).ratio == name
+        assert resolve(PROMPTS[0], {"aspect_ratio": value}, toy_pipe.model.spec).ratio == name
 
 
 def test_an_index_of_a_class_may_come_from_numpy() -> None:
     spec = PUBLISHED["var-d16"].spec
     for prompts in (207, np.int64(207), [np.int32(207)], "207"):
-        assert resolve(prompts, Settings(seed=1), spec).prompts == ("207",)
+        assert resolve(prompts, {"seed": 1}, spec).prompts == ("207",)
 
 
 # Runs in a process without shape checks, which would refuse these types before our own code sees them.
@@ -332,6 +333,6 @@ def test_layers_that_run_in_tiles_are_said(monkeypatch: pytest.MonkeyPatch, capl
         pipe = Pipeline.from_pretrained("emoji-tiny")
     assert "run in tiles of 64 rows" in caplog.text
     assert pipe.model.transformer.block(0).ffn.fc1.tile_rows == 64
-    assert "256x1024" in pipe.generate("owl", seed=1, output_type="latent").config["tiled_layers"]
+    assert "256x1024" in pipe("owl", seed=1, output_type="latent").config["tiled_layers"]
     monkeypatch.undo()
     assert Pipeline.from_pretrained("emoji-tiny").model.tiled_layers == ()

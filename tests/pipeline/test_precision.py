@@ -31,7 +31,7 @@ from foveate.tokenizers.vq_autoencoder import VQAutoencoderConfig
 
 
 def draw(pipe: Pipeline, **options: Any) -> PipelineOutput:
-    return pipe.generate("a red cat", seed=3, **options)
+    return pipe("a red cat", seed=3, **options)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_codebook_and_latent_do_not_follow_the_decoder(small: ModelSpec) -> None
     plain = Pipeline.from_pretrained("infinity-125m", weights="random")
     mixed = Pipeline.from_pretrained("infinity-125m", weights="random", decoder_dtype="bfloat16")
     prompt = "207" if small.family == "var" else "a cat"
-    latents = [p.generate(prompt, seed=1, output_type="latent").images for p in (plain, mixed)]
+    latents = [p(prompt, seed=1, output_type="latent").images for p in (plain, mixed)]
     assert torch.equal(*latents)
     pixels = [p.model.tokenizer.decode(latents[0]) for p in (plain, mixed)]
     assert 0 < float((pixels[0] - pixels[1]).abs().mean()) < 0.05
@@ -164,7 +164,7 @@ def test_a_picture_of_eight_bits_is_near_and_drawn_again(
 
 def test_a_registered_model_is_loaded_as_it_was(tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained("emoji-tiny", quantization="fp8", decoder_dtype="bfloat16")
-    output = pipe.generate("hamburger", seed=1, policy="skip-scales:count=2")
+    output = pipe("hamburger", seed=1, policy="skip-scales:count=2")
     path = save_image(output.images[0], tmp_path / "a.png", output.row_config(0))  # type: ignore[arg-type]
     again = regenerate(path)
     assert again.is_identical

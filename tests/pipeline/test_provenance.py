@@ -23,7 +23,7 @@ PROMPTS = ["a red cat", "a rocket \u2764"]
 
 
 def draw(pipe: Pipeline, **options: Any) -> PipelineOutput:
-    return pipe.generate(
+    return pipe(
         PROMPTS,
         num_images_per_prompt=2,
         policy="ld-pruning:energy_share=0.5|drop-branch:count=1",
@@ -235,7 +235,7 @@ def test_a_batch_too_large_for_memory_is_refused_before_it_is_made(
 
 
 def test_a_callers_own_generator_is_named(toy_pipe: Pipeline, tmp_path: Path) -> None:
-    output = toy_pipe.generate("a cat", rng="reference", generator=torch.Generator().manual_seed(1))
+    output = toy_pipe("a cat", rng="reference", generator=torch.Generator().manual_seed(1))
     assert output.row_config(0)["seed"] is None
     with pytest.raises(FoveateError, match="drawn from a caller's generator"):
         regenerate(save(output, 0, tmp_path / "a.png"), toy_pipe)
@@ -287,7 +287,7 @@ def test_the_registered_model_is_loaded_as_it_was(
 def test_a_cut_prompt_is_warned_of_in_its_own_files_alone(toy_pipe: Pipeline) -> None:
     """Messages repeat prompts, and another image's prompt is nobody's business."""
     long = ['it\'s a "red" cat ' + "left of the dog " * 40, "a green apple " + "right of the house " * 40]
-    output = toy_pipe.generate([*long, "a dog"], seed=1, policy="skip-scales:count=4")
+    output = toy_pipe([*long, "a dog"], seed=1, policy="skip-scales:count=4")
     assert [warning.code for warning in output.report.warnings].count("prompt_cut") == 2
     for row, words in enumerate(("cat", "apple")):
         (warning,) = (w for w in output.row_config(row)["warnings"] if w["code"] == "prompt_cut")

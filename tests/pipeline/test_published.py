@@ -48,11 +48,11 @@ def var_folder(tmp_path: Path) -> Path:
 def test_var_from_files_draws_classes_and_draws_them_again(var_folder: Path, tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained(var_folder / "var_toy.pth")
     assert (pipe.model.spec.family, pipe.model.spec.name, pipe.model.weights) == ("var", "var_toy", "pretrained")
-    output = pipe.generate(["goldfish", 207], seed=3)
+    output = pipe(["goldfish", 207], seed=3)
     assert output.prompts == ("goldfish", "207")
     assert output.config["guidance_scale"] == [4.0] * 10
     assert output.images[0].size == (256, 256)  # type: ignore[union-attr]
-    again = pipe.generate([1, "golden retriever"], seed=3)
+    again = pipe([1, "golden retriever"], seed=3)
     assert [image.tobytes() for image in output.images] == [image.tobytes() for image in again.images]  # type: ignore
     save_image(output.images[1], tmp_path / "one.png", output.row_config(1))  # type: ignore[arg-type]
     assert regenerate(tmp_path / "one.png", pipe).is_identical
@@ -60,20 +60,18 @@ def test_var_from_files_draws_classes_and_draws_them_again(var_folder: Path, tmp
 
 def test_var_smooths_and_refuses_what_it_has_not(var_folder: Path) -> None:
     pipe = Pipeline.from_pretrained(var_folder)
-    plain, smooth = (
-        pipe.generate("tench", seed=1, more_smooth=flag, output_type="latent").images for flag in (False, True)
-    )
+    plain, smooth = (pipe("tench", seed=1, more_smooth=flag, output_type="latent").images for flag in (False, True))
     assert not torch.equal(plain, smooth)  # type: ignore[arg-type]
-    alone = pipe.generate(["tench", "volcano"], seed=1, more_smooth=True, output_type="latent").images[0]
+    alone = pipe(["tench", "volcano"], seed=1, more_smooth=True, output_type="latent").images[0]
     torch.testing.assert_close(alone, smooth[0], rtol=0.0, atol=1e-3)
     with pytest.raises(FoveateError, match="takes no negative_prompt"):
-        pipe.generate("tench", negative_prompt="volcano")
+        pipe("tench", negative_prompt="volcano")
     with pytest.raises(FoveateError, match="draws 256x256 only"):
-        pipe.generate("tench", aspect_ratio="2:1")
+        pipe("tench", aspect_ratio="2:1")
     with pytest.raises(FoveateError, match="size must be one of 256x256 "):
-        pipe.generate("tench", width=512, height=512)
+        pipe("tench", width=512, height=512)
     with pytest.raises(FoveateError, match="no ImageNet class 'tensh'.*tench"):
-        pipe.generate("tensh")
+        pipe("tensh")
 
 
 def test_the_tokenizer_of_another_family_is_refused(var_folder: Path) -> None:
@@ -160,10 +158,10 @@ def test_a_friendly_name_is_fetched_in_parts(tmp_path: Path, monkeypatch: pytest
     assert asked == [("someone/weights", "shards/*", "v2"), ("someone/weights", "infinity_vae_d16.pth", "v2")]
     tuned = Pipeline.from_pretrained(tmp_path / "tuned.pth")
     assert tuned.model.spec == replace(pipe.model.spec, name="tuned")
-    a, b = (p.generate("a red cat", seed=1, output_type="latent").images for p in (pipe, tuned))
+    a, b = (p("a red cat", seed=1, output_type="latent").images for p in (pipe, tuned))
     assert torch.equal(a, b)  # type: ignore[arg-type]
     with pytest.raises(FoveateError, match="more_smooth is for VAR and Switti"):
-        pipe.generate("a cat", more_smooth=True)
+        pipe("a cat", more_smooth=True)
 
 
 @pytest.mark.parametrize("repo", ["FoundationVision/Infinity", "foundationvision/var"])
@@ -230,7 +228,7 @@ def test_random_weights_of_a_shape_draw(name: str, monkeypatch: pytest.MonkeyPat
         Published(spec=toy, transformer=entry.transformer, autoencoder=entry.autoencoder, text_encoders=(), licence=""),
     )
     pipe = Pipeline.from_pretrained(name, weights="random")
-    output = pipe.generate("volcano", seed=1, top_k=0, top_p=0.0)
+    output = pipe("volcano", seed=1, top_k=0, top_p=0.0)
     assert output.images[0].size == (256, 256)  # type: ignore[union-attr]
     assert output.report.flops_ratio == 1.0
 

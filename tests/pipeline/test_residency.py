@@ -24,7 +24,7 @@ from tests.pipeline.test_published import BSQ, TOY_INFINITY, filled
 
 
 def latents(pipe: Pipeline, prompts: list[str], **options: Any) -> torch.Tensor:
-    images = pipe.generate(prompts, seed=5, output_type="latent", **options).images
+    images = pipe(prompts, seed=5, output_type="latent", **options).images
     assert isinstance(images, torch.Tensor)
     return images
 
@@ -65,7 +65,7 @@ def test_a_released_text_encoder_is_read_once_a_call_and_gone_behind_it(
 def test_only_the_prompts_of_the_last_call_are_kept(toy_folder: Path, encoders: list["weakref.ref[nn.Module]"]) -> None:
     pipe = Pipeline.from_pretrained(toy_folder, release_text_encoder=True)
     for prompt in ("a cat", "a dog", "a cat"):
-        pipe.generate(prompt, seed=1, output_type="latent")
+        pipe(prompt, seed=1, output_type="latent")
     assert len(encoders) == 4
 
 

@@ -35,7 +35,7 @@ def test_a_dry_run_of_every_shipped_recipe_ends_in_a_model_that_draws(name: str,
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["defaults"] | chosen == config["defaults"] | {"weights": chosen["weights"]}
     assert len(chosen["temperature"]) == len(Pipeline.from_pretrained(folder).model.spec.default_schedule)
-    drawn = Pipeline.from_pretrained(folder).generate("a red apple", seed=1)
+    drawn = Pipeline.from_pretrained(folder)("a red apple", seed=1)
     assert drawn.images[0].size == (side, side)
     assert (folder / "NOTICE").read_text(encoding="utf-8")
 

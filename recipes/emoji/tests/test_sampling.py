@@ -9,7 +9,7 @@ import pytest
 
 from foveate.core.errors import FoveateError
 from foveate.families.spec import Defaults
-from foveate.pipeline.call import resolve, settings_of
+from foveate.pipeline.call import resolve
 from foveate.pipeline.pipeline import Pipeline
 from recipes.emoji import sampling
 from recipes.emoji.loop import PauseError
@@ -104,8 +104,8 @@ def test_ranks_count_the_scenes_that_are_as_near() -> None:
 def test_of_a_short_list_of_defaults_the_last_value_goes_on() -> None:
     spec = Pipeline.from_pretrained("emoji").model.spec
     spec = replace(spec, defaults=Defaults(guidance_scale=(3.0, 3.0, 2.0), temperature=(0.3, 0.5)))
-    job = resolve("a red apple", settings_of({}), spec)
+    job = resolve("a red apple", {}, spec)
     assert job.guidance_scale == (3.0, 3.0, 2.0, 2.0, 2.0, 2.0, 2.0)
     assert job.temperatures == (0.3, *(0.5,) * 6)
     with pytest.raises(FoveateError, match="needs one number or 7, one per scale, got 2"):
-        resolve("a red apple", settings_of({"guidance_scale": [1.0, 2.0]}), spec)
+        resolve("a red apple", {"guidance_scale": [1.0, 2.0]}, spec)

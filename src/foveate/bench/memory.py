@@ -151,7 +151,7 @@ class Memory(Measure[MemoryRun]):
         options["callback_on_step_end"] = read
         if self.meter is not None:
             self.meter.start()
-        report = pipe.generate(workload.texts(round_index), **options).report
+        report = pipe(workload.texts(round_index), **options).report
         return MemoryRun(
             kv=report.kv_bytes_peak,
             caches=report.cache_bytes_peak,

@@ -88,7 +88,7 @@ class Timing(Measure[TimedRun]):
 
     def once(self, pipe: Pipeline, workload: Workload, policy: Policy, round_index: int) -> TimedRun:
         """Draws one batch; the pictures are dropped."""
-        return TimedRun.of(pipe.generate(workload.texts(round_index), **workload.options(round_index, policy)))
+        return TimedRun.of(pipe(workload.texts(round_index), **workload.options(round_index, policy)))
 
     def entry(self, policy: Policy, own: Sequence[TimedRun], baseline: Sequence[TimedRun] | None) -> Entry:
         """Times, FLOPs, share of the peak, and with a baseline the ratios."""

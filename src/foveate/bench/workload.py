@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from foveate.core.conditions import ClassLabel
 from foveate.core.policy import Policy
-from foveate.pipeline.call import Job, Options, resolve, settings_of
+from foveate.pipeline.call import Job, resolve
+from foveate.pipeline.options import Options
 from foveate.pipeline.pipeline import Pipeline
 
 DEFAULT_PROMPT, DEFAULT_CLASS = "a red apple on a wooden table in the morning light", "0"
@@ -86,8 +87,7 @@ def check_workload(pipe: Pipeline, workload: Workload, policies: Sequence[Policy
     pipe.model.text.encode(list(dict.fromkeys(text for index in range(num_rounds) for text in workload.texts(index))))
     # Seeds only grow, so the last round has the largest ones.
     last = num_rounds - 1
-    settings = settings_of(workload.options(last, policies[0]))
-    job = resolve(workload.texts(last), settings, pipe.model.spec)
+    job = resolve(workload.texts(last), workload.options(last, policies[0]), pipe.model.spec)
     for policy in policies:
         policy.bind(job.schedule, pipe.model.transformer.shape)
     return Picture.of(job, pipe.model.spec.stride)

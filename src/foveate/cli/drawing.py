@@ -31,8 +31,9 @@ from foveate.pipeline.bulk import (
     draw_rows,
     rows_of,
 )
-from foveate.pipeline.call import Options, draws_classes
+from foveate.pipeline.call import draws_classes
 from foveate.pipeline.encoding import JPEG_TEXT_BYTES, Encoder, text_of
+from foveate.pipeline.options import Options
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.provenance import save_image
 from foveate.policies.registry import load_policy

@@ -4,7 +4,7 @@ import torch
 
 from foveate.cli.options import ModelOptions, SamplingOptions, SizeOptions, numbers
 from foveate.core.errors import FoveateError
-from foveate.pipeline.call import Options
+from foveate.pipeline.options import Options
 from foveate.pipeline.pipeline import Pipeline
 
 

@@ -14,7 +14,8 @@ from foveate.families.residency import Residency
 from foveate.kernels import switches
 from foveate.kernels.invariance import describe_rows
 from foveate.kernels.linear import describe_products
-from foveate.pipeline.call import Settings, resolve
+from foveate.pipeline.call import resolve
+from foveate.pipeline.options import Options
 from foveate.pipeline.pipeline import DTYPES
 
 
@@ -40,10 +41,10 @@ def needs(name: str, options: EnvOptions, size: SizeOptions) -> dict[str, Any]:
     is_own = (name in packaged_models() or Path(name).is_dir()) and spec.conditioning.is_own
     folder = find_folder(origin) if is_own else None
     width, height = size.width_and_height() or (None, None)
-    settings = Settings(
+    call = Options(
         width=width, height=height, aspect_ratio=size.aspect_ratio, pixels=size.pixels, policy=options.policy
     )
-    job = resolve("any", settings, spec)
+    job = resolve("any", call, spec)
     rows, columns = job.schedule.grids[-1]
     residency = Residency(offload=options.offload, release_text_encoder=options.release_text_encoder)
     kinds = DTYPES if options.dtype is None else {options.dtype: DTYPES[options.dtype]}

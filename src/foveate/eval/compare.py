@@ -24,7 +24,7 @@ from foveate.core.prompt_file import read_prompt_file
 from foveate.engine.report import Report
 from foveate.eval.compare_page import Pair, render
 from foveate.eval.fidelity import FidelityReport, fidelity_report, missing_extra, psnr, ssim
-from foveate.pipeline.call import Options
+from foveate.pipeline.options import Options
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
 from foveate.policies.registry import load_policy
@@ -214,8 +214,7 @@ def compare(  # noqa: PLR0913 - what is drawn, how it is judged, and how it is t
     taken = [name for name in _SET_HERE if name in (options or {})]
     if taken:
         raise FoveateError(f"a comparison sets {', '.join(taken)} itself; leave it out of options")
-    if find_spec("torchmetrics") is None:
-        raise FoveateError(missing_extra("a comparison"))
+    refuse_without_extra()
     texts = read_prompts(prompts)
     sides = (load_policy(policy), load_policy(against))
     per_batch = max(batch_size // seeds, 1)
@@ -229,6 +228,16 @@ def compare(  # noqa: PLR0913 - what is drawn, how it is judged, and how it is t
             passes.append(_side(pipe, side, work))
     yardstick = _yardstick(pipe, work, timed[1][0] if sides[1].spec == "full" else None)
     return _report(sides, timed, yardstick)
+
+
+def refuse_without_extra() -> None:
+    """Says what is missing before anything is loaded or drawn.
+
+    Raises:
+        FoveateError: torchmetrics is not installed.
+    """
+    if find_spec("torchmetrics") is None:
+        raise FoveateError(missing_extra("a comparison"))
 
 
 def read_prompts(prompts: str | Path | Sequence[str]) -> list[str]:
@@ -251,7 +260,7 @@ def _side(pipe: Pipeline, policy: Policy, work: _Work) -> _Side:
         "policy": policy,
         "output_type": "np",
     }
-    outputs: list[PipelineOutput] = [pipe.generate(texts, **call) for texts in work.chunks]
+    outputs: list[PipelineOutput] = [pipe(texts, **call) for texts in work.chunks]
     return _Side(
         pictures=np.concatenate([stack_uint8(output.images) for output in outputs]),
         seeds=tuple(seed for output in outputs for seed in output.seeds),

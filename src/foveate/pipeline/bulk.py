@@ -21,7 +21,8 @@ from foveate.families.available import available_bytes
 from foveate.families.memory import MemoryNeed, largest_batch, memory_need, resident_bytes
 from foveate.families.residency import Residency
 from foveate.families.spec import ModelSpec
-from foveate.pipeline.call import MAX_SEED, Job, Options, Prompts, resolve, settings_of
+from foveate.pipeline.call import MAX_SEED, Job, Prompts, resolve
+from foveate.pipeline.options import Options, checked
 from foveate.pipeline.output import Images, PipelineOutput
 from foveate.pipeline.pipeline import Pipeline
 
@@ -97,16 +98,16 @@ def rows_of(prompts: Prompts, spec: ModelSpec, **options: Unpack[Options]) -> It
     Raises:
         FoveateError: What a call with these options would refuse.
     """
-    settings = settings_of(options)
-    if settings.generator is not None:
+    call = checked(options)
+    if call["generator"] is not None:
         raise FoveateError("rows have seeds of their own; leave generator out")
-    num = int(settings.num_images_per_prompt)
-    job = resolve(prompts, replace(settings, num_images_per_prompt=1), spec)
+    num = int(call["num_images_per_prompt"])
+    job = resolve(prompts, {**options, "num_images_per_prompt": 1}, spec)
     for start in job.seeds:
         if start > MAX_SEED - num:
             raise FoveateError(f"{num} images from seed {start} on need seeds of 2^63 and more; ask for fewer images")
     # Draws in the published order have one seed for all.
-    step = 0 if settings.rng == "reference" else 1
+    step = 0 if call["rng"] == "reference" else 1
     negatives = job.negatives or (None,) * len(job.prompts)
     return (
         ImageRow(prompt=prompt, seed=seed + step * j, negative_prompt=negative)
@@ -124,7 +125,7 @@ def draw_rows(
         pipe: Draws.
         rows: What is drawn; read as far as the next batch needs.
         how: Batches, previews and progress.
-        **options: Of all rows; see `foveate.pipeline.call.Settings`. What rows say themselves is not among them.
+        **options: Of all rows; see `foveate.pipeline.options.Options`. What rows say themselves is not among them.
 
     Raises:
         FoveateError: A value out of range, a batch or an image that does not fit into memory. Said before anything is
@@ -138,9 +139,9 @@ def draw_rows(
     if first is None:
         raise FoveateError("there are no rows to draw; give one or more")
     source = chain((first,), source)
-    settings = settings_of({**options, "seed": first.seed, "negative_prompt": first.negative_prompt})
-    job = resolve(first.prompt, settings, pipe.model.spec)
-    if job.settings.rng == "reference":
+    own: Options = {**options, "seed": first.seed, "negative_prompt": first.negative_prompt}
+    job = resolve(first.prompt, own, pipe.model.spec)
+    if job.options["rng"] == "reference":
         batches: Iterator[tuple[ImageRow, ...]] = iter((_one_batch(pipe, job, source, how),))
     else:
         batches = _batches(source, _batch_size(pipe, job, how))
@@ -164,7 +165,7 @@ def refuse_too_many(pipe: Pipeline, job: Job, num_images: int, residency: Reside
             f"not even one image fits into the memory that is available: {beside}; choose a smaller size or model, "
             "or bfloat16"
         )
-    if job.settings.rng == "reference":
+    if job.options["rng"] == "reference":
         raise FoveateError(
             f'rng="reference" draws all images as one batch, and {num_images} do not fit into memory ({beside}); the '
             f'largest batch that fits is {largest}, so ask for fewer images, or take rng="keyed"'

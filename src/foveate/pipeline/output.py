@@ -10,14 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
+from typing_extensions import TypeVar
 
+from foveate.core.policy import Policy
 from foveate.core.trace import ScaleTrace, Trace
 from foveate.core.version import __version__
 from foveate.core.warnings import CallWarning
@@ -30,6 +32,9 @@ from foveate.pipeline.call import Job
 Images = list[Image.Image] | np.ndarray | Tensor
 """As `output_type` asked."""
 
+ImagesT_co = TypeVar("ImagesT_co", bound=Images, covariant=True, default=Images)
+"""The one of them that a call with a known `output_type` returns."""
+
 _OF_CALLS = ("format", "prompts", "negative_prompts", "num_images_per_prompt", "seeds")
 """What a call's configuration holds of all its images, and that of one image does not."""
 
@@ -38,10 +43,10 @@ _LONGEST_QUOTE = 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class PipelineOutput:
+class PipelineOutput(Generic[ImagesT_co]):
     """The pictures of a call; `prompts` and `seeds` have one entry per picture."""
 
-    images: Images
+    images: ImagesT_co
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     config: dict[str, Any]
@@ -199,9 +204,17 @@ def _names(places: Sequence[str]) -> list[str]:
     return [Path(place).name if Path(place).is_dir() else place for place in places]
 
 
+def _plain(value: object) -> object:
+    """The value of an option as JSON has it."""
+    if isinstance(value, Policy):
+        parts = [part.stored() for part in value.parts_of()]
+        return {"spec": value.spec, "fingerprint": value.fingerprint, "parts": parts}
+    return list(value) if isinstance(value, tuple) else value
+
+
 def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
     """Everything that decides the bits of a batch, defaults included, as plain JSON data: format 1, of a whole call."""
-    grid, stride, kernels = job.schedule.grids[-1], model.spec.stride, describe_kernels(model.device)
+    kernels = describe_kernels(model.device)
     return {
         "format": 1,
         "model": model.spec.name,
@@ -214,21 +227,7 @@ def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
         "negative_prompts": None if job.negatives is None else list(job.negatives),
         "num_images_per_prompt": job.images_per_prompt,
         "seeds": list(job.seeds),
-        "rng": job.settings.rng,
-        "width": grid[1] * stride,
-        "height": grid[0] * stride,
-        "aspect_ratio": job.ratio,
-        "pixels": job.budget,
-        "guidance_scale": list(job.guidance_scale),
-        "temperature": list(job.temperatures),
-        "top_k": [rule.top_k for rule in job.filters],
-        "top_p": [rule.top_p for rule in job.filters],
-        "more_smooth": job.smooth_scales is not None,
-        "policy": {
-            "spec": job.policy.spec,
-            "fingerprint": job.policy.fingerprint,
-            "parts": [part.stored() for part in job.policy.parts_of()],
-        },
+        **{name: _plain(value) for name, value in job.kept.items()},
         **({"tiled_layers": list(model.tiled_layers)} if model.tiled_layers else {}),
         "batch_invariant": job.is_batch_invariant(model.has_independent_rows),
         **describe_precision(model.precision),

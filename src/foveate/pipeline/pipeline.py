@@ -5,11 +5,12 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +31,8 @@ from foveate.families.offload import CODEBOOK, DECODER, TEXT_ENCODER, TRANSFORME
 from foveate.families.residency import Residency
 from foveate.kernels import native
 from foveate.kernels.heap import kept_heap
-from foveate.pipeline.call import Job, Options, Prompts, resolve, settings_of, warnings_of
+from foveate.pipeline.call import Job, Prompts, resolve, warnings_of
+from foveate.pipeline.options import CallOptions, Options
 from foveate.pipeline.output import (
     Images,
     PipelineOutput,
@@ -182,25 +184,38 @@ class Pipeline:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
         self._hides_progress = disable
 
-    def __call__(self, prompts: Prompts, **options: Unpack[Options]) -> PipelineOutput | tuple[Images]:
+    @overload
+    def __call__(
+        self, prompts: Prompts, *, output_type: Literal["pil"] = "pil", **options: Unpack[CallOptions]
+    ) -> PipelineOutput[list[Image.Image]]: ...
+
+    @overload
+    def __call__(
+        self, prompts: Prompts, *, output_type: Literal["np"], **options: Unpack[CallOptions]
+    ) -> PipelineOutput[np.ndarray]: ...
+
+    @overload
+    def __call__(
+        self, prompts: Prompts, *, output_type: Literal["pt", "latent"], **options: Unpack[CallOptions]
+    ) -> PipelineOutput[Tensor]: ...
+
+    @overload
+    def __call__(self, prompts: Prompts, **options: Unpack[Options]) -> PipelineOutput[Images]: ...
+
+    def __call__(self, prompts: Prompts, **options: Unpack[Options]) -> PipelineOutput[Any]:
         """Draws all images of all prompts as one batch.
 
         Args:
             prompts: One or several texts, none of them empty; names or indices of classes where a model draws those.
-            **options: See `foveate.pipeline.call.Settings`.
+            **options: See `foveate.pipeline.options.Options`.
 
         Returns:
-            Images, seeds, configuration and report; `(images,)` with `return_dict=False`.
+            Images in the form of `output_type`, seeds, configuration and report.
 
         Raises:
             FoveateError: A value out of range, an impossible size, policies that contradict each other.
             Cancelled: A callback asked to stop; nothing of the call remains.
         """
-        output = self.generate(prompts, **options)
-        return output if options.get("return_dict", True) else (output.images,)
-
-    def generate(self, prompts: Prompts, **options: Unpack[Options]) -> PipelineOutput:
-        """The same as the call, whatever `return_dict` says."""
         began = time.perf_counter()
         job = self._job(prompts, options)
         step = None
@@ -221,7 +236,7 @@ class Pipeline:
         Args:
             prompts: One or several texts.
             previews: How many of the last scales come with decoded pictures, the final one included; 0 or more.
-            **options: See `foveate.pipeline.call.Settings`.
+            **options: See `foveate.pipeline.options.Options`.
         """
         if previews < 0:
             raise FoveateError(f"previews must be 0 or more, got {previews}")
@@ -230,7 +245,7 @@ class Pipeline:
 
     def _job(self, prompts: Prompts, options: Options) -> Job:
         """The completed call; says what it does otherwise than its words suggest."""
-        job = resolve(prompts, settings_of(options), self.model.spec)
+        job = resolve(prompts, options, self.model.spec)
         log_warnings(self._warnings_of(job))
         return job
 
@@ -254,7 +269,7 @@ class Pipeline:
                     output = self._finish(job, step, began)
                 images = output.images if output is not None and previews else None
                 if output is None and step.scale >= num_scales - previews:
-                    images = self._decode(step.f_hat_BZHW, job.settings.output_type, (TRANSFORMER, CODEBOOK))
+                    images = self._decode(step.f_hat_BZHW, job.options["output_type"], (TRANSFORMER, CODEBOOK))
                 work = step.trace.scales[-1]
                 yield ScaleEvent(
                     scale=step.scale,
@@ -315,8 +330,8 @@ class Pipeline:
                 f_hat_BZHW = latents[0] if len(latents) == 1 else torch.cat(latents)
                 bar.set_description(f"scale {scale + 1}/{num_scales}")
                 bar.update()
-                if job.settings.callback_on_step_end is not None:
-                    job.settings.callback_on_step_end(self, scale, num_scales - 1 - scale, {"latents": f_hat_BZHW})
+                if (callback := job.options["callback_on_step_end"]) is not None:
+                    callback(self, scale, num_scales - 1 - scale, {"latents": f_hat_BZHW})
                 yield BatchStep(
                     scale=scale,
                     f_hat_BZHW=f_hat_BZHW,
@@ -340,7 +355,7 @@ class Pipeline:
                 sampler=self._sampler(job, images),
                 conditions=tuple(conditions[i] for i in images) + tuple(negatives[i] for i in images if negatives),
                 num_images=len(images),
-                wants_maps=job.settings.trace,
+                wants_maps=job.options["trace"],
                 times_scales=times_scales,
             )
 
@@ -368,10 +383,10 @@ class Pipeline:
         )
 
     def _sampler(self, job: Job, images: Sequence[int]) -> Sampler:
-        if job.settings.rng == "keyed":
+        if job.options["rng"] == "keyed":
             sampler: KeyedSampler | ReferenceSampler = KeyedSampler(seeds=tuple(job.seeds[i] for i in images))
-        elif job.settings.generator is not None:
-            sampler = ReferenceSampler(generator=job.settings.generator)
+        elif (generator := job.options["generator"]) is not None:
+            sampler = ReferenceSampler(generator=generator)
         else:
             sampler = ReferenceSampler(generator=torch.Generator(self.model.device).manual_seed(job.seeds[0]))
         if job.smooth_scales is None:
@@ -402,7 +417,7 @@ class Pipeline:
     def _finish(self, job: Job, step: BatchStep, began: float) -> PipelineOutput:
         """Decodes, and says what it took."""
         decoding = time.perf_counter()
-        images = self._decode(step.f_hat_BZHW, job.settings.output_type)
+        images = self._decode(step.f_hat_BZHW, job.options["output_type"])
         if isinstance(images, Tensor) and images.is_cuda:
             torch.cuda.synchronize(images.device)
         trace = step.trace

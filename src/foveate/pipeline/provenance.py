@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -19,8 +19,9 @@ from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
 from foveate.families.loading import model_names
 from foveate.pipeline.bulk import refuse_too_many
-from foveate.pipeline.call import Options, resolve, settings_of
+from foveate.pipeline.call import resolve
 from foveate.pipeline.encoding import Encoder, read_text, text_of
+from foveate.pipeline.options import OPTIONS, Options
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import from_stored
@@ -57,7 +58,7 @@ class Regenerated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Rerun:
+class StoredCall:
     """A call that makes a stored image again: its prompts, `copies` times over, and which of its images that is."""
 
     prompts: list[str]
@@ -151,12 +152,12 @@ def regenerate(path: str | Path, pipe: Pipeline | None = None) -> Regenerated:
     config = read_image_config(path)
     with naming_damage(path):
         encoder = Encoder.from_json(config["encoder"]) if "encoder" in config else Encoder()
-        rerun = _call_rerun(path, config) if config["format"] == 1 else _image_rerun(path, config)
+        rerun = stored_call(path, config)
         stored_threads(config)
         pipe = pipe or Pipeline.from_pretrained(registered_name(path, config), **loading_options(config))
-        job = resolve(rerun.prompts, settings_of(rerun.options), pipe.model.spec)
+        job = resolve(rerun.prompts, rerun.options, pipe.model.spec)
         refuse_too_many(pipe, job, job.num_images * rerun.copies)
-    output = pipe.generate(rerun.prompts * rerun.copies, **rerun.options)
+    output = pipe(rerun.prompts * rerun.copies, **rerun.options)
     assert isinstance(output.images, list), "the rerun asks for PIL images"
     image = output.images[rerun.row]
     with Image.open(path) as before:
@@ -188,7 +189,16 @@ def stored_threads(config: Mapping[str, Any]) -> int:
     return threads
 
 
-def _call_rerun(path: str | Path, config: Mapping[str, Any]) -> _Rerun:
+def stored_call(path: str | Path, config: Mapping[str, Any]) -> StoredCall:
+    """The call that makes a stored image again; `naming_damage` puts what Python raises on the way in words.
+
+    Raises:
+        FoveateError: It was drawn from a caller's own generator, or is no image of the batch that is described.
+    """
+    return _whole_call(path, config) if config["format"] == 1 else _call_of_image(path, config)
+
+
+def _whole_call(path: str | Path, config: Mapping[str, Any]) -> StoredCall:
     """The whole call that format 1 describes."""
     prompts, seeds = list(config["prompts"]), list(config["seeds"])
     num, row = int(config["num_images_per_prompt"]), int(config.get("row", 0))
@@ -200,10 +210,10 @@ def _call_rerun(path: str | Path, config: Mapping[str, Any]) -> _Rerun:
     options["negative_prompt"] = config["negative_prompts"]
     options["num_images_per_prompt"] = num
     options["seed"] = seeds[0] if config["rng"] == "reference" else seeds[::num]
-    return _Rerun(prompts=prompts, options=options, row=row)
+    return StoredCall(prompts=prompts, options=options, row=row)
 
 
-def _image_rerun(path: str | Path, config: Mapping[str, Any]) -> _Rerun:
+def _call_of_image(path: str | Path, config: Mapping[str, Any]) -> StoredCall:
     """The call that makes the one image of format 2 again."""
     batch = config.get("batch", {"size": 1, "index": 0})
     size, row = int(batch["size"]), int(batch["index"])
@@ -216,13 +226,13 @@ def _image_rerun(path: str | Path, config: Mapping[str, Any]) -> _Rerun:
     if "prompts" not in batch:
         # What the others are counts for nothing, only how many there are.
         options["negative_prompt"] = config["negative_prompt"]
-        return _Rerun(prompts=[config["prompt"]], options=options, row=row, copies=size)
+        return StoredCall(prompts=[config["prompt"]], options=options, row=row, copies=size)
     if len(batch["prompts"]) != size:
         raise FoveateError(f"{path}: a batch of {size} has as many prompts, got {len(batch['prompts'])}")
     options["negative_prompt"] = batch["negative_prompts"]
     if config["rng"] != "reference":
         options["seed"] = batch["seeds"]
-    return _Rerun(prompts=list(batch["prompts"]), options=options, row=row)
+    return StoredCall(prompts=list(batch["prompts"]), options=options, row=row)
 
 
 def _own_generator(path: str | Path) -> FoveateError:
@@ -264,18 +274,14 @@ def loading_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _options(config: Mapping[str, Any]) -> Options:
     """What both formats say of every image of the call."""
-    return Options(
-        width=config["width"],
-        height=config["height"],
-        guidance_scale=config["guidance_scale"],
-        temperature=config["temperature"],
-        top_k=config["top_k"],
-        top_p=config["top_p"],
-        more_smooth=config.get("more_smooth", False),
-        rng=config["rng"],
-        policy=from_stored(config["policy"]["parts"]),
-        batch_invariant=config["batch_invariant"],
-    )
+    found = {}
+    for name, option in OPTIONS.items():
+        if option.is_kept:
+            found[name] = config[name] if option.absent is None else config.get(name, option.absent)
+    found["policy"] = from_stored(config["policy"]["parts"])
+    # Width and height fix the size; ratio and budget are there for people.
+    del found["aspect_ratio"], found["pixels"]
+    return cast(Options, found)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,83 @@
+"""Options are declared once: what follows from a declaration, and that a user's own script is typed."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+
+from foveate.core.errors import FoveateError
+from foveate.core.policy import Policy
+from foveate.families.spec import Defaults
+from foveate.pipeline import options as declared
+from foveate.pipeline.options import OPTIONS, Options, checked
+from foveate.pipeline.pipeline import Pipeline
+from foveate.pipeline.provenance import regenerate, save_image
+
+USER_SCRIPT = """
+import numpy as np
+from PIL import Image
+from torch import Tensor
+from typing_extensions import assert_type
+
+import foveate as fv
+from foveate.pipeline.options import Options
+
+pipe = fv.Pipeline.from_pretrained("emoji-tiny")
+out = pipe("a", seed=1)
+assert_type(out.images, list[Image.Image])
+out.images[0].save("a.png")
+assert_type(pipe(["a", "b"], output_type="pil", seed=[1, 2], top_k=np.int64(3)).images, list[Image.Image])
+array = pipe("a", output_type="np", guidance_scale=[1.0] * 7, policy=fv.SkipScales()).images
+print(array.shape, out.report.flops_ratio, out.seeds)
+assert_type(pipe("a", output_type="latent").images, Tensor)
+kept: Options = {"seed": 1, "output_type": "pt"}
+assert_type(pipe("a", **kept).images, list[Image.Image] | np.ndarray | Tensor)
+pipe("a", sed=1)  # error
+pipe("a", seed="1")  # error
+pipe("a", rng="dice")  # error
+pipe("a", return_dict=False)  # error
+"""
+
+
+@pytest.mark.soak
+def test_a_users_script_is_typed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(USER_SCRIPT)
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(script)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    wrong = [number for number, line in enumerate(USER_SCRIPT.splitlines(), start=1) if line.endswith("# error")]
+    found = {int(line.split(":")[1]) for line in ran.stdout.splitlines() if ": error:" in line}
+    assert found == set(wrong), ran.stdout
+
+
+def test_every_option_is_declared_with_a_type_and_a_help() -> None:
+    hints = get_type_hints(Options, {**vars(declared), "torch": torch, "Policy": Policy})
+    assert list(hints) == list(OPTIONS)
+    for name, option in OPTIONS.items():
+        assert (option.name, option.help[-1]) == (name, ".")
+        if option.per_scale and option.alias_of is None:
+            assert hasattr(Defaults(), name), "its default is the model's own"
+
+
+def test_what_is_given_is_completed_with_defaults_and_aliases_are_resolved() -> None:
+    call = checked({"cfg": 3.0, "tau": [1.0], "seed": 4})
+    assert set(call) == set(OPTIONS) - {"cfg", "tau"}
+    assert (call["guidance_scale"], call["temperature"], call["seed"], call["rng"]) == (3.0, [1.0], 4, "keyed")
+    with pytest.raises(FoveateError, match="^give temperature or its alias tau, not both$"):
+        checked({"tau": 1.0, "temperature": 1.0})
+
+
+def test_an_option_of_a_later_version_is_left_out_of_older_files(toy_pipe: Pipeline, tmp_path: Path) -> None:
+    output = toy_pipe("a cat", seed=3)
+    kept = [name for name, option in OPTIONS.items() if option.is_kept]
+    assert set(kept) <= set(output.config)
+    older: dict[str, Any] = output.row_config(0)
+    del older["more_smooth"]
+    again = regenerate(save_image(output.images[0], tmp_path / "a.png", older), toy_pipe)
+    assert (again.is_identical, again.differences) == (True, ("more_smooth: None then, False now",))
+    del older["top_k"]
+    with pytest.raises(FoveateError, match="damaged, KeyError"):
+        regenerate(save_image(output.images[0], tmp_path / "a.png", older), toy_pipe)
