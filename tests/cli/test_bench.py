@@ -19,7 +19,7 @@ QUICK = ("--policy", "skip-scales:count=5", "--policy", "skip-scales:count=4|dro
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures the peak and the bandwidth on small matrices."""
     monkeypatch.setattr("foveate.bench.run.MATMUL_SIZES", (32,))
-    monkeypatch.setattr("foveate.cli.benching.BANDWIDTH_SIZE", 64)
+    monkeypatch.setattr("foveate.bench.peak.BANDWIDTH_SIZE", 64)
 
 
 def test_latency_as_json_and_files(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_refusals(
 def test_a_plot_needs_an_extra_and_says_so_before_it_measures(
     run: Callable[..., Any], toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("foveate.cli.benching.find_spec", lambda name: None)
+    monkeypatch.setattr("foveate.cli.bench.find_spec", lambda name: None)
     monkeypatch.setattr(Pipeline, "__call__", None)
     run("bench", "latency", "-m", toy_folder, "-o", "out").assert_refused("needs matplotlib", "foveate[eval]")
     assert list(tmp_path.iterdir()) == []

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from foveate.cli import comparing
-from foveate.cli.prompts import BUILT_IN_CLASSES, BUILT_IN_PROMPTS
+from foveate.cli.compare import BUILT_IN_CLASSES, BUILT_IN_PROMPTS
 from foveate.conditioning.label import class_index
 from foveate.core.errors import FoveateError
 from foveate.eval.compare import FIGURES, compare
@@ -66,7 +65,7 @@ def test_what_a_comparison_sets_is_not_an_option(toy_pipe: Pipeline) -> None:
 
 def test_a_model_of_classes_draws_classes(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PUBLISHED, "var-d16", replace(PUBLISHED["var-d16"], spec=SMALL["var"]))
-    monkeypatch.setattr(comparing, "BUILT_IN_CLASSES", BUILT_IN_CLASSES[:2])
+    monkeypatch.setattr("foveate.cli.compare.BUILT_IN_CLASSES", BUILT_IN_CLASSES[:2])
     ran = run("compare", "-p", "skip-scales", "-m", "var-d16", "--weights", "random", "--runs", 1, "--json")
     assert ran.code == 0, ran.err
     assert [row["prompt"] for row in ran.data["images"]] == list(BUILT_IN_CLASSES[:2])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from foveate.cli import comparing, drawing
+from foveate.cli import compare, generate
 from foveate.cli.config_file import COMMANDS, read_mapping
 from foveate.cli.main import build_app
 from foveate.core.errors import FoveateError
@@ -21,15 +21,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     def keep(*arguments: object) -> int:
         found.clear()
-        for record in arguments[1:]:
-            names = getattr(type(record), "__slots__", ())
-            found.update({name: getattr(record, name) for name in names})
-        found["prompts"] = arguments[0]
+        for given in arguments:
+            names = getattr(type(given), "__slots__", ())
+            found.update(given if isinstance(given, dict) else {name: getattr(given, name) for name in names})
         return 0
 
-    monkeypatch.setattr(drawing, "draw", keep)
-    monkeypatch.setattr(drawing, "refuse_numbers", lambda *arguments: None)
-    monkeypatch.setattr(comparing, "run", keep)
+    monkeypatch.setattr(generate, "_draw", keep)
+    monkeypatch.setattr(compare, "_compare", keep)
     return found
 
 
@@ -48,10 +46,10 @@ def test_flags_on_top_and_in_a_section_both_apply(
         "compare:\n  policy: drop-branch\n  runs: 5\nbench:\n"
     )
     assert run("generate", "a", "--config", "c.yaml", "--top-k", 9).code == 0
-    assert (seen["model"], seen["guidance_scale"], seen["seed"]) == ("toy", ["1", "2"], ["7", "8"])
-    assert (seen["num_images"], seen["top_k"], seen["quiet"]) == (2, ["9"], True)
+    assert (seen["model"], seen["guidance_scale"], seen["seed"]) == ("toy", [1.0, 2.0], [7, 8])
+    assert (seen["num_images_per_prompt"], seen["top_k"], seen["quiet"]) == (2, 9, True)
     assert run("compare", "--config", "c.yaml").code == 0
-    assert (seen["model"], seen["guidance_scale"], seen["seed"]) == ("toy", ["3"], 5)
+    assert (seen["model"], seen["guidance_scale"], seen["seed"]) == ("toy", 3.0, 5)
     assert (seen["policy"], seen["runs"], seen["quiet"]) == ("drop-branch", 5, True)
 
 
@@ -61,7 +59,7 @@ def test_values_are_what_is_written(run: Callable[..., Any], config: Callable[[s
         "revision: 1.10\nmodel: 2024-01-01\n"
     )
     assert run("generate", "a", "--config", "c.yaml").code == 0
-    assert (seen["aspect_ratio"], seen["negative_prompt"], seen["seed"]) == ("4:3", "no", ["010"])
+    assert (seen["aspect_ratio"], seen["negative_prompt"], seen["seed"]) == ("4:3", "no", 10)
     assert (seen["policy"], seen["offload"], seen["quiet"]) == ("full", True, False)
     assert (seen["revision"], seen["model"]) == ("1.10", "2024-01-01")
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from foveate.cli import drawing
-from foveate.cli.options import ModelOptions
+from foveate.cli import image_files
+from foveate.cli.generate import refuse_numbers
 from foveate.core.errors import FoveateError
 from foveate.core.trace import Trace
 from foveate.pipeline import bulk
@@ -240,7 +240,7 @@ def test_an_ending_alone_is_no_name(run: Callable[..., Any], toy_folder: Path, t
 def test_a_prompt_that_no_jpeg_can_hold_is_refused_before_it_is_drawn(
     run: Callable[..., Any], toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drawing, "open_pipeline", lambda *arguments, **options: pytest.fail("it was loaded"))
+    monkeypatch.setattr("foveate.cli.loading.open_pipeline", lambda *arguments, **options: pytest.fail("it was loaded"))
     long, refusal = "cat " * 20_000, ("a jpeg", "write png or webp")
     run("generate", long, "-o", "a.jpg", "-m", toy_folder).assert_refused(*refusal)
     run("generate", "a", "--negative-prompt", long, "-o", "a.jpg", "-m", toy_folder).assert_refused(*refusal)
@@ -318,10 +318,10 @@ def test_prompts_of_a_file_follow_those_of_the_command(
 
 @pytest.mark.parametrize("prompt", ["8", "7,8", "1.5"])
 def test_a_number_is_a_prompt_for_classes_alone(prompt: str) -> None:
-    drawing.refuse_numbers([prompt], ModelOptions(model="var-d16"))
-    drawing.refuse_numbers(["8 apples", "..."], ModelOptions(model="infinity-2b"))
+    refuse_numbers([prompt], draws_classes=True)
+    refuse_numbers(["8 apples", "..."], draws_classes=False)
     with pytest.raises(FoveateError, match="is a number; several values of a flag have commas, as in --seed 7,8"):
-        drawing.refuse_numbers(["a cat", prompt], ModelOptions(model="infinity-2b"))
+        refuse_numbers(["a cat", prompt], draws_classes=False)
 
 
 def test_a_size_is_a_budget_or_pixels_under_both_names(
@@ -498,7 +498,7 @@ def test_what_is_drawn_stays_where_a_file_cannot_be_written(
         return save_image(image, path, config, **options)
 
     draw = ("generate", "a cat", "--seed", 7, "-m", toy_folder, "-p", "skip-scales:count=3", "-o", "out")
-    monkeypatch.setattr(drawing, "save_image", save_but_one)
+    monkeypatch.setattr(image_files, "save_image", save_but_one)
     # Those of its batch are written, and no batch is drawn any more.
     run(*draw, "-n", 5, "--batch-size", 3).assert_refused(
         "out/a-cat-8.png: No space left on device; 2 of 5 pictures are in out"

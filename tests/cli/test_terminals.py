@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from foveate.cli import drawing
+from foveate.cli import generate
 from foveate.cli.arguments import for_system, prepared
 from foveate.cli.console import note, print_json, print_paths, readable
 from foveate.cli.main import main
@@ -213,11 +213,10 @@ def test_odd_arguments_are_one_short_line(run: Callable[..., Any], arguments: li
 
 def test_undecoded_bytes_are_read_as_utf8_in_prompts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(drawing, "draw", lambda *arguments: seen.append(arguments) or 0)
-    monkeypatch.setattr(drawing, "refuse_numbers", lambda *arguments: None)
+    monkeypatch.setattr(generate, "_draw", lambda *arguments: seen.append(arguments) or 0)
     assert main(["generate", f"{ESCAPED} cat", "--negative-prompt", ESCAPED, "-o", f"{ESCAPED}/"]) == 0
-    prompts, _, _, sampling, options = seen[0]
-    assert (list(prompts), sampling.negative_prompt, options.output) == (["\u7ea2 cat"], "\u7ea2", f"{ESCAPED}/")
+    _, prompts, call, _, options = seen[0]
+    assert (prompts, call["negative_prompt"], options.output) == (["\u7ea2 cat"], "\u7ea2", f"{ESCAPED}/")
     assert readable(f"{ESCAPED} \u7ea2 \udcff") == "\u7ea2 \u7ea2 \udcff"
     assert for_system("\u7ea2") == "\u7ea2"
     assert prepared(["--prompts", "-", "-", "--prompts=-"]) == ["--prompts=-", "-", "--prompts=-"]
@@ -287,8 +286,7 @@ def test_signals_that_are_ignored_or_handled_stay_so(run: Callable[..., Any], mo
         os.kill(os.getpid(), signal.SIGTERM)
         return 0
 
-    monkeypatch.setattr(drawing, "draw", kill)
-    monkeypatch.setattr(drawing, "refuse_numbers", lambda *arguments: None)
+    monkeypatch.setattr(generate, "_draw", kill)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))

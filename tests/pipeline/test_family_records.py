@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from foveate.cli.models import all_models
 from torch import nn
 
 import foveate as fv
 from foveate.adapters.attachment import attach
-from foveate.cli.registered import all_models
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.families import registry
 from foveate.families.convert import convert
@@ -53,13 +53,13 @@ def test_a_new_family_generates_from_files(files: Path, spec: ModelSpec) -> None
     pipe = Pipeline.from_pretrained(files)
     assert (pipe.model.spec.family, pipe.model.spec.name) == ("dots", "tuned")
     assert pipe.model.spec.transformer == spec.transformer
-    output = pipe.generate(["two words", "now three words"], seed=3)
+    output = pipe(["two words", "now three words"], seed=3)
     assert [image.size for image in output.images] == [(256, 256)] * 2
     assert output.images[0].tobytes() != output.images[1].tobytes()
-    again = pipe.generate("other words", seed=3).images[0]
+    again = pipe("other words", seed=3).images[0]
     assert again.tobytes() == output.images[0].tobytes(), "two words are two words"
     with pytest.raises(FoveateError, match="takes no negative_prompt"):
-        pipe.generate("a", negative_prompt="b")
+        pipe("a", negative_prompt="b")
 
 
 def test_a_new_family_is_told_from_the_others(files: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_new_family_is_told_from_the_others(files: Path) -> None:
 
 def test_a_new_family_runs_by_name_with_random_weights(spec: ModelSpec) -> None:
     pipe = Pipeline.from_pretrained("dots-d2", weights="random")
-    output = pipe.generate("three small words", seed=1, policy="skip-scales")
+    output = pipe("three small words", seed=1, policy="skip-scales")
     assert output.images[0].size == (256, 256)
     assert output.report.flops_ratio < 1
     assert output.config["guidance_scale"] == [1.5] * 5

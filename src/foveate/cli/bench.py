@@ -1,12 +1,27 @@
 """`foveate bench`: time, throughput and memory of policies beside each other, and a profile of this machine."""
 
-from collections.abc import Sequence
+import json
+import shlex
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from foveate.cli.console import (
+    SCHEMA_VERSION,
+    in_units,
+    print_facts,
+    print_gap,
+    print_json,
+    print_paths,
+    print_table,
+    warn,
+)
+from foveate.cli.main import BAD_USAGE, INTERRUPTED
 from foveate.cli.options import (
     MEASUREMENT,
     OUTPUT,
@@ -23,8 +38,20 @@ from foveate.core.errors import FoveateError
 from foveate.core.prompt_file import read_prompt_file
 from foveate.core.schedule import parse_ratio
 
+if TYPE_CHECKING:
+    # Named in full in annotations, which the tests check: they import what stands there.
+    import foveate.bench.report
+    import foveate.bench.workload
+    import foveate.cli.staging
+
 _BATCHES = {"throughput": [1, 4, 16]}
 """Where not only batch 1 is measured by default."""
+
+_FILES = ("bench.json", "bench.csv", "bench.svg", "bench.md")
+_PROFILE = "profile.json"
+
+_ANY = "0"
+"""A prompt that every model takes, to check the rest of a call."""
 
 
 @Parameter(name="*", group=PICTURE)
@@ -90,9 +117,129 @@ def bench(
     pictures = sizes_of(options.size, options.aspect_ratio)
     batches = _batches(kind, options.batch)
     prompts = None if options.prompts is None else read_prompt_file(options.prompts)
-    from foveate.cli import benching  # noqa: PLC0415 - torch is loaded when the command runs
+    return _bench(kind, [(picture, batch) for picture in pictures for batch in batches], prompts, model, options)
 
-    return benching.run(kind, pictures, batches, prompts, model, options)
+
+def _bench(
+    kind: str,
+    pictures: Sequence[tuple[SizeOptions, int]],
+    prompts: Sequence[str] | None,
+    model: ModelOptions,
+    options: BenchOptions,
+) -> int:
+    """Measures, prints and writes; every size comes with a batch.
+
+    Returns:
+        0; 130 after Ctrl-C and 2 if memory ran out, both with what was measured until then.
+
+    Raises:
+        FoveateError: A flag is out of range, or a file cannot be written.
+    """
+    from foveate.bench import peak  # noqa: PLC0415 - torch is loaded when the command runs
+    from foveate.bench.calibrate import profile  # noqa: PLC0415
+    from foveate.bench.run import BenchPlan, run_bench  # noqa: PLC0415
+    from foveate.bench.workload import default_prompt  # noqa: PLC0415
+    from foveate.cli.loading import check_call, open_pipeline, spec_of  # noqa: PLC0415
+    from foveate.cli.staging import Staging  # noqa: PLC0415
+    from foveate.policies.registry import load_policy  # noqa: PLC0415
+
+    is_profile = kind == "calibrate"
+    if options.output is not None and not is_profile:
+        _require_matplotlib()
+    policies, spec = tuple(load_policy(policy) for policy in options.policy or ["full"]), spec_of(model)
+    for picture, _ in pictures:
+        check_call(prompts or _ANY, picture.options(), policies, spec)
+    with Staging(options.output, [_PROFILE] if is_profile else _FILES) as staging:
+        # The bar of a call would be drawn while the call is timed.
+        pipe = open_pipeline(model, is_quiet=True)
+        texts = (default_prompt(pipe),) if prompts is None else tuple(prompts)
+        plan = BenchPlan(
+            kind=kind,
+            policies=policies,
+            workloads=tuple(_workload(picture, batch, texts, options.seed) for picture, batch in pictures),
+            runs=options.runs,
+            warmup=options.warmup,
+            command=shlex.join(["foveate", *sys.argv[1:]]),
+        )
+        report = run_bench(pipe, plan, hides_progress=True if options.quiet else None)
+        rate = peak.weight_bandwidth(pipe.model.dtype, pipe.model.device, peak.BANDWIDTH_SIZE) if is_profile else None
+        data = report.to_json() if rate is None else profile(report, rate)
+        written: Collection[Path] = ()
+        try:
+            if options.output is not None:
+                _write(staging, report, data)
+                written = staging.publish().values()
+        finally:
+            # Minutes of measuring are not lost with a file that cannot be written.
+            if options.as_json:
+                print_json(data)
+            else:
+                _print(report, rate, written)
+    return _code(report, len(plan.workloads) * plan.runs)
+
+
+def _require_matplotlib() -> None:
+    """Says what is missing before anything is measured."""
+    if find_spec("matplotlib") is None:
+        raise FoveateError(
+            '--output also draws a plot and needs matplotlib, which is not installed: pip install "foveate[eval]"; '
+            "--json needs nothing"
+        )
+
+
+def _workload(
+    picture: SizeOptions, batch: int, prompts: tuple[str, ...], seed: int
+) -> "foveate.bench.workload.Workload":
+    from foveate.bench.workload import Workload  # noqa: PLC0415
+
+    return Workload(
+        batch=batch,
+        prompts=prompts,
+        seed=seed,
+        size=picture.width_and_height(),
+        aspect_ratio=picture.aspect_ratio,
+        pixels=picture.pixels,
+    )
+
+
+def _write(
+    staging: "foveate.cli.staging.Staging", report: "foveate.bench.report.BenchReport", data: dict[str, object]
+) -> None:
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=1, ensure_ascii=False) + "\n"
+    if report.kind == "calibrate":
+        staging.path(_PROFILE).write_text(text, encoding="utf-8")
+        return
+    as_json, table, plot, page = _FILES
+    staging.path(as_json).write_text(text, encoding="utf-8")
+    staging.path(table).write_text(report.to_csv(), encoding="utf-8")
+    from foveate.bench.page import markdown  # noqa: PLC0415
+    from foveate.bench.plot import draw  # noqa: PLC0415 - of the extra `eval`
+
+    draw(report, staging.path(plot))
+    staging.path(page).write_text(markdown(report, plot), encoding="utf-8")
+
+
+def _print(report: "foveate.bench.report.BenchReport", bandwidth: float | None, written: Collection[Path]) -> None:
+    from foveate.bench.page import facts, main_table  # noqa: PLC0415
+
+    rate = [] if bandwidth is None else [("weights are read at", f"{in_units(bandwidth, 'B')}/s")]
+    print_facts([*facts(report), *rate])
+    print_gap()
+    print_table(*main_table(report))
+    print_gap()
+    print_facts(("not included", text) for text in report.excluded)
+    print_paths(written)
+
+
+def _code(report: "foveate.bench.report.BenchReport", wanted: int) -> int:
+    """The exit code, where so many rounds were wanted."""
+    from foveate.bench.rounds import Stop  # noqa: PLC0415
+
+    if report.stopped is None:
+        return 0
+    there = sum(case.rounds for case in report.cases)
+    warn(f"{report.stopped} after {there} of {wanted} rounds; the report holds only these")
+    return INTERRUPTED if report.stopped is Stop.INTERRUPTED else BAD_USAGE
 
 
 def sizes_of(sizes: Sequence[str] | None, ratios: Sequence[str] | None) -> list[SizeOptions]:

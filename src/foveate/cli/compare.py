@@ -1,27 +1,72 @@
 """`foveate compare`: fidelity, time and FLOPs of one policy beside another, over the same prompts and draws."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from foveate.cli.console import print_facts, print_json, print_paths, warn
 from foveate.cli.options import (
     MEASUREMENT,
     OUTPUT,
     PICTURE,
     POLICY,
+    CompareFlags,
     ConfigFlag,
     JsonFlag,
     ModelOptions,
     PolicyFlag,
     QuietFlag,
-    SamplingOptions,
     SizeOptions,
+    options_of,
 )
 from foveate.core.errors import FoveateError
 from foveate.core.prompt_file import read_prompt_file
+from foveate.pipeline.options import Options
+
+BUILT_IN_PROMPTS = (
+    "green apple",
+    "watermelon",
+    "taco",
+    "doughnut",
+    "dolphin",
+    "turtle",
+    "owl",
+    "zebra",
+    "hibiscus",
+    "evergreen tree",
+    "sailboat",
+    "fire engine",
+    "soccer ball",
+    "microphone",
+    "top hat",
+    "backpack",
+)
+"""What is drawn if no file of prompts is given: single solid objects of all large groups, which the bundled model was
+trained on."""
+
+BUILT_IN_CLASSES = (
+    "granny smith",
+    "pineapple",
+    "cheeseburger",
+    "bagel",
+    "killer whale",
+    "loggerhead",
+    "great grey owl",
+    "zebra",
+    "daisy",
+    "lighthouse",
+    "yawl",
+    "fire engine",
+    "soccer ball",
+    "microphone",
+    "bow tie",
+    "backpack",
+)
+"""The same for models that draw classes of ImageNet."""
 
 
 @Parameter(name="*", group=PICTURE)
@@ -59,14 +104,14 @@ class CompareOptions:
     config: ConfigFlag = None
 
 
-_MODEL, _SIZE, _SAMPLING = ModelOptions(), SizeOptions(), SamplingOptions()
+_MODEL, _SIZE, _CALL = ModelOptions(), SizeOptions(), CompareFlags()
 
 
 def compare(
     *,
     options: CompareOptions,
     size: SizeOptions = _SIZE,
-    sampling: SamplingOptions = _SAMPLING,
+    call: CompareFlags = _CALL,
     model: ModelOptions = _MODEL,
 ) -> int:
     """Measure how near a policy comes to another one, and how much time it saves.
@@ -74,7 +119,7 @@ def compare(
     Args:
         options: What is compared, over what, and what is reported.
         size: How large the pictures are.
-        sampling: How symbols are drawn.
+        call: How symbols are drawn.
         model: Which model runs, and on what.
     """
     for flag in ("seeds", "runs", "batch_size"):
@@ -83,6 +128,75 @@ def compare(
     if options.html is not None and os.path.isdir(options.html):
         raise FoveateError(f"--html must be a file, {options.html} is a folder")
     prompts = None if options.prompts is None else read_prompt_file(options.prompts)
-    from foveate.cli import comparing  # noqa: PLC0415 - torch is loaded when the command runs
+    return _compare(prompts, {**size.options(), **options_of(call)}, model, options)
 
-    return comparing.run(prompts, model, size, sampling, options)
+
+def _compare(prompts: list[str] | None, call: Options, model: ModelOptions, options: CompareOptions) -> int:
+    """Compares, prints and writes the report; no prompts stand for the built-in ones.
+
+    Returns:
+        1 if a bound of `--fail-if` holds, 0 otherwise.
+
+    Raises:
+        FoveateError: A flag is out of range, or a file cannot be read or written.
+    """
+    from foveate.cli.loading import check_call, open_pipeline, spec_of  # noqa: PLC0415 - torch is loaded when it runs
+    from foveate.cli.staging import Staging  # noqa: PLC0415
+    from foveate.eval import compare as comparison  # noqa: PLC0415
+    from foveate.pipeline.call import draws_classes  # noqa: PLC0415
+    from foveate.policies.registry import load_policy  # noqa: PLC0415
+
+    # A typing error must not be found after minutes of drawing.
+    bounds = [(text, comparison.FigureBound.parse(text)) for text in options.fail_if or []]
+    policies = (load_policy(options.policy), load_policy(options.against))
+    comparison.refuse_without_extra()
+    spec = spec_of(model)
+    texts = prompts or list(BUILT_IN_CLASSES if draws_classes(spec) else BUILT_IN_PROMPTS)
+    own: Options = {"num_images_per_prompt": options.seeds, "seed": options.seed}
+    check_call(texts, {**call, **own}, policies, spec)
+    with Staging(None) if options.html is None else Staging(options.html.parent, [options.html.name]) as staging:
+        report = comparison.compare(
+            open_pipeline(model, is_quiet=options.quiet),
+            policies[0],
+            texts,
+            options.seeds,
+            policies[1],
+            runs=options.runs,
+            first_seed=options.seed,
+            batch_size=options.batch_size,
+            options=call,
+        )
+        data, figures = report.to_json(), report.figures()
+        written: list[Path] = []
+        try:
+            if options.html is not None:
+                report.to_html(staging.path(options.html.name))
+                written.append(staging.publish()[options.html.name])
+        finally:
+            # Minutes of measuring are not lost with a file that cannot be written.
+            if options.as_json:
+                print_json(data)
+            else:
+                print_facts(_facts(data, figures, comparison.STATISTICS))
+                print_paths(written)
+    failed = [(text, bound.figure) for text, bound in bounds if bound.holds(figures)]
+    for text, name in failed:
+        warn(f"{text} holds: {name} is {figures[name]:.4g}")
+    return 1 if failed else 0
+
+
+def _facts(data: Mapping[str, Any], figures: Mapping[str, float], parts: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The short table for people."""
+
+    def statistics(name: str, unit: str) -> str:
+        return ", ".join(f"{part} {figures[f'{name}.{part}']:.3g}{unit}" for part in parts)
+
+    speedup, count = data["speedup"], len(data["images"])
+    return [
+        ("compared", f"{data['policy']} with {data['against']}, {count} pictures, {data['runs']} runs"),
+        ("PSNR", f"{statistics('psnr', ' dB')}; another seed has {data['yardstick_psnr']:.3g} dB"),
+        ("SSIM", statistics("ssim", "")),
+        ("identical", f"{figures['identical']:.0f} of {count}"),
+        ("speedup", f"{speedup['end_to_end']:.2f}x, transformer {speedup['transformer']:.2f}x"),
+        ("FLOPs", f"{data['flops_ratio']:.1%} of all"),
+    ]

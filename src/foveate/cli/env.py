@@ -1,7 +1,8 @@
 """`foveate env`: versions, processor, device and number formats of this machine, and what a model needs."""
 
 from dataclasses import dataclass, replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -60,16 +61,79 @@ def env(*, options: EnvOptions = _OPTIONS, size: SizeOptions = _SIZE) -> int:
         raise FoveateError("--model is missing: every other flag of env but --json is about what a model needs")
     if options.batch < 1:
         raise FoveateError(f"--batch must be 1 or more, got {options.batch}")
-    from foveate.cli import machine  # noqa: PLC0415 - torch is loaded when the command runs
-
-    found = machine.describe()
+    found = _describe()
     if options.model is not None:
-        found["model"] = machine.needs(options.model, options, size)
+        found["model"] = _needs(options.model, options, size)
     if options.as_json:
         print_json(found)
     else:
         print_facts((name, text) for group, values in found.items() for name, text in _lines(group, values))
     return 0
+
+
+def _describe() -> dict[str, Any]:
+    """Versions, processor, devices, which code runs on them, and installed models."""
+    from foveate.bench.machine import describe_machine  # noqa: PLC0415 - torch is loaded when the command runs
+    from foveate.families.packaged import packaged_models  # noqa: PLC0415
+    from foveate.kernels import switches  # noqa: PLC0415
+    from foveate.kernels.invariance import describe_rows  # noqa: PLC0415
+    from foveate.kernels.linear import describe_products  # noqa: PLC0415
+
+    return {
+        **describe_machine(),
+        "switches": switches.describe(),
+        "linear_layers": describe_products(),
+        "rows_of_linear_layers": describe_rows(),
+        "installed_models": {name: str(folder) for name, folder in packaged_models().items()},
+    }
+
+
+def _needs(name: str, options: EnvOptions, size: SizeOptions) -> dict[str, Any]:
+    """Bytes that guided pictures take, by part, phase and dtype; no weights are loaded.
+
+    Raises:
+        FoveateError: There is no such model, policy or size.
+    """
+    from foveate.families.loading import Origin, find_folder, find_spec  # noqa: PLC0415 - torch is loaded here
+    from foveate.families.memory import count_parameters, memory_need  # noqa: PLC0415
+    from foveate.families.packaged import packaged_models  # noqa: PLC0415
+    from foveate.families.residency import Residency  # noqa: PLC0415
+    from foveate.pipeline.call import resolve  # noqa: PLC0415
+    from foveate.pipeline.pipeline import DTYPES  # noqa: PLC0415
+    from foveate.weights.folder import file_bytes  # noqa: PLC0415
+
+    origin = Origin(name_or_path=name)
+    spec = find_spec(origin)
+    is_own = (name in packaged_models() or Path(name).is_dir()) and spec.conditioning.is_own
+    folder = find_folder(origin) if is_own else None
+    job = resolve("any", {**size.options(), "policy": options.policy}, spec)
+    rows, columns = job.schedule.grids[-1]
+    residency = Residency(offload=options.offload, release_text_encoder=options.release_text_encoder)
+    kinds = DTYPES if options.dtype is None else {options.dtype: DTYPES[options.dtype]}
+    return {
+        "name": name,
+        "size": [columns * spec.stride, rows * spec.stride],
+        "tokens": job.schedule.num_tokens,
+        "batch": options.batch,
+        "policy": job.policy.spec,
+        "offload": options.offload,
+        "release_text_encoder": options.release_text_encoder,
+        "parameters": count_parameters(spec),
+        "file_bytes": None if folder is None else file_bytes(folder),
+        "quantization": options.quantization,
+        "bytes": {
+            dtype: memory_need(
+                spec,
+                kind,
+                job.policy,
+                options.batch,
+                schedule=job.schedule,
+                residency=residency,
+                quantization=options.quantization,
+            ).to_json()
+            for dtype, kind in kinds.items()
+        },
+    }
 
 
 def _lines(group: str, values: object) -> list[tuple[str, str]]:

@@ -1,30 +1,34 @@
 """`foveate generate`: pictures from prompts, or a stored picture once more."""
 
-import os
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from cyclopts import Parameter
 
+from foveate.cli.console import note, print_facts, print_json, print_paths, warn
 from foveate.cli.options import (
     OUTPUT,
     PICTURE,
     ConfigFlag,
+    GenerateFlags,
     JsonFlag,
     ModelOptions,
-    PolicyFlag,
     QuietFlag,
-    SamplingOptions,
     SizeOptions,
+    names_of,
+    options_of,
 )
+from foveate.cli.place import Place
 from foveate.core.errors import FoveateError
 from foveate.core.prompt_file import read_prompt_file
 from foveate.core.suffixes import SUFFIXES
+from foveate.pipeline.options import OPTIONS, Options
 
-_FILE_ENDING = re.compile(r"\.(?!v\d+$)[a-z][a-z0-9]{1,4}")
-"""Endings that mean a file and no folder: letters, as in .gif and .tiff; a version is none, as in out.v2 or run-1.5."""
+_NUMBER = re.compile(r"[\d.,]*\d[\d.,]*")
 
 _FIT = {
     "model": "--model", "device": "--device", "output": "--output", "as_json": "--json", "quiet": "--quiet",
@@ -41,37 +45,26 @@ _FIT_A_MODEL = {
 @Parameter(name="*", group=PICTURE)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateOptions:
-    """What is drawn, how much of the model runs, and what is written.
+    """What is drawn beside the options of a call, and what is written.
 
     Attributes:
         prompts: A file with one prompt a line, drawn behind those in the command.
-        seed: One seed, or one per prompt with commas: 7,8; default: random.
-        num_images: Pictures per prompt; picture j uses the prompt's seed + j.
         batch_size: Pictures drawn at once; default: what fits into memory, 16 at most.
-        rng: reference draws in the order of the published code, from one seed for all pictures as one batch.
         source: Draw the picture of this file once more and compare the pixels; 1 is returned if any differs.
-        batch_invariant: Give every image the bits that it has alone. Always so on a CPU; slower on a GPU.
-        policy: Decides how much runs: a name, a spec such as skip-scales:count=2, or a YAML file.
         output: Folder for the pictures, or a .png, .jpg or .webp file for a single one.
         format: Of pictures in a folder: png, jpg or webp; default: png.
         quality: Of jpg and webp, 1 to 100; default: 95.
         lossless: Keep every pixel of a webp.
         store_batch: Also store all prompts of its batch in every picture.
         preview: Also save the coarse pictures of the earlier scales.
-        trace: Also save what ran where, as JSON and drawn over each picture.
         as_json: Print one JSON object.
         quiet: Show no progress.
         config: A YAML file with values for these flags; flags win.
     """
 
     prompts: Path | None = None
-    seed: list[str] | None = None
-    num_images: Annotated[int, Parameter(name=["--num-images", "-n"])] = 1
     batch_size: int | None = None
-    rng: Literal["keyed", "reference"] = "keyed"
     source: Annotated[Path | None, Parameter(name="--from")] = None
-    batch_invariant: bool = False
-    policy: PolicyFlag = "full"
     # A text, as a path forgets the slash that says that it is a folder.
     output: Annotated[str, Parameter(name=["--output", "-o"], group=OUTPUT)] = "foveate-out"
     format: Annotated[Literal["png", "jpg", "webp"] | None, Parameter(group=OUTPUT)] = None
@@ -79,13 +72,12 @@ class GenerateOptions:
     lossless: Annotated[bool, Parameter(group=OUTPUT)] = False
     store_batch: Annotated[bool, Parameter(group=OUTPUT)] = False
     preview: Annotated[bool, Parameter(group=OUTPUT)] = False
-    trace: Annotated[bool, Parameter(group=OUTPUT)] = False
     as_json: JsonFlag = False
     quiet: QuietFlag = False
     config: ConfigFlag = None
 
     @property
-    def place(self) -> "Place":
+    def place(self) -> Place:
         """Where the pictures go.
 
         Raises:
@@ -94,51 +86,14 @@ class GenerateOptions:
         return Place.of(self.output, self.format)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Where pictures go: a folder, or one file in it.
-
-    `suffix` is the ending of every picture.
-    """
-
-    folder: Path
-    file: str | None
-    suffix: str
-
-    @classmethod
-    def of(cls, output: str, kind: str | None) -> "Place":
-        """What `--output` and `--format` mean together.
-
-        Raises:
-            FoveateError: The name ends like a file that cannot be written, or not as the format says.
-        """
-        path = Path(output)
-        ending = (path.suffix or path.name).lower()
-        is_slashed = output.endswith(tuple(sep for sep in (os.sep, os.altsep) if sep))
-        if is_slashed or ending not in SUFFIXES:
-            if not is_slashed and not path.is_dir() and _FILE_ENDING.fullmatch(path.suffix.lower()):
-                raise FoveateError(
-                    f"cannot write {output}: pictures are {', '.join(SUFFIXES)}; for a folder of this name put a slash "
-                    "behind it"
-                )
-            return cls(folder=path, file=None, suffix=f".{kind or 'png'}")
-        if path.is_dir():
-            raise FoveateError(f"cannot write {output}: it is a folder; put a slash behind it to write into it")
-        if kind is not None and SUFFIXES[ending] != SUFFIXES[f".{kind}"]:
-            raise FoveateError(f"--format {kind} and --output {output} disagree; leave --format out")
-        if not path.suffix:
-            raise FoveateError(f"cannot write {output}: there is no name in front of the ending")
-        return cls(folder=path.parent, file=path.name, suffix=ending)
-
-
-_MODEL, _SIZE, _SAMPLING, _OPTIONS = ModelOptions(), SizeOptions(), SamplingOptions(), GenerateOptions()
+_MODEL, _SIZE, _CALL, _OPTIONS = ModelOptions(), SizeOptions(), GenerateFlags(), GenerateOptions()
 
 
 def generate(
     *prompt: Annotated[str, Parameter(group=PICTURE)],
     options: GenerateOptions = _OPTIONS,
+    call: GenerateFlags = _CALL,
     size: SizeOptions = _SIZE,
-    sampling: SamplingOptions = _SAMPLING,
     model: ModelOptions = _MODEL,
 ) -> int:
     """Draw pictures from prompts.
@@ -146,39 +101,27 @@ def generate(
     Args:
         prompt: What to draw: prompts, each in quotes; for VAR names or indices of classes.
         options: What is drawn and written.
+        call: How it is drawn, and how much of the model runs.
         size: How large the pictures are.
-        sampling: How symbols are drawn.
         model: Which model runs, and on what.
     """
     if options.source is not None:
-        _refuse_ignored(prompt, model, size, sampling, options)
-        from foveate.cli import redrawing  # noqa: PLC0415 - torch is loaded when the command runs
-
-        return redrawing.redraw(options.source, model, options)
+        _refuse_ignored(prompt, ((model, _MODEL), (size, _SIZE), (call, _CALL), (options, _OPTIONS)))
+        return _redraw(options.source, model, options)
     prompts = [*prompt, *(read_prompt_file(options.prompts) if options.prompts is not None else [])]
-    _check(prompts, options)
-    from foveate.cli import drawing  # noqa: PLC0415
-
-    drawing.refuse_numbers(prompt, model)
-    return drawing.draw(prompts, model, size, sampling, options)
+    asked: Options = {**size.options(), **options_of(call)}
+    _check(prompts, asked, options)
+    return _draw(prompt, prompts, asked, model, options)
 
 
-def _refuse_ignored(
-    prompt: tuple[str, ...],
-    model: ModelOptions,
-    size: SizeOptions,
-    sampling: SamplingOptions,
-    options: GenerateOptions,
-) -> None:
-    """Says what was asked for although the stored picture already fixes it."""
-    fit = {"source", *_FIT, *(_FIT_A_MODEL if model.model != _MODEL.model else ())}
+def _refuse_ignored(prompt: tuple[str, ...], records: tuple[tuple[Any, Any], ...]) -> None:
+    """Says what was asked for although the stored picture already fixes it; of every record the default is given."""
+    model = records[0][0].model
+    fit = {"source", *_FIT, *(_FIT_A_MODEL if model != _MODEL.model else ())}
     ignored = ["a prompt"] if prompt else []
-    records: tuple[tuple[Any, Any], ...] = (
-        (model, _MODEL), (size, _SIZE), (sampling, _SAMPLING), (options, _OPTIONS),
-    )  # fmt: skip
     for given, default in records:
         names = [field.name for field in fields(given) if field.name not in fit]
-        ignored += [f"--{n.replace('_', '-')}" for n in names if getattr(given, n) != getattr(default, n)]
+        ignored += [_flag(name) for name in names if getattr(given, name) != getattr(default, name)]
     if ignored:
         raise FoveateError(
             f"--from draws a stored picture as it was, so {', '.join(ignored)} would be ignored; besides it fit "
@@ -186,16 +129,139 @@ def _refuse_ignored(
         )
 
 
-def _check(prompts: list[str], options: GenerateOptions) -> None:
-    """What can be said before anything is loaded."""
+def _flag(name: str) -> str:
+    return names_of(OPTIONS[name])[0] if name in OPTIONS else f"--{name.replace('_', '-')}"
+
+
+def _check(prompts: list[str], call: Options, options: GenerateOptions) -> None:
+    """What can be said before anything is imported."""
     if not prompts:
         raise FoveateError('give at least one prompt, as in: foveate generate "a red apple"')
     if any(not prompt.strip() for prompt in prompts):
         raise FoveateError("a prompt must not be empty; say what to draw")
-    if options.num_images < 1:
-        raise FoveateError(f"-n must be 1 or more, got {options.num_images}")
+    num_images = int(call["num_images_per_prompt"])
+    if num_images < 1:
+        raise FoveateError(f"-n must be 1 or more, got {num_images}")
     if options.batch_size is not None and options.batch_size < 1:
         raise FoveateError(f"--batch-size must be 1 or more, got {options.batch_size}")
-    count = len(prompts) * options.num_images
+    count = len(prompts) * num_images
     if options.place.file is not None and count > 1:
         raise FoveateError(f"--output {options.output} is one picture, but {count} are asked for; give a folder")
+
+
+def refuse_numbers(prompts: Sequence[str], *, draws_classes: bool) -> None:
+    """Refuses what was meant as a value of a flag; a class-conditional model takes numbers.
+
+    Raises:
+        FoveateError: A prompt for a model of texts is a number.
+    """
+    number = next((prompt for prompt in prompts if _NUMBER.fullmatch(prompt.strip())), None)
+    if number is not None and not draws_classes:
+        raise FoveateError(
+            f"the prompt {number!r} is a number; several values of a flag have commas, as in --seed 7,8, and a number "
+            "to draw goes into a file for --prompts"
+        )
+
+
+def _draw(
+    typed: Sequence[str], prompts: list[str], call: Options, model: ModelOptions, options: GenerateOptions
+) -> int:
+    """Draws in batches, and writes every picture as soon as its batch is done; `typed` are prompts of the command.
+
+    Raises:
+        FoveateError: A flag is out of range, or a file cannot be read or written. Pictures that were done by then stay,
+            and it says how many.
+    """
+    import torch  # noqa: PLC0415 - loaded when the command runs, like all that needs it
+
+    from foveate.cli.image_files import ImageFiles, refuse_long_prompts  # noqa: PLC0415
+    from foveate.cli.loading import check_call, open_pipeline, spec_of  # noqa: PLC0415
+    from foveate.cli.staging import Staging  # noqa: PLC0415
+    from foveate.families.residency import Residency  # noqa: PLC0415
+    from foveate.pipeline.bulk import ALL_SCALES, BulkSettings, draw_rows, rows_of  # noqa: PLC0415
+    from foveate.pipeline.call import draws_classes  # noqa: PLC0415
+    from foveate.pipeline.encoding import Encoder  # noqa: PLC0415
+    from foveate.policies.registry import load_policy  # noqa: PLC0415
+
+    place, policy, spec = options.place, load_policy(call["policy"]), spec_of(model)
+    call = {**call, "policy": policy}
+    refuse_numbers(typed, draws_classes=draws_classes(spec))
+    encoder = Encoder.for_file(f"x{place.suffix}", options.quality, is_lossless=options.lossless)
+    refuse_long_prompts(prompts, call, encoder, options.batch_size if options.store_batch else 0)
+    rows = rows_of(prompts, spec, **call)
+    check_call(prompts, {**call, "num_images_per_prompt": 1}, [policy], spec)
+    total = len(prompts) * int(call["num_images_per_prompt"])
+    how = BulkSettings(
+        batch_size=options.batch_size,
+        total=total,
+        previews=ALL_SCALES if options.preview else 0,
+        residency=Residency(offload=model.offload, release_text_encoder=model.release_text_encoder),
+        hides_progress=True if options.quiet else None,
+    )
+    with Staging(place.folder, [place.file] if place.file else []) as staging:
+        if model.device is None and not options.quiet and torch.cuda.is_available():
+            note("a GPU is here; --device cuda uses it")
+        pipe = open_pipeline(model, is_quiet=options.quiet)
+        files = ImageFiles(
+            staging=staging, place=place, encoder=encoder, stores_batch=options.store_batch, has_trace=call["trace"]
+        )
+        with (
+            files.saying_what_is_done(total),
+            closing(draw_rows(pipe, rows, how, **_of_all_rows(call))) as batches,
+        ):
+            for batch in batches:
+                files.write(batch)
+    files.report(as_json=options.as_json)
+    return 0
+
+
+def _of_all_rows(call: Options) -> Options:
+    """What a row does not say itself."""
+    own = ("seed", "num_images_per_prompt", "negative_prompt")
+    return cast(Options, {name: value for name, value in call.items() if name not in own})
+
+
+def _redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
+    """Draws the picture of a file again, writes it and compares the pixels.
+
+    Returns:
+        0 if every pixel is the same, 1 otherwise.
+
+    Raises:
+        FoveateError: The file is none of ours or damaged, or its model is not here.
+    """
+    from foveate.cli.image_files import report_json  # noqa: PLC0415 - torch is loaded when the command runs
+    from foveate.cli.loading import check_call, open_pipeline, spec_of  # noqa: PLC0415
+    from foveate.cli.staging import Staging  # noqa: PLC0415
+    from foveate.pipeline import provenance  # noqa: PLC0415
+    from foveate.pipeline.encoding import Encoder  # noqa: PLC0415
+
+    config, place = provenance.read_image_config(source), options.place
+    suffix = source.suffix if source.suffix.lower() in SUFFIXES else ".png"
+    with Staging(place.folder, [place.file] if place.file else []) as staging:
+        with provenance.naming_damage(source):
+            then = config["device"]
+            stored = provenance.loading_options(config) | ({"device": model.device} if model.device else {})
+            name = model.model if model.model != _MODEL.model else provenance.registered_name(source, config)
+            asked = replace(model, model=name, threads=provenance.stored_threads(config), **stored)
+            rerun = provenance.stored_call(source, config)
+            check_call(rerun.prompts, rerun.options, [], spec_of(asked))
+        again = provenance.regenerate(source, open_pipeline(asked, is_quiet=options.quiet))
+        file = place.file or staging.free_stem(f"{source.stem}-again", [suffix]) + suffix
+        own = Encoder.for_file(file)
+        encoder = again.encoder if again.encoder.format == own.format else own
+        provenance.save_image(again.image, staging.path(file), again.config, encoder=encoder)
+        path = staging.publish()[file]
+    output = again.output
+    now = output.config["device"]
+    if now != then:
+        warn(f"{source} was drawn on {then} and now on {now}: pixels may differ")
+    if options.as_json:
+        image = {"path": str(path), "seed": output.seeds[again.row], "prompt": output.prompts[again.row]}
+        found = {"images": [image], **report_json(output.report, output.config)}
+        print_json({**found, "identical": again.is_identical, "differences": list(again.differences)})
+    else:
+        print_facts([("pixels", "identical" if again.is_identical else "not identical")])
+        print_facts([("differs", difference) for difference in again.differences])
+        print_paths([path])
+    return 0 if again.is_identical else 1

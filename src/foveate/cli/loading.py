@@ -1,11 +1,46 @@
-"""Flags to a loaded pipeline, and to the options of its calls."""
+"""Flags to a loaded pipeline, and what is refused before its weights are read."""
+
+from collections.abc import Sequence
 
 import torch
 
-from foveate.cli.options import ModelOptions, SamplingOptions, SizeOptions, numbers
+from foveate.cli.options import ModelOptions
 from foveate.core.errors import FoveateError
+from foveate.core.policy import Policy
+from foveate.families.loading import Origin, find_spec
+from foveate.families.memory import memory_need
+from foveate.families.spec import ModelSpec
+from foveate.pipeline.call import Prompts, resolve
 from foveate.pipeline.options import Options
 from foveate.pipeline.pipeline import Pipeline
+
+
+def spec_of(options: ModelOptions) -> ModelSpec:
+    """Shapes and defaults of the model that the flags ask for, without its weights.
+
+    Raises:
+        FoveateError: There is no such model.
+    """
+    origin = Origin(
+        name_or_path=options.model,
+        autoencoder=options.autoencoder,
+        text_encoder=options.text_encoder,
+        revision=options.revision,
+        local_files_only=options.local_files_only,
+    )
+    return find_spec(origin)
+
+
+def check_call(prompts: Prompts, call: Options, policies: Sequence[Policy], spec: ModelSpec) -> None:
+    """Refuses what a model of these shapes would refuse of a call, and policies that do not fit its scales.
+
+    Raises:
+        FoveateError: A value out of range, a size that there is not, or a policy that does not fit.
+    """
+    schedule = resolve(prompts, call, spec).schedule
+    for policy in policies:
+        # Counting what is held in memory binds the policy to the shapes.
+        memory_need(spec, torch.float32, policy, schedule=schedule)
 
 
 def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
@@ -37,24 +72,3 @@ def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
     if is_quiet:
         pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def call_options(size: SizeOptions, sampling: SamplingOptions) -> Options:
-    """Size and sampling in the words of the pipeline.
-
-    Raises:
-        FoveateError: A flag is not written as it should be.
-    """
-    width, height = size.width_and_height() or (None, None)
-    return Options(
-        width=width,
-        height=height,
-        aspect_ratio=size.aspect_ratio,
-        pixels=size.pixels,
-        guidance_scale=numbers("--guidance-scale", sampling.guidance_scale, float),
-        temperature=numbers("--temperature", sampling.temperature, float),
-        top_k=numbers("--top-k", sampling.top_k, int),
-        top_p=numbers("--top-p", sampling.top_p, float),
-        negative_prompt=sampling.negative_prompt,
-        more_smooth=sampling.more_smooth,
-    )

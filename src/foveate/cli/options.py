@@ -1,22 +1,28 @@
-"""Flags that several commands share, as frozen records; ranges are checked where the values are used."""
+"""Flags that several commands share, as frozen records; ranges are checked where the values are used.
+
+Those of a call come from the declarations of its options.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from cyclopts import Group, Parameter
 
 from foveate.core.errors import FoveateError
 from foveate.core.schedule import BUDGETS
+from foveate.pipeline.options import OPTIONS, Option, Options
 
+C = TypeVar("C")
 Number = TypeVar("Number", int, float)
 
-PICTURE, POLICY, MEASUREMENT, OUTPUT, MODEL, FORMATS, MACHINE = (
+GROUPS = tuple(
     Group.create_ordered(name)
     for name in ("Picture", "Policy", "Measurement", "Output", "Model", "Number formats", "Machine")
 )
 """Groups of flags, in the order in which help shows them."""
+PICTURE, POLICY, MEASUREMENT, OUTPUT, MODEL, FORMATS, MACHINE = GROUPS
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "fp8"]
@@ -77,6 +83,15 @@ class SizeOptions:
     size: Annotated[str | None, Parameter(alias="--pixels")] = None
     aspect_ratio: str | None = None
 
+    def options(self) -> Options:
+        """The size as the pipeline takes it.
+
+        Raises:
+            FoveateError: As `width_and_height`.
+        """
+        width, height = self.width_and_height() or (None, None)
+        return Options(width=width, height=height, aspect_ratio=self.aspect_ratio, pixels=self.pixels)
+
     @property
     def pixels(self) -> str | None:
         """The budget of pixels, or None if the size is none."""
@@ -101,26 +116,69 @@ class SizeOptions:
         return int(width), int(height)
 
 
-@Parameter(name="*", group=PICTURE)
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingOptions:
-    """How symbols are drawn; by default as the model's family does.
+def names_of(option: Option) -> tuple[str, ...]:
+    """Names of an option's flag, the first one first."""
+    aliases = [name for name, other in OPTIONS.items() if other.alias_of == option.name]
+    return option.flags or tuple(f"--{name.replace('_', '-')}" for name in (option.name, *aliases))
 
-    Attributes:
-        guidance_scale: How strongly to follow the prompt; 1 is off for Infinity, 0 for VAR and Switti. Or one per scale
-        temperature: Divides the logits. Or one per scale, with commas.
-        top_k: Keep the k likeliest values; 0 keeps all. Or one per scale, with commas.
-        top_p: Keep the likeliest values up to this share of the mass; 0 keeps all. Or one per scale, with commas.
-        negative_prompt: What to stay away from.
-        more_smooth: Mix codes instead of choosing them, for softer pictures (VAR and Switti).
+
+def _flags_of(command: str) -> Callable[[type[C]], type[C]]:
+    """Makes a class the record of the options that a command has as flags."""
+
+    def build(record: type[C]) -> type[C]:
+        found = [option for option in OPTIONS.values() if command in option.commands]
+        record.__annotations__ = {option.name: Annotated[_kind(option), _parameter(option)] for option in found}
+        for option in found:
+            setattr(record, option.name, option.default)
+        return Parameter(name="*", group=PICTURE)(dataclass(frozen=True, kw_only=True)(record))
+
+    return build
+
+
+def _kind(option: Option) -> Any:  # noqa: ANN401 - a type for cyclopts to read
+    """What a flag is read as; numbers that may be several stay texts, as commas stand between them."""
+    if option.choices or option.reads is bool:
+        return option.kind
+    if option.takes_several:
+        return list[str] | None
+    return option.reads if option.default is not None else option.reads | None
+
+
+def _parameter(option: Option) -> Parameter:
+    (group,) = (group for group in GROUPS if group.name == option.group)
+    switch = f"--no-{option.name.replace('_', '-')}"
+    return Parameter(
+        name=names_of(option),
+        group=group,
+        help=option.help + (" Or one per scale, with commas." if option.per_scale else ""),
+        # A switch that the model may have on needs a way to turn it off.
+        negative=switch if option.reads is bool and option.default is None else (),
+    )
+
+
+def _value(option: Option, value: Any) -> Any:  # noqa: ANN401 - of whatever kind the option is
+    if option.takes_several:
+        return numbers(names_of(option)[0], value, int if option.reads is int else float)
+    return value
+
+
+@_flags_of("generate")
+class GenerateFlags:
+    """Options of a call that `foveate generate` has as flags, one field for each."""
+
+
+@_flags_of("compare")
+class CompareFlags:
+    """Options of a call that `foveate compare` has as flags, for both sides."""
+
+
+def options_of(flags: GenerateFlags | CompareFlags) -> Options:
+    """The options of a call as the pipeline takes them.
+
+    Raises:
+        FoveateError: A flag that takes numbers has something else.
     """
-
-    guidance_scale: Annotated[list[str] | None, Parameter(name=["--guidance-scale", "--cfg"])] = None
-    temperature: Annotated[list[str] | None, Parameter(name=["--temperature", "--tau"])] = None
-    top_k: list[str] | None = None
-    top_p: list[str] | None = None
-    negative_prompt: str | None = None
-    more_smooth: Annotated[bool | None, Parameter(negative="--no-more-smooth")] = None
+    return cast(Options, {name: _value(OPTIONS[name], value) for name, value in vars(flags).items()})
 
 
 def numbers(flag: str, texts: list[str] | None, kind: Callable[[str], Number]) -> Number | list[Number] | None:

@@ -211,6 +211,11 @@ def files_of_folder(folder: Path) -> list[Path]:
     return sorted([*own, *text], key=lambda path: path.name)
 
 
+def file_bytes(folder: Path) -> int:
+    """Bytes of the weights and the text tokenizer on disk; a shared text encoder counts."""
+    return sum(path.stat().st_size for path in files_of_folder(folder) if path.is_file())
+
+
 def folder_sha256(folder: Path) -> str:
     """Hash over the files of a model; the same whether its text encoder is shared or not.
 
