@@ -31,6 +31,18 @@ def test_links_lead_somewhere_and_tables_are_filled(page: Path) -> None:
     assert not re.search(r"<!-- table:\S+ -->\s*<!-- /table -->|<!-- notes:|to be written", text)
 
 
+def test_contributing_names_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:src/foveate|benchmarks|[a-z]+)/[\w<>/]+\.py)`", text)
+    missing = [
+        path
+        for path in named
+        if not any(where.glob(path.replace("<name>", "*")) for where in (ROOT, ROOT / "src/foveate"))
+    ]
+    assert len(named) > 15
+    assert not missing
+
+
 def test_the_site_has_every_page() -> None:
     def pages(nav: object) -> list[str]:
         if isinstance(nav, str):
