@@ -208,4 +208,4 @@ def test_loading_peaks_at_the_unquantised_weights(kind: str) -> None:
     need = memory_need(PUBLISHED["infinity-125m"].spec, torch.float32, Full())
     assert held < 0.7 * (need.transformer + need.autoencoder)
     assert peak < 1.1 * (need.transformer + need.autoencoder)
-    assert done.stderr == ""
+    assert [line for line in done.stderr.splitlines() if not line.startswith("the C kernels do not run here")] == []
