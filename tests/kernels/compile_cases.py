@@ -19,18 +19,18 @@ from foveate.kernels.gpu import bits, energy, heads, norm, residual
 ALIGNED = [["tt.divisibility", 16]]
 FLAGS = (True, False)
 FLOATS = ("eps", "top_p")
-NUMBERS = {"index_ptr": "*i64", "row_ptr": "*i64", "bits_ptr": "*i64"}
+NUMBERS = {"row_ptr": "*i64", "bits_ptr": "*i64"}
 """Pointers to something else than float32, wherever they occur."""
 
 
 def variants() -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
     """Name, kernel, pointers of another type and constants; sizes are those of Infinity-2B and -8B."""
     found = []
-    for out, has_index, has_lookup, block in itertools.product(("*bf16", "*fp16", "*fp32"), FLAGS, FLAGS, (2048, 4096)):
-        constants = {"HAS_INDEX": has_index, "HAS_LOOKUP": has_lookup, "BLOCK": block}
+    for out, has_lookup, block in itertools.product(("*bf16", "*fp16", "*fp32"), FLAGS, (2048, 4096)):
+        constants = {"HAS_LOOKUP": has_lookup, "BLOCK": block}
         found.append(("norm", norm._norm, {"out_ptr": out}, constants))
-    for change, has_gate, has_index in itertools.product(("*bf16", "*fp32"), FLAGS, FLAGS):
-        constants = {"HAS_GATE": has_gate, "HAS_INDEX": has_index, "HAS_LOOKUP": has_gate, "BLOCK": 2048}
+    for change, has_gate in itertools.product(("*bf16", "*fp32"), FLAGS):
+        constants = {"HAS_GATE": has_gate, "HAS_LOOKUP": has_gate, "BLOCK": 2048}
         found.append(("residual", residual._add_gated, {"change_ptr": change}, constants))
     for dtype, rotates, num_heads in itertools.product(("*bf16", "*fp16", "*fp32"), FLAGS, (16, 32)):
         constants = {"HAS_ROTATION": rotates, "HEADS": num_heads, "PAIRS": 64}

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foveate.kernels import native
-from foveate.kernels.attention import attend_group, attend_group_lse, entropy, merge_groups
+from foveate.kernels.attention import attend_group, attend_group_lse, entropy
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [
@@ -149,47 +149,6 @@ def test_gradients_flow_through_the_log_sum_exp() -> None:
         (gradient,) = torch.autograd.grad(lse.sum(), q)
         assert torch.equal(out, attend_group(q, k, v, 0.3))
     assert_near(gradient, 0.3 * naive(q.detach(), k, k, 0.3)[0], 1e-5)
-
-
-# Merging
-
-
-def plain_merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The twin: outputs weighed by how much of all weight their keys have, any number of sets at once, in float64."""
-    lse_pnN = torch.stack([lse.double() for _, lse in parts])
-    share_pnN = lse_pnN.softmax(0)
-    return sum(share[..., None] * out.double() for share, (out, _) in zip(share_pnN, parts, strict=True)), (
-        lse_pnN.logsumexp(0)
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spread", [0.1, 1.0, 20.0])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (3, 500, 40), (700, 2, 513)], ids=str)
-def test_merged_groups_are_attention_over_all_keys(
-    path: str, sizes: tuple[int, ...], spread: float, dtype: torch.dtype
-) -> None:
-    """Three sets, one after the other, in either order."""
-    q, k, v = inputs((2, 2, 7, sum(sizes), 32), dtype, spread)
-    parts = [attend_group_lse(q, *kv, 0.3) for kv in zip(k.split(sizes, 2), v.split(sizes, 2), strict=True)]
-    out, lse, _ = naive(q, k, v, 0.3)
-    largest = max(1.0, largest_score(q, k, 0.3))
-    for a, b, c in (parts, parts[::-1]):
-        merged_out, merged_lse = merge_groups(*merge_groups(*a, *b), *c)
-        twin_out, twin_lse = plain_merge([a, b, c])
-        assert_near(merged_lse, twin_lse, 1e-6 * largest)
-        assert_near(merged_out, twin_out, 2e-6 * largest)
-        assert_near(merged_lse, lse, 2 * lse_step(path, q) * largest)
-        assert_near(merged_out, out, 4e-6 * largest if dtype is torch.float32 else 5e-2)
-
-
-def test_a_set_without_keys_changes_nothing() -> None:
-    q, k, v = inputs((1, 2, 4, 30, 16), torch.float32)
-    out, lse = attend_group_lse(q, k, v, 0.3)
-    nothing = torch.zeros_like(out), torch.full_like(lse, -math.inf)
-    for merged_out, merged_lse in (merge_groups(out, lse, *nothing), merge_groups(*nothing, out, lse)):
-        assert torch.equal(merged_out, out)
-        assert torch.equal(merged_lse, lse)
 
 
 # Entropy

@@ -84,25 +84,6 @@ def attend_group_lse(
     return out_gNlD.transpose(1, 2).reshape(q_nND.shape), lse_gNl.float().transpose(1, 2).flatten(0, 1)
 
 
-def merge_groups(
-    out_a_nND: Float[Tensor, "n N D"],
-    lse_a_nN: Float32[Tensor, "n N"],
-    out_b_nND: Float[Tensor, "n N D"],
-    lse_b_nN: Float32[Tensor, "n N"],
-) -> tuple[Float32[Tensor, "n N D"], Float32[Tensor, "n N"]]:
-    """Attention over the union of two disjoint sets of keys, from what `attend_group_lse` returned for each.
-
-    Computed in float32 (FlashAttention, arXiv 2205.14135, section 3.1). A log-sum-exp of minus infinity stands for a
-    set without keys; one of the two must have some.
-
-    Returns:
-        The attention and its log-sum-exp, to be merged with a third set.
-    """
-    share_a_nN = torch.sigmoid(lse_a_nN - lse_b_nN)
-    out_nND = torch.lerp(out_b_nND.float(), out_a_nND.float(), share_a_nN.unsqueeze(-1))
-    return out_nND, torch.logaddexp(lse_a_nN, lse_b_nN)
-
-
 def entropy(q_nND: Float[Tensor, "n N D"], k_gNmD: Float[Tensor, "g N m D"], scale: float) -> Float32[Tensor, "n N"]:
     """Entropy of the attention weights of each query and head, in nats, from 0 to log m.
 

@@ -1,13 +1,13 @@
-"""Layer norm with a factor and a shift per row in one pass; with an index it gathers the tokens on the way.
+"""Layer norm with a factor and a shift per row in one pass.
 
 One program per token holds the whole width: the input is read once and the output written once.
-Axes: n packed tokens, m tokens of the input, R rows, C width.
+Axes: n packed tokens, R rows, C width.
 """
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from foveate.core.rows import Rows
@@ -17,20 +17,17 @@ from foveate.kernels.gpu.rows import lookup
 
 @triton.jit
 def _norm(
-    x_ptr, factor_ptr, shift_ptr, out_ptr, index_ptr, row_ptr,
+    x_ptr, factor_ptr, shift_ptr, out_ptr, row_ptr,
     x_stride, factor_stride, shift_stride, tokens_per_row, width, eps,
-    HAS_INDEX: tl.constexpr, HAS_LOOKUP: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_LOOKUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    source = token
-    if HAS_INDEX:
-        source = tl.load(index_ptr + token)
     row = token // tokens_per_row
     if HAS_LOOKUP:
         row = tl.load(row_ptr + token)
     channel = tl.arange(0, BLOCK)
     is_inside = channel < width
-    x = tl.load(x_ptr + source * x_stride + channel, mask=is_inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + token * x_stride + channel, mask=is_inside, other=0.0).to(tl.float32)
     factor = tl.load(factor_ptr + row * factor_stride + channel, mask=is_inside, other=0.0)
     shift = tl.load(shift_ptr + row * shift_stride + channel, mask=is_inside, other=0.0)
     centred = tl.where(is_inside, x - tl.sum(x, axis=0) / width, 0.0)
@@ -40,35 +37,33 @@ def _norm(
 
 
 def norm_modulate(
-    x_mC: Float[Tensor, "m C"],
+    x_nC: Float[Tensor, "n C"],
     factor_RC: Float[Tensor, "R C"],
     shift_RC: Float[Tensor, "R C"],
     rows: Rows,
     dtype: torch.dtype,
     eps: float,
-    index_n: Int[Tensor, " n"] | None = None,
 ) -> Float[Tensor, "n C"]:
-    """As `kernels.norm.norm_modulate`, of the tokens `x_mC[index_n]` where an index is given; float32 in between.
+    """As `kernels.norm.norm_modulate`; float32 in between.
 
     Args:
-        x_mC: Hidden states; neighbouring channels lie together, as in all other tensors.
+        x_nC: Hidden states; neighbouring channels lie together, as in all other tensors.
         factor_RC: Float32; one entry per row of `rows`.
         shift_RC: As the factor.
-        rows: Which tokens of the output belong to which row.
+        rows: Which tokens belong to which row.
         dtype: Of what is returned: float32, bfloat16 or float16.
         eps: Added to the variance.
-        index_n: Tokens to gather; they may repeat. None takes all in their order.
     """
-    width = x_mC.shape[1]
-    out_nC = x_mC.new_empty((rows.total, width), dtype=dtype)
+    width = x_nC.shape[1]
+    out_nC = x_nC.new_empty((rows.total, width), dtype=dtype)
     if not rows.total:
         return out_nC
     block = power_of_two(width)
-    row_n, tokens_per_row = lookup(rows, x_mC.device)
-    with torch.cuda.device_of(x_mC):
+    row_n, tokens_per_row = lookup(rows, x_nC.device)
+    with torch.cuda.device_of(x_nC):
         _norm[(rows.total,)](
-            x_mC, factor_RC, shift_RC, out_nC, index_n, row_n,
-            x_mC.stride(0), factor_RC.stride(0), shift_RC.stride(0), tokens_per_row, width, eps,
-            HAS_INDEX=index_n is not None, HAS_LOOKUP=row_n is not None, BLOCK=block, num_warps=num_warps(block),
+            x_nC, factor_RC, shift_RC, out_nC, row_n,
+            x_nC.stride(0), factor_RC.stride(0), shift_RC.stride(0), tokens_per_row, width, eps,
+            HAS_LOOKUP=row_n is not None, BLOCK=block, num_warps=num_warps(block),
         )  # fmt: skip
     return out_nC
