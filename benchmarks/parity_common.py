@@ -34,6 +34,9 @@ HALF_TOLERANCE = 5e-3
 CLEAR_CUT = 1e-5
 """A cut among tokens is clear where the scores on its two sides differ by this much of their standard deviation."""
 
+PIXELS = ("decoded", "image01", "decoded_f16", "image01_f16")
+"""Under one of these names a record has pixels, in float32 or float16."""
+
 Case = dict[str, Any]
 """The `.json` of a case."""
 Record = dict[str, Tensor]
@@ -182,6 +185,8 @@ def relative_error(found: Tensor, recorded: Tensor) -> float:
     if found.shape != recorded.shape:
         return float("inf")
     recorded = recorded.float()
+    if torch.equal(found.float(), recorded):
+        return 0.0
     error = float((found.float() - recorded).abs().max() / recorded.std(correction=0))
     return error if math.isfinite(error) else float("inf")
 
@@ -200,9 +205,10 @@ def lean(
 
 def recorded_pixels(record: Record) -> Float[Tensor, "B 3 Y X"] | None:
     """Recorded pixels in [-1, 1], if any: some references recorded these, others the image in [0, 1]."""
-    if "decoded_f16" in record:
-        return record["decoded_f16"].float()
-    return record["image01_f16"].float() * 2 - 1 if "image01_f16" in record else None
+    name = next((name for name in PIXELS if name in record), None)
+    if name is None:
+        return None
+    return record[name].float() * 2 - 1 if name.startswith("image01") else record[name].float()
 
 
 def compare(
@@ -212,10 +218,15 @@ def compare(
     record: Record,
     symbols: tuple[Int[Tensor, "B l d"], ...],
     policy: Policy | None = None,
+    margins: Mapping[str, float | None] | None = None,
 ) -> Result:
-    """Runs a case with its recorded symbols, one tensor per scale that ran, and judges it against its record."""
+    """Runs a case with its recorded symbols, one tensor per scale that ran, and judges it against its record.
+
+    `margins` are the `smallest_margins` of the case, where it has any.
+    """
     wants_pixels = recorded_pixels(record) is not None
-    return judge(name, force(engine, request, symbols, policy or Full(), wants_pixels=wants_pixels), record)
+    run = force(engine, request, symbols, policy or Full(), wants_pixels=wants_pixels)
+    return judge(name, run, record, (margins or {}).get("token_cut"))
 
 
 @torch.inference_mode()
@@ -233,15 +244,15 @@ def force(
     return Forced(steps=tuple(sampler.steps), latent_BZHW=last.f_hat_BZHW, pixels_B3YX=pixels_B3YX, cuts=bound.cuts)
 
 
-def judge(name: str, run: Forced, record: Record) -> Result:
+def judge(name: str, run: Forced, record: Record, recorded_cut: float | None = None) -> Result:
     """Compares a forced run with its record.
 
     Where a cut among tokens is not clear, other tokens may have run: a case that does not fit from there on is judged
-    up to that scale.
+    up to that scale. `recorded_cut` is the nearest cut of the reference's own run; if that was clear, all are.
     """
     result = judged_up_to(name, run, record, len(run.steps))
     unclear = next((scale for scale, cut in sorted(run.cuts.items()) if cut < CLEAR_CUT), None)
-    if unclear is None:
+    if unclear is None or (recorded_cut is not None and recorded_cut >= CLEAR_CUT):
         return result
     cut = f"a cut among tokens of {run.cuts[unclear]:.1e} at scale {unclear}"
     if result.status == "pass":
@@ -260,6 +271,7 @@ def judged_up_to(name: str, run: Forced, record: Record, end: int) -> Result:
     for i, step in enumerate(steps):
         logits_BndV = step.logits_BldV[:, record[f"step{i:02d}.positions"].long()]
         errors.append(relative_error(logits_BndV.flatten(2), record[f"step{i:02d}.logits"].flatten(2)))
+    is_half = any(record[name].dtype is torch.float16 for name in PIXELS if name in record)
     return judged(
         Result(
             case=name,
@@ -268,13 +280,14 @@ def judged_up_to(name: str, run: Forced, record: Record, end: int) -> Result:
             codes_equal=all(step.is_agreed for step in steps),
             latent_error=relative_error(run.latent_BZHW, record["latent"]),
             image_error=image_error,
-        )
+        ),
+        HALF_TOLERANCE if is_half else TOLERANCE,
     )
 
 
-def judged(result: Result) -> Result:
+def judged(result: Result, image_bound: float) -> Result:
     """The result, failed with a reason if a bound is broken."""
-    bounds = {"max_logit_error": TOLERANCE, "latent_error": TOLERANCE, "image_error": HALF_TOLERANCE}
+    bounds = {"max_logit_error": TOLERANCE, "latent_error": TOLERANCE, "image_error": image_bound}
     errors = {name: getattr(result, name) for name in bounds}
     broken = [
         f"{name} {error:.2e} is above {bounds[name]:.0e}"

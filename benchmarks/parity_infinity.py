@@ -48,7 +48,7 @@ def run_on_path(name: str, case: Case, record: Record, *, restarts_positions: bo
     request = build_request(case, record, schedule, engine.model.shape.num_blocks)
     symbols = recorded_symbols(record, schedule.patch)
     policy = policy_of(case, schedule)
-    result = compare(name, engine, request, record, symbols, policy)
+    result = compare(name, engine, request, record, symbols, policy, case.get("smallest_margins"))
     path = (
         "restart at every scale, as in its path without fused norms"
         if restarts_positions

@@ -244,6 +244,42 @@ def test_behind_a_cut_that_is_not_clear_a_difference_is_forgiven_and_said() -> N
     assert result.reason == f"judged before scale 3: {cut}"
 
 
+def test_a_cut_that_was_recorded_as_clear_forgives_nothing() -> None:
+    run, record = forced_and_recorded({3: 9e-6})
+    assert parity_common.judge("case", run, record, 1.1e-5).reason == ""
+    record["step02.logits"][0, 0, 0, 0] += 1
+    assert parity_common.judge("case", run, record, 1.1e-5).status == "fail"
+    for recorded_cut in (None, 9e-6):
+        assert parity_common.judge("case", run, record, recorded_cut).status == "pass"
+
+
+@pytest.mark.parametrize(
+    ("name", "off", "status"),
+    [
+        ("decoded", 5e-5, "pass"),
+        ("decoded", 2e-4, "fail"),
+        ("decoded_f16", 2e-3, "pass"),
+        ("decoded_f16", 1e-2, "fail"),
+        ("image01", 5e-5, "pass"),
+        ("image01", 2e-4, "fail"),
+        ("image01_f16", 2e-3, "pass"),
+        ("image01_f16", 1e-2, "fail"),
+    ],
+)
+def test_images_are_bound_by_the_dtype_they_were_recorded_in(name: str, off: float, status: str) -> None:
+    """Relative to the standard deviation of the recorded image."""
+    run, record = forced_and_recorded({})
+    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(5)) / 4
+    recorded = (pixels + 1) / 2 if name.startswith("image01") else pixels
+    record[name] = recorded.half() if name.endswith("f16") else recorded
+    found = parity_common.recorded_pixels(record)
+    shift = torch.zeros(1, 3, 8, 8).index_fill(3, torch.tensor([2]), off * float(found.float().std(correction=0)))
+    result = parity_common.judge("case", replace(run, pixels_B3YX=found.float() + shift), record)
+    assert result.status == status
+    assert result.image_error == pytest.approx(off, rel=2e-2)
+    assert ("image_error" in result.reason) == (status == "fail")
+
+
 @pytest.mark.parametrize("key", ["step00.logits", "step01.logits", "latent"])
 def test_before_that_cut_nothing_is_forgiven(key: str) -> None:
     run, record = forced_and_recorded({3: 1e-9})
