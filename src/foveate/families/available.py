@@ -6,7 +6,6 @@ holds for later.
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -37,10 +36,10 @@ def _free_memory() -> int | None:
 
 def _address_space() -> int | None:
     """What `ulimit -v` leaves; None without a limit."""
-    if sys.platform == "win32":
+    try:
+        import resource  # noqa: PLC0415 - Windows has no such module
+    except ImportError:
         return None
-    import resource  # noqa: PLC0415 - Windows has no such module
-
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     taken = _read(_PROC / "self" / "statm").split()
     if limit == resource.RLIM_INFINITY or not taken:

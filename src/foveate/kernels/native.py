@@ -220,9 +220,15 @@ def _cache_folder() -> Path:
         except OSError:
             continue
         # A library that somebody else could have put there is not loaded.
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+        if os.access(folder, os.W_OK) and folder.stat().st_uid == _user():
             return folder
     raise PermissionError(f"{given or 'neither the home nor the temporary folder'} cannot be written")
+
+
+def _user() -> int:
+    """The number of the user, as `Path.stat` says it; 0, as it says there, on a system without such numbers."""
+    getuid = getattr(os, "getuid", None)
+    return 0 if getuid is None else int(getuid())
 
 
 def _own_folders() -> list[Path]:
@@ -234,7 +240,7 @@ def _own_folders() -> list[Path]:
         except RuntimeError:  # a user without a home, as in a container that runs under any number
             home = None
     kept = [Path(home) / "foveate"] if home else []
-    return [*kept, Path(tempfile.gettempdir()) / f"foveate-{os.getuid()}"]
+    return [*kept, Path(tempfile.gettempdir()) / f"foveate-{_user()}"]
 
 
 def _share_threads(loaded: ctypes.CDLL) -> None:
