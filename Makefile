@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip
 # One worker per core with one thread each: threads of several workers would wait for each other.
 WORKERS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal --durations=10
 
-.PHONY: demo test soak check format wheel wheel-check clean
+.PHONY: demo test soak bounds check format wheel wheel-check clean
 
 # Draws four pictures in five ways and says what was saved and what it cost: demo/
 demo: .venv/.installed
@@ -19,6 +19,17 @@ test: .venv/.installed-dev
 REPORT ?= out/soak.md
 soak: .venv/.installed-dev
 	$(WORKERS) -m soak --report $(REPORT)
+
+# A slice of the tests with the lowest versions that pyproject.toml allows; PYTHON=python3.13 takes another interpreter.
+LOWEST = .venv-lowest/bin/python
+bounds:
+	rm -rf .venv-lowest && $(PYTHON) -m venv .venv-lowest
+	$(LOWEST) -m pip install "$$(grep '^torch==' constraints-lowest.txt)"
+	$(LOWEST) -m pip install -c constraints-lowest.txt -e ".[eval]"
+	$(LOWEST) -m pip install $$(grep -E '^(beartype|hypothesis|pytest)==' constraints.txt)
+	OMP_NUM_THREADS=1 $(LOWEST) -m pytest -o addopts= --import-mode=importlib -m "not soak" \
+		tests/core tests/tokenizers tests/engine/test_engine.py tests/models/test_checkpoint.py \
+		tests/parity/test_parity.py tests/cli/test_generate.py
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -44,7 +55,7 @@ wheel-check: wheel
 	cd dist/check && ../../.venv-wheel/bin/foveate generate --from source.png
 
 clean:
-	rm -rf .venv .venv-wheel dist build demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-wheel .venv-lowest dist build demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 # torch comes first and alone: it is by far the largest, and everything else must fit the pinned one.
 .venv/.installed: pyproject.toml constraints.txt packages/foveate-emoji/pyproject.toml
