@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from foveate.engine.executor import Engine
-from foveate.engine.graphs import Graphs, Recalled
+from foveate.engine.graphs import Graphs
 from foveate.policies.registry import load_policy
+from tests.engine.captures import Recalled
 from tests.toys import Toy, label_request, make_request, toy, toy_var
 
 WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "masked_select", "unique",

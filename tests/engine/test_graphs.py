@@ -18,9 +18,10 @@ from torch import Tensor
 
 from foveate.core.held import copy_held_, held_bytes, held_copy
 from foveate.engine.executor import Engine
-from foveate.engine.graphs import DeviceCapture, Graphs, Recalled
+from foveate.engine.graphs import DeviceCapture, Graphs
 from foveate.engine.state import Request
 from foveate.policies.registry import load_policy
+from tests.engine.captures import Recalled
 from tests.engine.test_uncached import forgetful
 from tests.models import test_switti
 from tests.toys import SpySampler, Toy, label_request, make_request, toy, toy_var
@@ -177,7 +178,7 @@ def test_a_shape_without_memory_for_its_buffers_takes_the_plain_loop(
     for seed in (3, 5, 7, 9):
         request = request_of(subject, seed)
         assert equal(latents(graphed, "full", subject, request), latents(plain, "full", subject, request))
-    (warning,) = [record.message for record in caplog.records if "no memory for them" in record.message]
+    (warning,) = [record.message for record in caplog.records if "no memory for it" in record.message]
     assert warning.endswith("CUDA out of memory. Tried to allocate 600 MiB")
 
 

@@ -13,6 +13,7 @@ WarningCode = Literal[
     "negative_prompt_ignored",
     "weights_unpinned",
     "kernels_plain",
+    "graphs_plain",
 ]
 """Codes are stable; messages are for people and may change."""
 

@@ -6,7 +6,6 @@ Behind the prefix its keys and values move into the request's cache, and the pla
 Axes: R rows, n packed tokens, C width, D numbers of a position, k packed tokens with logits, V outputs.
 """
 
-import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,14 +22,15 @@ from foveate.core.errors import is_out_of_memory
 from foveate.core.held import copy_held_, held_copy
 from foveate.core.protocols import NextScaleModel, Prepared
 from foveate.core.schedule import Scale, ScaleSchedule
+from foveate.core.warnings import CallWarning, log_warnings
 from foveate.engine.kv_cache import KVCache
-
-logger = logging.getLogger("foveate")
 
 T = TypeVar("T")
 
 MOST_TOKENS = 512
 """Packed tokens of a scale above which products are expected to take longer than launches (docs/gpu.md)."""
+TOLERANCE = 1e-5
+"""Largest difference between a replay and the plain loop, over the largest value of the latter if that is above 1."""
 MOST_SHAPES = 16
 MOST_SEEN = 1024
 """Shapes that were met once and are remembered, without anything of them."""
@@ -107,24 +107,6 @@ class _DeviceGraph:
         self.graph.replay()
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
-class Recalled:
-    """The twin of a graph for any device: it remembers the function and calls it again."""
-
-    work: Callable[[], Tensor]
-    out: Tensor
-
-    @classmethod
-    def capture(cls, work: Callable[[], Tensor]) -> "Recalled":
-        """Runs it twice, as a device does, and remembers it."""
-        work()
-        return cls(work=work, out=work())
-
-    def replay(self) -> None:
-        """Calls the function."""
-        self.out.copy_(self.work())
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefixShape:
     """What two requests have in common whose prefixes are the same work.
@@ -187,23 +169,39 @@ class Prefix:
         """
         key = (scale.index, num_headed)
         self._fill(scale.index)
-        if key not in self.graphs:
-            try:
-                self.graphs[key] = self._captured(scale.index, x_nC, rotation_nD, run)
-            except RuntimeError as error:
-                logger.warning("graphs of one shape are off, it could not be captured: %s", str(error).split("\n")[0])
-                self.is_broken = True
-                self._fill(scale.index)
-                out_kV = run(x_nC, rotation_nD, self.prepared, self.cache)
-                self.done = scale.index + 1
-                return out_kV
+        out_kV = None if key in self.graphs else self._first(key, x_nC, rotation_nD, run)
+        if out_kV is None:
+            out_kV = self._replayed(key, x_nC)
+        self.done = scale.index + 1
+        self._fill(self.done)
+        return out_kV
+
+    def _replayed(self, key: tuple[int, int], x_nC: Tensor) -> Tensor:
         recorded = self.graphs[key]
         # The blocks add to what they are given, so it is filled anew every time.
         recorded.x_nC.copy_(x_nC)
         recorded.captured.replay()
-        self.done = scale.index + 1
-        self._fill(self.done)
         return recorded.captured.out.clone()
+
+    def _first(self, key: tuple[int, int], x_nC: Tensor, rotation_nD: Tensor, run: Blocks) -> Tensor:
+        """Runs a scale plainly, then captures it and replays it once: only what agrees is ever replayed again."""
+        scale = key[0]
+        out_kV = run(x_nC.clone(), rotation_nD, self.prepared, self.cache)
+        expected = [part.clone() for part in (out_kV, *self.cache.k_RNMD, *self.cache.v_RNMD)]
+        problem = None
+        try:
+            self.graphs[key] = self._captured(scale, x_nC, rotation_nD, run)
+            found = (self._replayed(key, x_nC), *self.cache.k_RNMD, *self.cache.v_RNMD)
+            if not all(_agree(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
+                problem = f"a replay differs from the plain loop by more than {TOLERANCE:g}"
+        except RuntimeError as error:
+            problem = f"it could not be captured: {str(error).split(chr(10))[0]}"
+        if problem is not None:
+            self.is_broken = True
+            self.owner.note(problem)
+            for over, part in zip((*self.cache.k_RNMD, *self.cache.v_RNMD), expected[1:], strict=True):
+                over.copy_(part)
+        return expected[0]
 
     def _captured(self, scale: int, x_nC: Tensor, rotation_nD: Tensor, run: Blocks) -> Recorded:
         own_x_nC, own_rotation_nD = x_nC.clone(), rotation_nD.clone()
@@ -241,8 +239,8 @@ class Prefix:
 class Graphs:
     """The prefixes of an engine by shape; nothing of a request is left in them that another one reads.
 
-    A shape is captured when it is met for the second time: recording takes longer than running once. One request has
-    graphs at a time; others beside it take the plain loop.
+    A shape is captured when it is met for the second time, as recording takes longer than running once, and compared
+    with the plain loop there. One request has graphs at a time; others beside it take the plain loop.
     """
 
     def __init__(self, capture: Capture, most_tokens: int = MOST_TOKENS, most_shapes: int = MOST_SHAPES) -> None:
@@ -252,6 +250,7 @@ class Graphs:
         self._refused: OrderedDict[PrefixShape, None] = OrderedDict()
         self._caches: WeakValueDictionary[tuple[int, int, int, torch.dtype], KVCache] = WeakValueDictionary()
         self._leased: Prefix | None = None
+        self._warnings: list[CallWarning] = []
         self._lock = threading.Lock()
 
     def lease(self, shape: PrefixShape, model: NextScaleModel, prepared: Prepared) -> Prefix | None:
@@ -287,6 +286,17 @@ class Graphs:
             if self._leased is prefix:
                 self._leased = None
 
+    def note(self, problem: str) -> None:
+        """Says once, and in every report from now on, that a shape takes the plain loop."""
+        warning = CallWarning(code="graphs_plain", message=f"one shape runs without captured graphs: {problem}")
+        if warning not in self._warnings:
+            self._warnings.append(warning)
+            log_warnings([warning])
+
+    def warnings(self) -> tuple[CallWarning, ...]:
+        """What the report of a call says of shapes that take the plain loop."""
+        return tuple(self._warnings)
+
     def _built(self, shape: PrefixShape, model: NextScaleModel, prepared: Prepared) -> Prefix | None:
         """A new prefix, or None, now and later, if there is no memory for its buffers: the plain loop needs none."""
         try:
@@ -294,7 +304,7 @@ class Graphs:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            logger.warning("graphs of one shape are off, there is no memory for them: %s", str(error).split("\n")[0])
+            self.note(f"there is no memory for it: {str(error).split(chr(10))[0]}")
             _remember(self._refused, shape, None, MOST_SEEN)
             return None
 
@@ -317,3 +327,9 @@ def _remember(shapes: "OrderedDict[PrefixShape, T]", shape: PrefixShape, value: 
     shapes.move_to_end(shape)
     while len(shapes) > most:
         shapes.popitem(last=False)
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether a replay is the plain loop within `TOLERANCE`; numbers that are broken must be so in both."""
+    largest = expected.double().nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1.0)
+    return torch.allclose(found.double(), expected.double(), rtol=0.0, atol=TOLERANCE * float(largest), equal_nan=True)
