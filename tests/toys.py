@@ -228,14 +228,20 @@ class Result:
 
 
 def run(
-    subject: Toy, policy: Policy | Bound, request: Request | None = None, model: NextScaleModel | None = None
+    subject: Toy,
+    policy: Policy | Bound,
+    request: Request | None = None,
+    model: NextScaleModel | None = None,
+    *,
+    uses_triton: bool = False,
 ) -> Result:
     """Runs a policy to the end with spies on it."""
     request = request or make_request(subject.schedule)
     model = model or subject.model
     bound = SpyBound(policy.bind(subject.schedule, model.shape) if isinstance(policy, Policy) else policy)
     spy = SpySampler(inner=request.sampler)
-    steps = list(Engine(model, subject.tokenizer).run(bound, with_sampler(request, spy)))
+    engine = Engine(model, subject.tokenizer, uses_triton=uses_triton)
+    steps = list(engine.run(bound, with_sampler(request, spy)))
     f_hats = tuple(step.f_hat_BZHW for step in steps)
     return Result(f_hats=f_hats, trace=steps[-1].trace, choices=spy.choices, bound=bound)
 

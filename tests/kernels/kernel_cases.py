@@ -36,7 +36,7 @@ WIDTHS = [1, 12, 64, 100, 129]
 def _no_gradients(request: pytest.FixtureRequest):
     """Seeds by the name of the case, so that every case has inputs of its own."""
     torch.manual_seed(sum(map(ord, request.node.name)))
-    with torch.inference_mode(), torch.device(DEVICE):
+    with torch.inference_mode(), torch.device(DEVICE), launch.enabled(True):
         yield
 
 
@@ -169,9 +169,18 @@ def test_the_functions_of_the_library_use_the_kernels(monkeypatch: pytest.Monkey
         plain_bits.sample_bits(torch.randn(3, 4, 2), torch.rand(3, 4), 0.9)
         detail_energy(torch.randn(1, 2, 4, 4), (6, 6))
 
+    monkeypatch.setattr(launch, "_checked", {})
     all_of_them()
-    assert asked == ["norm", "residual", "heads", "bits", "energy"]
+    names = ["norm", "residual", "heads", "bits", "energy"]
+    assert asked == [name for name in names for _ in range(2)], "each is checked first"
     asked.clear()
+    all_of_them()
+    assert asked == names
+    assert launch.warnings() == ()
+    with launch.enabled(False):
+        asked.clear()
+        all_of_them()
+        assert asked == []
     with torch.inference_mode(mode=False), torch.enable_grad():
         x_nC, (factor_RC, shift_RC) = torch.randn(3, 16), modulation(rows, 16)
         all_of_them()
@@ -180,24 +189,23 @@ def test_the_functions_of_the_library_use_the_kernels(monkeypatch: pytest.Monkey
 
 @ON_CPU
 @pytest.mark.parametrize("spec", ["full", "ld-pruning"])
-def test_engine_draws_the_same_codes(spec: str, monkeypatch: pytest.MonkeyPatch):
+def test_engine_draws_the_same_codes(spec: str):
     """Whole requests on a toy: latents agree, so no code of any scale differs.
 
     No policy that ranks changes: enlarged ones tie within float error, and ties go either way.
     """
     subject = toy("square")
     request = make_request(subject.schedule, (3, 7), (5, 9))
-    with_kernels = run(subject, load_policy(spec), request)
-    monkeypatch.setattr(launch, "has_triton", lambda: False)
+    with_kernels = run(subject, load_policy(spec), request, uses_triton=True)
+    assert launch.warnings() == ()
     without = run(subject, load_policy(spec), request)
     assert torch.allclose(with_kernels.f_hat, without.f_hat, atol=1e-4)
     assert not torch.equal(with_kernels.choices[4].logits[0], without.choices[4].logits[0])
 
 
 @ON_CPU
-def test_engine_draws_the_same_ids(monkeypatch: pytest.MonkeyPatch):
+def test_engine_draws_the_same_ids():
     subject = toy_var()
     request = label_request(subject.schedule, (3,), (1,))
-    with_kernels = run(subject, load_policy("uniform-depth"), request)
-    monkeypatch.setattr(launch, "has_triton", lambda: False)
+    with_kernels = run(subject, load_policy("uniform-depth"), request, uses_triton=True)
     assert torch.allclose(with_kernels.f_hat, run(subject, load_policy("uniform-depth"), request).f_hat, atol=1e-4)

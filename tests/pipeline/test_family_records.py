@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from foveate.cli.models import all_models
 from torch import nn
 
 import foveate as fv
 from foveate.adapters.attachment import attach
+from foveate.cli.models import all_models
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.families import registry
 from foveate.families.convert import convert

@@ -3,8 +3,8 @@
 Axes: B images, n packed tokens, k tokens that reach the head, C width, V outputs, Z latent channels.
 """
 
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,6 +30,7 @@ from foveate.engine.graphs import Graphs
 from foveate.engine.kv_cache import KVCache
 from foveate.engine.scale_run import ScaleRun
 from foveate.engine.state import Request, RequestState
+from foveate.kernels.gpu import launch
 from foveate.kernels.heap import kept_heap
 
 
@@ -76,6 +77,7 @@ class Engine:
         refiner: Refiner | None = None,
         *,
         obeys_autocast: bool = False,
+        uses_triton: bool = False,
     ) -> None:
         """Takes the parts.
 
@@ -85,14 +87,20 @@ class Engine:
             graphs: Replays the first scales of requests that run alone; None launches everything.
             refiner: The family's step between sampling and commit; None where it has none.
             obeys_autocast: Whether autocast of the caller reaches the model, as for a model of the caller's own.
+            uses_triton: Whether Triton kernels run on a GPU (`kernels.gpu.launch`).
         """
-        self.obeys_autocast = obeys_autocast
+        self.obeys_autocast, self.uses_triton = obeys_autocast, uses_triton
         self.model, self.tokenizer, self.graphs, self.refiner = model, tokenizer, graphs, refiner
         self._narrowed: dict[tuple[int, torch.dtype], Block] = {}
 
-    def guard(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def guard(self) -> Iterator[None]:
         """What the engine computes in: without gradients and, unless it obeys it, without the caller's autocast."""
-        return torch.inference_mode() if self.obeys_autocast else inference(self.model.device)
+        with (
+            torch.inference_mode() if self.obeys_autocast else inference(self.model.device),
+            launch.enabled(self.uses_triton),
+        ):
+            yield
 
     def open(self, bound: Bound, request: Request) -> RequestState:
         """A request before its first scale; `RequestState.release` ends it.

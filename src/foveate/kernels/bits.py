@@ -27,8 +27,16 @@ def sample_bits(logits_kd2: Float[Tensor, "k d 2"], u_kd: Float[Tensor, "k d"], 
         top_p: In [0, 1]; 0 rules nothing out.
     """
     if launch.serves(logits_kd2, u_kd):
-        bits_kd: Tensor = launch.kernel("bits").sample_bits(logits_kd2, u_kd, top_p)
-        return bits_kd
+        return launch.run("bits", _triton, _plain, logits_kd2, u_kd, top_p)
+    return _plain(logits_kd2, u_kd, top_p)
+
+
+def _plain(logits_kd2: Float[Tensor, "k d 2"], u_kd: Float[Tensor, "k d"], top_p: float) -> Int[Tensor, "k d"]:
     logits_kd2 = logits_kd2.float()
     filtered = keep_two(logits_kd2, top_p) if top_p > 0 else logits_kd2
     return (u_kd < filtered.softmax(-1)[..., 1]).long()
+
+
+def _triton(logits_kd2: Float[Tensor, "k d 2"], u_kd: Float[Tensor, "k d"], top_p: float) -> Int[Tensor, "k d"]:
+    bits_kd: Tensor = launch.kernel("bits").sample_bits(logits_kd2, u_kd, top_p)
+    return bits_kd

@@ -36,26 +36,39 @@ def unit_rotated(
         gain_N: Length of the queries of each head, float32.
         rotation_nD: As `rotate` takes it, float32; without columns nothing is rotated.
     """
-    q_nND, k_nND, v_nND = qkv_n3ND.unbind(1)
     if qkv_n3ND.shape[-1] % 2 == 0 and launch.serves(qkv_n3ND, gain_N, rotation_nD):
-        launch.kernel("heads").unit_rotated_(qkv_n3ND, gain_N, rotation_nD)
-        return q_nND, k_nND, v_nND
-    rotates = rotation_nD.shape[-1] > 0
+        return launch.run("heads", _triton, _plain, qkv_n3ND, gain_N, rotation_nD)
     if not (qkv_n3ND.is_contiguous() and rotation_nD.is_contiguous() and native.serves(qkv_n3ND, gain_N, rotation_nD)):
-        q_nND, k_nND = unit_heads(q_nND) * gain_N[:, None], unit_heads(k_nND)
-        if rotates:
-            q_nND, k_nND = rotate(q_nND, rotation_nD), rotate(k_nND, rotation_nD)
-        return q_nND.to(v_nND.dtype), k_nND.to(v_nND.dtype), v_nND
+        return _plain(qkv_n3ND, gain_N, rotation_nD)
     library = native.loaded()
     num_tokens, _, num_heads, width = qkv_n3ND.shape
     library.foveate_heads(
         qkv_n3ND.data_ptr(),
         native.dtype_code(qkv_n3ND),
         gain_N.data_ptr(),
-        rotation_nD.data_ptr() if rotates else 0,
+        rotation_nD.data_ptr() if rotation_nD.shape[-1] > 0 else 0,
         num_tokens,
         num_heads,
         width,
         native.num_threads(qkv_n3ND.numel()),
     )
+    q_nND, k_nND, v_nND = qkv_n3ND.unbind(1)
+    return q_nND, k_nND, v_nND
+
+
+def _plain(
+    qkv_n3ND: Float[Tensor, "n 3 N D"], gain_N: Float[Tensor, " N"], rotation_nD: Float[Tensor, "n _d"]
+) -> tuple[Float[Tensor, "n N D"], Float[Tensor, "n N D"], Float[Tensor, "n N D"]]:
+    q_nND, k_nND, v_nND = qkv_n3ND.unbind(1)
+    q_nND, k_nND = unit_heads(q_nND) * gain_N[:, None], unit_heads(k_nND)
+    if rotation_nD.shape[-1] > 0:
+        q_nND, k_nND = rotate(q_nND, rotation_nD), rotate(k_nND, rotation_nD)
+    return q_nND.to(v_nND.dtype), k_nND.to(v_nND.dtype), v_nND
+
+
+def _triton(
+    qkv_n3ND: Float[Tensor, "n 3 N D"], gain_N: Float[Tensor, " N"], rotation_nD: Float[Tensor, "n _d"]
+) -> tuple[Float[Tensor, "n N D"], Float[Tensor, "n N D"], Float[Tensor, "n N D"]]:
+    launch.kernel("heads").unit_rotated_(qkv_n3ND, gain_N, rotation_nD)
+    q_nND, k_nND, v_nND = qkv_n3ND.unbind(1)
     return q_nND, k_nND, v_nND

@@ -32,12 +32,10 @@ def norm_modulate(
         eps: Added to the variance.
     """
     if launch.serves(x_nC, factor_RC, shift_RC):
-        out_nC: Tensor = launch.kernel("norm").norm_modulate(x_nC, factor_RC, shift_RC, rows, dtype, eps)
-        return out_nC
+        return launch.run("norm", _triton, _plain, x_nC, factor_RC, shift_RC, rows, dtype, eps)
     is_whole = factor_RC.stride(-1) == shift_RC.stride(-1) == 1 and x_nC.is_contiguous()
     if dtype not in (torch.float32, torch.bfloat16) or not is_whole or not native.serves(x_nC, factor_RC, shift_RC):
-        normed_nC = F.layer_norm(x_nC, x_nC.shape[-1:], eps=eps)
-        return torch.addcmul(rows.spread(shift_RC), normed_nC, rows.spread(factor_RC)).to(dtype)
+        return _plain(x_nC, factor_RC, shift_RC, rows, dtype, eps)
     library = native.loaded()
     out_nC = x_nC.new_empty(x_nC.shape, dtype=dtype)
     library.foveate_norm(
@@ -53,4 +51,28 @@ def norm_modulate(
         eps,
         native.num_threads(x_nC.numel()),
     )
+    return out_nC
+
+
+def _plain(
+    x_nC: Float[Tensor, "n C"],
+    factor_RC: Float[Tensor, "R C"],
+    shift_RC: Float[Tensor, "R C"],
+    rows: Rows,
+    dtype: torch.dtype,
+    eps: float,
+) -> Float[Tensor, "n C"]:
+    normed_nC = F.layer_norm(x_nC, x_nC.shape[-1:], eps=eps)
+    return torch.addcmul(rows.spread(shift_RC), normed_nC, rows.spread(factor_RC)).to(dtype)
+
+
+def _triton(
+    x_nC: Float[Tensor, "n C"],
+    factor_RC: Float[Tensor, "R C"],
+    shift_RC: Float[Tensor, "R C"],
+    rows: Rows,
+    dtype: torch.dtype,
+    eps: float,
+) -> Float[Tensor, "n C"]:
+    out_nC: Tensor = launch.kernel("norm").norm_modulate(x_nC, factor_RC, shift_RC, rows, dtype, eps)
     return out_nC

@@ -28,11 +28,11 @@ def add_gated_(
         rows: Which tokens belong to which row.
     """
     if launch.serves(x_nC, change_nC):
-        launch.kernel("residual").add_gated_(x_nC, change_nC, gate_RC, rows)
+        launch.run("residual", _triton_, _plain_, x_nC, change_nC, gate_RC, rows)
         return
     is_whole = x_nC.is_contiguous() and change_nC.is_contiguous() and (gate_RC is None or gate_RC.stride(-1) == 1)
     if not is_whole or not native.serves(x_nC, change_nC):
-        x_nC += gated(change_nC, gate_RC, rows)
+        _plain_(x_nC, change_nC, gate_RC, rows)
         return
     library = native.loaded()
     library.foveate_residual(
@@ -45,3 +45,17 @@ def add_gated_(
         *x_nC.shape,
         native.num_threads(x_nC.numel()),
     )
+
+
+def _plain_(
+    x_nC: Float[Tensor, "n C"], change_nC: Float[Tensor, "n C"], gate_RC: Float[Tensor, "R C"] | None, rows: Rows
+) -> Float[Tensor, "n C"]:
+    x_nC += gated(change_nC, gate_RC, rows)
+    return x_nC
+
+
+def _triton_(
+    x_nC: Float[Tensor, "n C"], change_nC: Float[Tensor, "n C"], gate_RC: Float[Tensor, "R C"] | None, rows: Rows
+) -> Float[Tensor, "n C"]:
+    launch.kernel("residual").add_gated_(x_nC, change_nC, gate_RC, rows)
+    return x_nC

@@ -26,7 +26,6 @@ from foveate.core.warnings import CallWarning
 from foveate.engine.report import Report
 from foveate.families.loading import LoadedModel, Precision
 from foveate.kernels import native
-from foveate.kernels.gpu import launch
 from foveate.pipeline.call import Job
 
 Images = list[Image.Image] | np.ndarray | Tensor
@@ -174,10 +173,8 @@ def describe_precision(precision: Precision) -> dict[str, str | int | None]:
 
 
 def describe_kernels(device: torch.device) -> str:
-    """Whose kernels run: `native` or `triton`, or `torch` alone."""
-    if device.type == "cpu":
-        return native.describe()
-    return "triton" if launch.has_triton() else "torch"
+    """Whose kernels run where none were asked for: `native`, or `torch` alone."""
+    return native.describe() if device.type == "cpu" else "torch"
 
 
 @functools.cache
@@ -212,9 +209,9 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def describe(job: Job, model: LoadedModel) -> dict[str, Any]:
+def describe(job: Job, model: LoadedModel, *, uses_triton: bool = False) -> dict[str, Any]:
     """Everything that decides the bits of a batch, defaults included, as plain JSON data: format 1, of a whole call."""
-    kernels = describe_kernels(model.device)
+    kernels = "triton" if uses_triton else describe_kernels(model.device)
     return {
         "format": 1,
         "model": model.spec.name,

@@ -30,6 +30,7 @@ from foveate.families.loading import LoadedModel, Origin, Precision, load_model,
 from foveate.families.offload import CODEBOOK, DECODER, TEXT_ENCODER, TRANSFORMER, Offload
 from foveate.families.residency import Residency
 from foveate.kernels import native
+from foveate.kernels.gpu import launch
 from foveate.kernels.heap import kept_heap
 from foveate.pipeline.call import Job, Prompts, resolve, warnings_of
 from foveate.pipeline.options import CallOptions, Options
@@ -68,17 +69,19 @@ class Pipeline:
         model: Transformer, tokenizer, text encoder and what belongs to them.
     """
 
-    def __init__(self, model: LoadedModel, offload: Offload | None = None) -> None:
+    def __init__(self, model: LoadedModel, offload: Offload | None = None, *, uses_triton: bool = False) -> None:
         """Takes a loaded model.
 
         Args:
             model: What draws.
             offload: Moves its parts to the device and back; None leaves all of them where they are.
+            uses_triton: Whether Triton kernels run on a GPU.
         """
+        self._uses_triton = uses_triton
         self.model = with_independent_rows(model)
-        log_warnings(self.warnings)
         self._offload = offload
         self._engine = self._new_engine(None)
+        log_warnings(self.warnings)
         self._hides_progress: bool | None = None
 
     @classmethod
@@ -93,6 +96,7 @@ class Pipeline:
         decoder_dtype: str | torch.dtype | None = None,
         quantization: str | None = None,
         device: str | torch.device = "cpu",
+        kernels: str | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
         offload: bool = False,
@@ -112,6 +116,9 @@ class Pipeline:
             quantization: `int8` or `fp8` holds the weights of the transformer's blocks in eight bits: less memory, no
                 less time. Needs the extra `quantize`. None keeps them in `dtype`.
             device: Where it runs.
+            kernels: `triton` runs our Triton kernels on a GPU. Each is compared with plain torch at its first use; one
+                that fails or disagrees does not run, and the report says so (`kernels_plain`). They have never run on a
+                device. None runs plain torch there, and C code on a CPU that it is made for.
             revision: Branch, tag or commit of a hub model; None elsewhere.
             local_files_only: Never reaches for the network: a hub model must have been fetched before.
             offload: Loads into main memory and calls `enable_model_cpu_offload`.
@@ -120,7 +127,7 @@ class Pipeline:
                 loading, too, so that errors come then. Nothing changes where prompts need no weights.
 
         Raises:
-            FoveateError: An unknown name, dtype, quantisation or device, or torchao is missing.
+            FoveateError: An unknown name, dtype, quantisation, device or kernels, or torchao or triton is missing.
             CheckpointError: The folder is incomplete, damaged or of another model.
         """
         origin = Origin(
@@ -137,9 +144,11 @@ class Pipeline:
         )
         residency = Residency(offload=offload, release_text_encoder=release_text_encoder)
         place = _device(device)
+        uses_triton = _wants_triton(kernels, place)
         if offload:
             _refuse_offload(place)
-        pipe = cls(load_model(origin, weights=weights, precision=precision, device=place, residency=residency))
+        model = load_model(origin, weights=weights, precision=precision, device=place, residency=residency)
+        pipe = cls(model, uses_triton=uses_triton)
         if offload:
             pipe.enable_model_cpu_offload()
         return pipe
@@ -164,8 +173,9 @@ class Pipeline:
         """Replays the first scales of a picture as captured graphs, where launching kernels takes longer than they do.
 
         Calls that agree in their size, their batch and the lengths of their texts share graphs, which are captured at
-        the second one. The arithmetic is that of the plain loop. Costs memory for each such shape; see docs/gpu.md. The
-        weights must stay where they are, and calls run on one stream; of calls side by side one has graphs.
+        the second one and compared there with the plain loop: a shape that fails or disagrees takes the plain loop, and
+        the report says so (`graphs_plain`). Costs memory for each such shape; see docs/gpu.md. The weights must stay
+        where they are, and calls run on one stream; of calls side by side one has graphs.
 
         Raises:
             FoveateError: The pipeline computes on the CPU, or its parts are moved.
@@ -178,7 +188,7 @@ class Pipeline:
             self._engine = self._new_engine(Graphs(DeviceCapture(self.model.device)))
 
     def _new_engine(self, graphs: Graphs | None) -> Engine:
-        return Engine(self.model.transformer, self.model.tokenizer, graphs)
+        return Engine(self.model.transformer, self.model.tokenizer, graphs, uses_triton=self._uses_triton)
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
@@ -251,8 +261,14 @@ class Pipeline:
 
     @property
     def warnings(self) -> tuple[CallWarning, ...]:
-        """What holds for every call of this model on this machine."""
-        return (*self.model.warnings, *(native.warnings() if self.model.device.type == "cpu" else ()))
+        """What holds for every call of this model on this machine, as far as is known by now."""
+        graphs = self._engine.graphs
+        return (
+            *self.model.warnings,
+            *(native.warnings() if self.model.device.type == "cpu" else ()),
+            *(launch.warnings() if self._uses_triton else ()),
+            *(() if graphs is None else graphs.warnings()),
+        )
 
     def _warnings_of(self, job: Job) -> tuple[CallWarning, ...]:
         return warnings_of(job, self.model.spec, is_trained=self.model.weights == "pretrained")
@@ -428,7 +444,7 @@ class Pipeline:
             images=images,
             prompts=job.per_image(job.prompts),
             seeds=job.seeds,
-            config=describe(job, self.model),
+            config=describe(job, self.model, uses_triton=self._uses_triton),
             report=build_report(
                 trace,
                 step.bound,
@@ -483,6 +499,18 @@ def _refuse_offload(device: torch.device) -> None:
             "offload needs a pipeline on a GPU; this one computes on the CPU, with all parts in main memory: load it "
             'with device="cuda", or leave offload out'
         )
+
+
+def _wants_triton(kernels: str | None, device: torch.device) -> bool:
+    if kernels not in (None, "triton"):
+        raise FoveateError(f'kernels must be None or "triton", got {kernels!r}')
+    if kernels is None:
+        return False
+    if device.type == "cpu":
+        raise FoveateError('Triton kernels need a pipeline on a GPU; load it with device="cuda", or leave kernels out')
+    if not launch.has_triton():
+        raise FoveateError("triton is not installed; install it, or leave kernels out for plain torch")
+    return True
 
 
 def _device(device: str | torch.device) -> torch.device:

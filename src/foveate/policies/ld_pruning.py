@@ -64,10 +64,15 @@ def smooth_energy(residual_BZhw: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B h
 def detail_energy(residual_BZhw: Float[Tensor, "B Z h w"], grid: Grid) -> Float[Tensor, "B y x"]:
     """High-frequency energy of a residual, smoothed over 3x3 patches, enlarged to the coming grid (Eq. 10); float64."""
     if launch.serves(residual_BZhw):
-        smooth_B1hw = launch.kernel("energy").smooth_energy(residual_BZhw)[:, None]
+        smooth_Bhw = launch.run("energy", _triton_energy, smooth_energy, residual_BZhw)
     else:
-        smooth_B1hw = smooth_energy(residual_BZhw)[:, None]
-    return F.interpolate(smooth_B1hw, size=grid, mode="bilinear", align_corners=False)[:, 0]
+        smooth_Bhw = smooth_energy(residual_BZhw)
+    return F.interpolate(smooth_Bhw[:, None], size=grid, mode="bilinear", align_corners=False)[:, 0]
+
+
+def _triton_energy(residual_BZhw: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B h2 w2"]:
+    energy_Byx: Tensor = launch.kernel("energy").smooth_energy(residual_BZhw)
+    return energy_Byx
 
 
 def share_of_mean(energy_Byx: Float[Tensor, "B y x"]) -> Float[Tensor, "B y x"]:
