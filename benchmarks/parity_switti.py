@@ -8,8 +8,8 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.state import Request
 from foveate.models.switti import Switti
+from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.tokenizers.vq import VQTokenizer
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder
 from foveate.weights.switti import infer_switti_config, load_switti
 from foveate.weights.vq import infer_vq_config, load_vq
 
@@ -27,7 +27,7 @@ def build_engine(case: Case) -> Engine:
     model = Switti(infer_switti_config(state, use_ar=case["model"]["use_ar"]))
     load_switti(model, state)
     state = named_weights(case["vae_weights"], case["vae_seed"])
-    autoencoder = VQAutoencoder(infer_vq_config(state))
+    autoencoder = Autoencoder(infer_vq_config(state))
     load_vq(autoencoder, state)
     return Engine(model, VQTokenizer(autoencoder))
 

@@ -8,8 +8,8 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.state import Request
 from foveate.models.var import VAR
+from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.tokenizers.vq import VQTokenizer
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder
 from foveate.weights.var import infer_var_config, load_var
 from foveate.weights.vq import infer_vq_config, load_vq
 
@@ -27,7 +27,7 @@ def build_engine(case: Case, schedule: ScaleSchedule) -> Engine:
     model = VAR(infer_var_config(state, schedule.grids))
     load_var(model, state)
     state = named_weights(case["vae_weights"], case["vae_seed"])
-    autoencoder = VQAutoencoder(infer_vq_config(state))
+    autoencoder = Autoencoder(infer_vq_config(state))
     load_vq(autoencoder, state)
     return Engine(model, VQTokenizer(autoencoder))
 

@@ -18,7 +18,7 @@ from foveate.families.family import Conditioning, Family, Network, TextEncoderFi
 from foveate.families.spec import Defaults, ModelSpec, Published, WeightSource, budget_of
 from foveate.families.vq import VQ, codes, vq_tokenizer
 from foveate.models.var import VAR, VARConfig
-from foveate.tokenizers.vq_autoencoder import VQAutoencoderConfig
+from foveate.tokenizers.autoencoder import AutoencoderConfig
 from foveate.weights.key_map import WeightKind, axes_of, copy_weights, count_of, declare, refuse_foreign
 from foveate.weights.names import plain_names
 from foveate.weights.stored import State
@@ -111,7 +111,7 @@ def _guidance(cfg: tuple[float, ...], _window: tuple[int, int | None]) -> Guidan
     return GuidanceSchedule(weights=tuple(2 * weight for weight in cfg))
 
 
-def _sizes(_transformer: DotsConfig, autoencoder: VQAutoencoderConfig) -> dict[str, Any]:
+def _sizes(_transformer: DotsConfig, autoencoder: AutoencoderConfig) -> dict[str, Any]:
     return {"grids": GRIDS, "budgets": (budget_of(GRIDS, autoencoder.stride),)}
 
 
@@ -119,7 +119,7 @@ def _shape(config: DotsConfig) -> DotsConfig:
     return config
 
 
-AUTOENCODER = VQAutoencoderConfig(
+AUTOENCODER = AutoencoderConfig(
     latent_channels=8, base_channels=32, channel_multipliers=(1,) * 5, num_res_blocks=1, codebook_size=64
 )
 

@@ -27,8 +27,8 @@ from foveate.testing.toys import (
     tiny_model,
     tiny_tokenizer,
 )
+from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.vq import VQTokenizer
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 
 SEEDS = (3, 7, 11)
 LENGTHS = (5, 9, 5)
@@ -89,14 +89,14 @@ def make_var(dtype: torch.dtype = torch.float32, *, shared_aln: bool = False) ->
 @cache
 def toy_var(dtype: torch.dtype = torch.float32, *, shared_aln: bool = False) -> Toy:
     """The toy of the VAR family; tests leave it as it is."""
-    config = VQAutoencoderConfig(
+    config = AutoencoderConfig(
         latent_channels=LATENT_CHANNELS,
         base_channels=32,
         channel_multipliers=(1, 1),
         num_res_blocks=1,
         codebook_size=48,
     )
-    autoencoder = VQAutoencoder(config)
+    autoencoder = Autoencoder(config)
     randomise(autoencoder, seed=8)
     return Toy(
         name="var",

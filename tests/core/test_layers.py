@@ -15,7 +15,6 @@ from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.models.switti import Switti, SwittiConfig
 from foveate.models.var import VAR, VARConfig
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 
 WIDTH = 64
 GRIDS = ((1, 1), (2, 2))
@@ -34,8 +33,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "autoencoder": lambda: Autoencoder(
         AutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1)
     ),
-    "vq autoencoder": lambda: VQAutoencoder(
-        VQAutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2), codebook_size=48)
+    "vq autoencoder": lambda: Autoencoder(
+        AutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2), codebook_size=48)
     ),
     "text encoder": lambda: MiniLM(
         MiniLMConfig(vocab_size=64, max_positions=64, width=24, num_heads=3, num_blocks=2, hidden_width=48)

@@ -15,7 +15,6 @@ from foveate.models.infinity import Infinity
 from foveate.models.switti import Switti
 from foveate.models.var import VAR
 from foveate.tokenizers.autoencoder import Autoencoder
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder
 from foveate.weights.files import read_weights
 from foveate.weights.infinity import infer_infinity_config, load_autoencoder, load_transformer
 from foveate.weights.names import kind_within, plain_names
@@ -32,7 +31,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[..., None]]] = {
     "Infinity": (lambda: Infinity(CONFIG), load_transformer),
     "autoencoder": (lambda: Autoencoder(AE_CONFIG), load_autoencoder),
     "VAR": (lambda: VAR(CONFIGS[0]), load_var),
-    "VQ": (lambda: VQAutoencoder(VQ_CONFIG), load_vq),
+    "VQ": (lambda: Autoencoder(VQ_CONFIG), load_vq),
     "Switti": (lambda: Switti(SWITTI), load_switti),
 }
 
@@ -122,7 +121,7 @@ def test_optimisers_averages_and_counts_are_left(tmp_path: Path) -> None:
 
 
 def test_two_networks_in_one_file_are_told_apart() -> None:
-    transformer, autoencoder = VAR(CONFIGS[0]), VQAutoencoder(VQ_CONFIG)
+    transformer, autoencoder = VAR(CONFIGS[0]), Autoencoder(VQ_CONFIG)
     states = random_state(transformer), random_state(autoencoder)
     both = {f"model.var.{key}": tensor for key, tensor in states[0].items()}
     both |= {f"model.vae.module.{key}": tensor for key, tensor in states[1].items()}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from foveate.core.errors import CheckpointError
 from foveate.models.var import GRIDS_256, GRIDS_512, VAR, VARConfig
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
+from foveate.tokenizers.autoencoder import VQ_F16, Autoencoder, AutoencoderConfig
 from foveate.weights.var import infer_var_config, load_var
 from foveate.weights.vq import infer_vq_config, load_vq
 
@@ -27,7 +27,7 @@ CONFIGS = [
     )
     for shared_aln in (False, True)
 ]
-VQ_CONFIG = VQAutoencoderConfig(
+VQ_CONFIG = AutoencoderConfig(
     latent_channels=4,
     base_channels=32,
     channel_multipliers=(1, 2),
@@ -57,7 +57,7 @@ def test_transformer_loads_and_tells_its_shape(config: VARConfig, nest: str) -> 
     state = random_state(VAR(config))
     found = nested(state, nest)
     if nest:
-        found |= nested(random_state(VQAutoencoder(VQ_CONFIG)), nest.replace("var_wo_ddp", "vae_local"))
+        found |= nested(random_state(Autoencoder(VQ_CONFIG)), nest.replace("var_wo_ddp", "vae_local"))
     assert infer_var_config(found, GRIDS) == config
     model = VAR(config)
     load_var(model, found)
@@ -126,19 +126,19 @@ def test_other_families_are_refused_by_name(mark: str, whose: str) -> None:
 
 @pytest.mark.parametrize("nest", ["", "trainer.vae_local.", "vae_local.", "vae."])
 def test_autoencoder_loads_and_tells_its_shape(nest: str) -> None:
-    state = random_state(VQAutoencoder(VQ_CONFIG))
+    state = random_state(Autoencoder(VQ_CONFIG))
     found = nested(state | {"quantize.ema_vocab_hit_SV": torch.zeros(10, 12)}, nest)
     if nest.endswith("vae_local."):
         found |= nested(random_state(VAR(CONFIGS[0])), nest.replace("vae_local", "var_wo_ddp"))
     assert infer_vq_config(found) == VQ_CONFIG
-    model = VQAutoencoder(VQ_CONFIG)
+    model = Autoencoder(VQ_CONFIG)
     load_vq(model, found)
     assert_same(model.state_dict(), state)
 
 
 def test_adversary_is_dropped_and_named(caplog: pytest.LogCaptureFixture) -> None:
-    state = random_state(VQAutoencoder(VQ_CONFIG))
-    model = VQAutoencoder(VQ_CONFIG)
+    state = random_state(Autoencoder(VQ_CONFIG))
+    model = Autoencoder(VQ_CONFIG)
     with caplog.at_level(logging.WARNING, logger="foveate"):
         load_vq(model, state | {"disc.main.0.weight": torch.zeros(1), "loss.logvar": torch.zeros(1)})
     assert_same(model.state_dict(), state)
@@ -150,7 +150,7 @@ def test_adversary_is_dropped_and_named(caplog: pytest.LogCaptureFixture) -> Non
 def test_published_autoencoder_has_the_published_number_of_weights() -> None:
     """108.9 million, of which 64.7 million decode."""
     with torch.device("meta"):
-        model = VQAutoencoder(VQAutoencoderConfig())
+        model = Autoencoder(VQ_F16)
     millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model, model.decoder)]
     assert [round(count, 1) for count in millions] == [108.9, 64.7]
     assert model.config.stride == 16

@@ -21,8 +21,8 @@ from foveate.engine.state import Request
 from foveate.models.infinity import Infinity
 from foveate.models.switti import Switti, SwittiConfig
 from foveate.policies.registry import REGISTRY, load_policy
+from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.vq import VQTokenizer
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 from foveate.weights.switti import infer_switti_config, load_switti
 from tests.randomness import few
 from tests.toys import LENGTHS, SEEDS, Toy, make_request, run, same_bits, toy
@@ -74,10 +74,10 @@ def random_state(module: torch.nn.Module, seed: int = 5) -> dict[str, Tensor]:
 def subject_of(use_ar: bool, dtype: torch.dtype = torch.float32, ff_width: int | None = None) -> Toy:
     model = Switti(replace(CONFIG, use_ar=use_ar, ff_width=ff_width)).requires_grad_(requires_grad=False).eval()
     load_switti(model, random_state(model), dtype=dtype)
-    config = VQAutoencoderConfig(
+    config = AutoencoderConfig(
         latent_channels=8, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, codebook_size=48
     )
-    autoencoder = VQAutoencoder(config).requires_grad_(requires_grad=False).eval()
+    autoencoder = Autoencoder(config).requires_grad_(requires_grad=False).eval()
     autoencoder.load_state_dict(random_state(autoencoder))
     schedule = ScaleSchedule.from_grids([(n, n) for n in SIDES])
     return Toy(name="switti", model=model, tokenizer=VQTokenizer(autoencoder), schedule=schedule)

@@ -16,7 +16,6 @@ from foveate.models.infinity import Infinity
 from foveate.models.switti import Switti
 from foveate.models.var import VAR
 from foveate.tokenizers.autoencoder import Autoencoder
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder
 from foveate.weights.files import read_weights
 from foveate.weights.infinity import load_autoencoder, load_transformer
 from foveate.weights.random_weights import fill_randomly
@@ -29,7 +28,7 @@ CASES = {
     "Infinity": (lambda: Infinity(TOY_INFINITY), load_transformer, "trainer.gpt_fsdp."),
     "autoencoder": (lambda: Autoencoder(BSQ), load_autoencoder, "vae."),
     "VAR": (lambda: VAR(TOY_VAR), load_var, "trainer.var_wo_ddp."),
-    "VQ": (lambda: VQAutoencoder(VQ), load_vq, ""),
+    "VQ": (lambda: Autoencoder(VQ), load_vq, ""),
 }
 
 

@@ -22,7 +22,7 @@ from foveate.families.memory import count_parameters, memory_need
 from foveate.families.published import PUBLISHED
 from foveate.families.spec import ModelSpec
 from foveate.pipeline.pipeline import Pipeline
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder
+from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.weights.random_weights import fill_randomly
 from tests import toy_family
 
@@ -41,7 +41,7 @@ def spec(monkeypatch: pytest.MonkeyPatch) -> ModelSpec:
 @pytest.fixture
 def files(spec: ModelSpec, tmp_path: Path) -> Path:
     """Transformer and autoencoder as trainers write them; returns the transformer."""
-    transformer, autoencoder = toy_family.Dots(spec.transformer), VQAutoencoder(spec.autoencoder)
+    transformer, autoencoder = toy_family.Dots(spec.transformer), Autoencoder(spec.autoencoder)
     fill_randomly(transformer, 1)
     fill_randomly(autoencoder, 2)
     torch.save({"model": transformer.state_dict()}, tmp_path / "tuned.pth")

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from foveate.models.var import GRIDS_256, VAR, VARConfig
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
+from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.weights.files import save_sharded
 
 # 51 million parameters: 205 MB in the file, 103 MB in bfloat16; the largest tensor is 3 % of the loaded weights.
 SHAPE = VARConfig(depth=12, width=480, heads=8, codebook_size=64, latent_channels=8, grids=GRIDS_256, ff_width=1920)
 TOY = VARConfig(depth=1, width=64, heads=4, codebook_size=64, latent_channels=8, grids=GRIDS_256)
-VQ = VQAutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 1, 1, 1, 1), num_res_blocks=1,
-                         codebook_size=64)  # fmt: skip
+VQ = AutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 1, 1, 1, 1), num_res_blocks=1,
+                       codebook_size=64)  # fmt: skip
 
 # Loads toys first, so that code and libraries are resident before anything is measured.
 MEASURE = """
@@ -94,7 +94,7 @@ def as_pickled_shards(state: dict[str, Tensor], folder: Path) -> Path:
 def test_loading_takes_a_tenth_more_than_the_weights(tmp_path: Path) -> None:
     for name in ("toy", "large"):
         (tmp_path / name).mkdir()
-        torch.save(drawn(VQAutoencoder(VQ)), tmp_path / name / "vae.pth")
+        torch.save(drawn(Autoencoder(VQ)), tmp_path / name / "vae.pth")
     toys = [write(drawn(VAR(TOY)), tmp_path / "toy") for write in (as_safetensors, as_pickle)]
     state = drawn(VAR(SHAPE))
     writers = (as_safetensors, as_shards, as_pickle, as_pickled_shards)

@@ -19,7 +19,7 @@ from foveate.families.loading import LoadedModel
 from foveate.families.offload import CODEBOOK, DECODER, HOME, TEXT_ENCODER, TRANSFORMER, Offload, parts_of
 from foveate.models.var import VAR
 from foveate.pipeline.pipeline import Pipeline
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder
+from foveate.tokenizers.autoencoder import Autoencoder
 from tests.pipeline.test_published import TOY_VAR, VQ, filled
 
 DEVICE = torch.device("meta")
@@ -72,7 +72,7 @@ class Parked:
 @pytest.fixture
 def var_folder(tmp_path: Path) -> Iterator[Path]:
     torch.save(filled(VAR(TOY_VAR)).state_dict(), tmp_path / "var_toy.pth")
-    torch.save(filled(VQAutoencoder(VQ), 2).state_dict(), tmp_path / "vae_ch160v4096z32.pth")
+    torch.save(filled(Autoencoder(VQ), 2).state_dict(), tmp_path / "vae_ch160v4096z32.pth")
     return tmp_path  # type: ignore[return-value]
 
 

@@ -17,7 +17,7 @@ from foveate.families.sources import fetch_published
 from foveate.families.spec import Published, WeightSource
 from foveate.models.var import VAR
 from foveate.pipeline.pipeline import Pipeline
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder
+from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.weights.random_weights import fill_randomly
 from tests.pipeline.test_published import TOY_VAR, VQ
 
@@ -35,7 +35,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str 
     """Counts what the hub is asked for, and gives a VAR model; its cache names folders as the real one does."""
     folder = tmp_path / "cache" / "snapshots" / COMMIT
     folder.mkdir(parents=True)
-    for seed, (name, module) in enumerate((("var_toy", VAR(TOY_VAR)), ("vae_ch160v4096z32", VQAutoencoder(VQ)))):
+    for seed, (name, module) in enumerate((("var_toy", VAR(TOY_VAR)), ("vae_ch160v4096z32", Autoencoder(VQ)))):
         fill_randomly(module, seed)
         torch.save(module.state_dict(), folder / f"{name}.pth")
     asked: list[tuple[str, str | None]] = []

@@ -26,8 +26,7 @@ from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
 from foveate.pipeline.provenance import regenerate, save_image
 from foveate.policies.full import Full
-from foveate.tokenizers.autoencoder import AutoencoderConfig
-from foveate.tokenizers.vq_autoencoder import VQAutoencoderConfig
+from foveate.tokenizers.autoencoder import VQ_F16, AutoencoderConfig
 
 
 def draw(pipe: Pipeline, **options: Any) -> PipelineOutput:
@@ -90,7 +89,7 @@ SMALL = {
         name="small",
         family="var",
         transformer=VARConfig(depth=2, width=64, heads=2, codebook_size=48, latent_channels=8),
-        autoencoder=VQAutoencoderConfig(latent_channels=8, base_channels=32, num_res_blocks=1, codebook_size=48),
+        autoencoder=replace(VQ_F16, latent_channels=8, base_channels=32, num_res_blocks=1, codebook_size=48),
         conditioner="imagenet",
         budgets=("0.06M",),
         ratios=("1:1",),
@@ -100,7 +99,7 @@ SMALL = {
         name="small",
         family="switti",
         transformer=SwittiConfig(depth=2, width=64, heads=2, codebook_size=48, latent_channels=8, num_levels=10),
-        autoencoder=VQAutoencoderConfig(latent_channels=8, base_channels=32, num_res_blocks=1, codebook_size=48),
+        autoencoder=replace(VQ_F16, latent_channels=8, base_channels=32, num_res_blocks=1, codebook_size=48),
         conditioner="clip-pair",
         budgets=("0.06M",),
         ratios=("1:1",),

@@ -21,12 +21,11 @@ from foveate.models.var import GRIDS_256, GRIDS_512, VAR, VARConfig
 from foveate.pipeline.pipeline import Pipeline
 from foveate.pipeline.provenance import regenerate, save_image
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 from foveate.weights.random_weights import fill_randomly
 from tests.conftest import toy_text_encoder
 
-VQ = VQAutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 1, 1, 1, 1), num_res_blocks=1,
-                         codebook_size=64)  # fmt: skip
+VQ = AutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 1, 1, 1, 1), num_res_blocks=1,
+                       codebook_size=64)  # fmt: skip
 TOY_VAR = VARConfig(depth=2, width=64, heads=4, codebook_size=64, latent_channels=8, grids=GRIDS_256)
 BSQ = AutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 1, 1, 1, 1), num_res_blocks=1)
 TOY_INFINITY = InfinityConfig(depth=2, width=64, heads=4, bits=8, text_width=24, pool_heads=4, text_tokens=64)
@@ -41,7 +40,7 @@ def filled(module: nn.Module, seed: int = 1) -> nn.Module:
 def var_folder(tmp_path: Path) -> Path:
     """A VAR model under the names of the published files, as pickles."""
     torch.save(filled(VAR(TOY_VAR)).state_dict(), tmp_path / "var_toy.pth")
-    torch.save(filled(VQAutoencoder(VQ), 2).state_dict(), tmp_path / "vae_ch160v4096z32.pth")
+    torch.save(filled(Autoencoder(VQ), 2).state_dict(), tmp_path / "vae_ch160v4096z32.pth")
     return tmp_path
 
 
@@ -78,9 +77,9 @@ def test_the_tokenizer_of_another_family_is_refused(var_folder: Path) -> None:
     torch.save(filled(Autoencoder(BSQ)).state_dict(), var_folder / "infinity_vae.pth")
     with pytest.raises(CheckpointError, match="those of an Infinity autoencoder, expected a VQ autoencoder"):
         Pipeline.from_pretrained(var_folder / "var_toy.pth", autoencoder=var_folder / "infinity_vae.pth")
-    other = VQAutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1,) * 5, num_res_blocks=1,
-                                codebook_size=32)  # fmt: skip
-    torch.save(VQAutoencoder(other).state_dict(), var_folder / "small.pth")
+    other = AutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1,) * 5, num_res_blocks=1,
+                              codebook_size=32)  # fmt: skip
+    torch.save(Autoencoder(other).state_dict(), var_folder / "small.pth")
     with pytest.raises(CheckpointError, match="wants 64 codes of 8 channels, the autoencoder offers 32 codes"):
         Pipeline.from_pretrained(var_folder / "var_toy.pth", autoencoder=var_folder / "small.pth")
 

@@ -15,8 +15,8 @@ from foveate.engine.state import Request, bounds_of
 from foveate.models.var import VAR
 from foveate.policies.cached_guidance import CachedGuidance, dither_rank
 from foveate.policies.registry import load_policy
+from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.vq import VQTokenizer
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 from tests.policies.twins import assert_same, full_steps, generate_image, reads_inputs
 from tests.toys import (
     LATENT_CHANNELS,
@@ -43,8 +43,8 @@ def wide_var() -> Toy:
     """The toy of the VAR family with more codes than its width, as published: differences are head inputs."""
     model = VAR(replace(make_var().config, codebook_size=96))
     randomise(model, seed=9)
-    autoencoder = VQAutoencoder(
-        VQAutoencoderConfig(
+    autoencoder = Autoencoder(
+        AutoencoderConfig(
             latent_channels=LATENT_CHANNELS,
             base_channels=32,
             channel_multipliers=(1, 1),

@@ -18,7 +18,6 @@ from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.tokenizers.strips import MapNorm, convolve, enlarge, one_late, strips_of
 from foveate.tokenizers.vq import VQTokenizer
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
 from tests.randomness import normal
 from tests.toys import randomise
 
@@ -32,8 +31,8 @@ def random_map(seed: int, *shape: int) -> Tensor:
 def make_tokenizer(kind: str) -> BSQTokenizer | VQTokenizer:
     """Widths grow, so that blocks with and without a shortcut run at every kind of place."""
     if kind == "ids":
-        autoencoder: nn.Module = VQAutoencoder(
-            VQAutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2, 2), codebook_size=16)
+        autoencoder: nn.Module = Autoencoder(
+            AutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2, 2), codebook_size=16)
         )
     else:
         patch = 2 if kind == "bits of patches" else 1

@@ -1,5 +1,6 @@
 """Vector quantisation: which convolution refines a scale, ids and soft symbols, the encoder's side, the autoencoder."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch import Tensor
 from foveate.core.errors import FoveateError
 from foveate.engine.sample import ForcedSampler
 from foveate.policies.registry import load_policy
+from foveate.tokenizers.autoencoder import VQ_F16, Attention, Autoencoder, AutoencoderConfig
 from foveate.tokenizers.vq import VQTokenizer, refiner_index
-from foveate.tokenizers.vq_autoencoder import Attention, VQAutoencoder, VQAutoencoderConfig
 from tests.randomness import normal
 from tests.toys import LATENT_CHANNELS, VAR_GRIDS, label_request, randomise, run, toy_var, with_sampler
 
@@ -150,7 +151,7 @@ def test_quantiser_takes_the_nearest_code_of_what_is_left():
 
 def test_plain_refinement_recovers_what_the_codebook_can_say():
     """Where refining changes nothing, a latent made of codes needs its last scale alone to come back exactly."""
-    config = VQAutoencoderConfig(
+    config = AutoencoderConfig(
         latent_channels=4,
         base_channels=32,
         channel_multipliers=(1,),
@@ -158,7 +159,7 @@ def test_plain_refinement_recovers_what_the_codebook_can_say():
         codebook_size=16,
         num_refiners=1,
     )
-    autoencoder = VQAutoencoder(config).requires_grad_(requires_grad=False)
+    autoencoder = Autoencoder(config).requires_grad_(requires_grad=False)
     weight, bias = autoencoder.quantize.refiner(0)
     weight.zero_()
     weight[range(4), range(4), 1, 1] = 1.0
@@ -204,13 +205,13 @@ def test_decoding_one_image_does_not_depend_on_its_mates():
 
 
 def test_encoder_halves_per_level_and_attends_where_it_is_coarse():
-    config = VQAutoencoderConfig(
+    config = AutoencoderConfig(
         latent_channels=4, base_channels=32, channel_multipliers=(1, 1, 2), num_res_blocks=2, codebook_size=8
     )
-    autoencoder = VQAutoencoder(config).requires_grad_(requires_grad=False)
+    autoencoder = Autoencoder(config).requires_grad_(requires_grad=False)
     assert autoencoder.encode(torch.zeros(1, 3, 16, 24)).shape == (1, 4, 4, 6)
     assert autoencoder.decode(torch.zeros(1, 4, 4, 6)).shape == (1, 3, 16, 24)
     assert [len(level.attn) for level in autoencoder.encoder.down] == [0, 0, 2]
     assert [len(level.attn) for level in autoencoder.decoder.up] == [0, 0, 3]
     with pytest.raises(FoveateError, match="must be divisible by 32, got 40"):
-        VQAutoencoderConfig(base_channels=40)
+        replace(VQ_F16, base_channels=40)

@@ -24,8 +24,8 @@ from foveate.engine.sample import Filter, ReferenceSampler, Sampler, SmoothSampl
 from foveate.engine.state import Request
 from foveate.families.var import FAMILY
 from foveate.models.var import VAR
+from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.tokenizers.vq import VQTokenizer
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder
 from foveate.weights.stored import State
 from foveate.weights.var import infer_var_config, var_state
 from foveate.weights.vq import infer_vq_config, vq_state
@@ -143,4 +143,4 @@ def _share_transformer(model: nn.Module, state: State) -> VAR:
 
 def _share_tokenizer(_owner: nn.Module, state: State) -> VQTokenizer:
     config = infer_vq_config(state)
-    return VQTokenizer(share(partial(VQAutoencoder, config), vq_state(state), "VQ autoencoder"))
+    return VQTokenizer(share(partial(Autoencoder, config), vq_state(state), "VQ autoencoder"))

@@ -18,7 +18,7 @@ from foveate.families.spec import Defaults, ModelSpec, Published, WeightSource, 
 from foveate.families.vq import VQ, codes, linear_guidance, quantiser, vq_tokenizer
 from foveate.models.switti import Switti, SwittiConfig
 from foveate.models.var import GRIDS_512
-from foveate.tokenizers.vq_autoencoder import VQAutoencoderConfig
+from foveate.tokenizers.autoencoder import VQ_F16, AutoencoderConfig
 from foveate.weights.stored import State
 from foveate.weights.switti import infer_switti_config, load_switti, switti_state
 
@@ -50,7 +50,7 @@ def _text(config: SwittiConfig) -> TextShape:
     return TextShape(tokens=CLIP_TOKENS, width=config.text_width)
 
 
-def _sizes(transformer: SwittiConfig, autoencoder: VQAutoencoderConfig) -> dict[str, Any]:
+def _sizes(transformer: SwittiConfig, autoencoder: AutoencoderConfig) -> dict[str, Any]:
     """The weights tell how many scales there are, and the published schedules differ in that."""
     by_levels = {len(grids): grids for grids in (GRIDS_512, _GRIDS_1024)}
     if transformer.num_levels not in by_levels:
@@ -69,7 +69,7 @@ _CLIP_PAIR = Conditioning(name="clip-pair", parameters=123_060_480 + 693_021_440
 
 def _entry(name: str, repo: str, grids: tuple[Grid, ...], *, use_ar: bool) -> Published:
     """A published model; all of them have the same shape."""
-    autoencoder = VQAutoencoderConfig()
+    autoencoder = VQ_F16
     # The model card of the large ones guides up to scale 11 and samples the three scales behind it almost greedily.
     is_large = grids == _GRIDS_1024
     temperatures = (1.0,) * 11 + (0.1,) * 3

@@ -15,7 +15,7 @@ from foveate.families.family import Conditioning, Family, Network, TextEncoderFi
 from foveate.families.spec import Defaults, ModelSpec, Published, WeightSource, budget_of
 from foveate.families.vq import VQ, codes, linear_guidance, quantiser, vq_tokenizer
 from foveate.models.var import GRIDS_256, GRIDS_512, VAR, VARConfig
-from foveate.tokenizers.vq_autoencoder import VQAutoencoderConfig
+from foveate.tokenizers.autoencoder import VQ_F16, AutoencoderConfig
 from foveate.weights.stored import State
 from foveate.weights.var import infer_var_config, load_var, var_state
 
@@ -32,7 +32,7 @@ def _read_classes(files: TextEncoderFiles) -> Conditioner:
     return _class_names(files.config, files.device)
 
 
-def _sizes(transformer: VARConfig, autoencoder: VQAutoencoderConfig) -> dict[str, Any]:
+def _sizes(transformer: VARConfig, autoencoder: AutoencoderConfig) -> dict[str, Any]:
     return {"grids": transformer.grids, "budgets": (budget_of(transformer.grids, autoencoder.stride),)}
 
 
@@ -45,7 +45,7 @@ _IMAGENET = Conditioning(name="imagenet", read=_read_classes, names_classes=True
 
 def _entry(depth: int, suffix: str = "", grids: tuple[Grid, ...] = GRIDS_256, *, shared_aln: bool = False) -> Published:
     """A published model; width and heads follow from the depth."""
-    autoencoder = VQAutoencoderConfig()
+    autoencoder = VQ_F16
     return Published(
         spec=ModelSpec(
             name=f"var-d{depth}{suffix}",

@@ -110,9 +110,6 @@ class BSQTokenizer:
         """Adds the residual, enlarged to the last grid."""
         return f_hat_BZHW + resize(residual_BZyx, (f_hat_BZHW.shape[-2], f_hat_BZHW.shape[-1]))
 
-    @torch.inference_mode()
     def decode(self, f_hat_BZHW: Float[Tensor, "B Z H W"]) -> Float[Tensor, "B 3 Y X"]:
-        """Pixels, clamped to [-1, 1]; one image at a time, so that an image does not depend on its batch mates."""
-        dtype = self.autoencoder.decoder.conv_in.weight.dtype
-        images = [self.autoencoder.decode_in_strips(latent[None].to(dtype)).float() for latent in f_hat_BZHW]
-        return torch.cat(images).clamp_(-1, 1)
+        """Pixels, clamped to [-1, 1]; an image does not depend on its batch mates."""
+        return self.autoencoder.images(f_hat_BZHW)

@@ -42,8 +42,14 @@ class LayerChain(nn.Module, ABC):
     """Layers that run one after the other."""
 
     @abstractmethod
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> Iterable[nn.Module]:
         """The layers, in order; those of a decoder are of `StripLayer`."""
+
+    def forward(self, x: Float[Tensor, "B c y x"]) -> Float[Tensor, "B c2 y2 x2"]:
+        """Runs all layers."""
+        for layer in self.layers():
+            x = layer(x)
+        return x
 
 
 def run_in_strips(chains: Iterable[nn.Module], x: Float[Tensor, "1 c y x"]) -> Float[Tensor, "1 c2 y2 x2"]:

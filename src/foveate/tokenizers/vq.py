@@ -18,7 +18,7 @@ from torch import Tensor
 from foveate.core.errors import FoveateError
 from foveate.core.schedule import Grid
 from foveate.tokenizers.accumulate import shrink
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder
+from foveate.tokenizers.autoencoder import Autoencoder
 
 _REFINERS: dict[tuple[int, int], tuple[int, ...]] = {
     (10, 4): (0, 0, 1, 1, 1, 2, 2, 3, 3, 3),
@@ -50,7 +50,7 @@ class QuantisedIds:
 class VQTokenizer:
     """The tokenizer of the VAR family: an autoencoder and its codebook."""
 
-    def __init__(self, autoencoder: VQAutoencoder) -> None:
+    def __init__(self, autoencoder: Autoencoder) -> None:
         self.autoencoder = autoencoder
         self.latent_channels = autoencoder.config.latent_channels
 
@@ -126,9 +126,6 @@ class VQTokenizer:
         dots_BlV = map_BZhw.flatten(2).transpose(1, 2) @ codebook_VZ.T
         return (codebook_VZ.square().sum(-1) - 2 * dots_BlV).argmin(-1, keepdim=True)
 
-    @torch.inference_mode()
     def decode(self, f_hat_BZHW: Float[Tensor, "B Z H W"]) -> Float[Tensor, "B 3 Y X"]:
-        """Pixels, clamped to [-1, 1]; one image at a time, so that an image does not depend on its batch mates."""
-        dtype = self.autoencoder.post_quant_conv.weight.dtype
-        images = [self.autoencoder.decode_in_strips(latent[None].to(dtype)).float() for latent in f_hat_BZHW]
-        return torch.cat(images).clamp_(-1, 1)
+        """Pixels, clamped to [-1, 1]; an image does not depend on its batch mates."""
+        return self.autoencoder.images(f_hat_BZHW)

@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from foveate.tokenizers.vq_autoencoder import VQAutoencoder, VQAutoencoderConfig
+from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.weights.files import some
 from foveate.weights.key_map import (
     WeightKind,
@@ -34,7 +34,7 @@ _USAGE = "ema_vocab_hit_SV"
 _ADVERSARY = ("disc.", "discriminator.", "loss.")
 
 
-def infer_vq_config(state: State) -> VQAutoencoderConfig:
+def infer_vq_config(state: State) -> AutoencoderConfig:
     """Reads the shape of a VQ autoencoder off its weights.
 
     Raises:
@@ -42,7 +42,7 @@ def infer_vq_config(state: State) -> VQAutoencoderConfig:
     """
     state = vq_state(state)
     codebook_size, latent_channels = axes_of(state, "quantize.embedding.weight", 2)
-    return VQAutoencoderConfig(
+    return AutoencoderConfig(
         **autoencoder_shape(state),
         latent_channels=latent_channels,
         codebook_size=codebook_size,
@@ -50,7 +50,7 @@ def infer_vq_config(state: State) -> VQAutoencoderConfig:
     )
 
 
-def load_vq(model: VQAutoencoder, state: State, *, dtype: torch.dtype | None = None) -> None:
+def load_vq(model: Autoencoder, state: State, *, dtype: torch.dtype | None = None) -> None:
     """Copies published weights into an autoencoder; `copy_weights` says what is refused."""
     own = vq_state(state)
     dropped = sorted(key for key in own if key.startswith(_ADVERSARY))
