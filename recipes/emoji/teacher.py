@@ -20,7 +20,8 @@ from torch import Tensor
 
 from foveate.core.schedule import ScaleSchedule
 from foveate.kernels.heads import rotate, unit_heads
-from foveate.models.infinity import CrossAttention, Infinity, InfinityBlock
+from foveate.models.attention import CrossAttention
+from foveate.models.infinity import Infinity, InfinityBlock
 from foveate.models.layers import rms_norm
 
 

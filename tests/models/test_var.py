@@ -16,8 +16,7 @@ from foveate.core.guidance import GuidanceSchedule
 from foveate.core.schedule import ScaleSchedule
 from foveate.engine.forecast import forecast, full_cost
 from foveate.engine.sample import Filter, ForcedSampler, KeyedSampler, Sampler
-from foveate.models.infinity import InfinityPrepared
-from foveate.models.var import VARConfig, own
+from foveate.models.var import VARConfig
 from foveate.policies.registry import REGISTRY, load_policy
 from tests.randomness import few, generator
 from tests.toys import SEEDS, VAR_GRIDS, VAR_LABELS, Result, Toy, label_request, run, same_bits, text_features, toy_var
@@ -279,9 +278,19 @@ def test_shapes_that_cannot_be_built_are_refused():
         VARConfig(depth=1, width=8, heads=4, grids=((2, 2), (4, 4)))
 
 
+class Foreign:
+    """Something that another model might prepare."""
+
+    def keep(self, rows):
+        return self
+
+    def join(self, others):
+        return self
+
+
 def test_what_another_model_prepared_is_refused():
-    other = InfinityPrepared(
-        start_RC=torch.zeros(1, 4), modulation_PR6C=torch.zeros(1, 1, 6, 4), head_R2C=torch.zeros(1, 2, 4), memory=()
-    )
-    with pytest.raises(TypeError, match="what VAR.prepare returned, got InfinityPrepared"):
-        own(other)
+    toy = toy_var()
+    with pytest.raises(TypeError, match="what its model's prepare returned, got Foreign"):
+        toy.model.start(Foreign())
+    with pytest.raises(TypeError, match="got Foreign"):
+        toy.model.prepare([ClassLabel(index=1)], True).join([Foreign()])

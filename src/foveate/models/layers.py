@@ -1,17 +1,21 @@
-"""Small layers that the families share: the feed-forward net, the root-mean-square norm, float32 linear layers.
+"""Small layers that the families share: feed-forward nets, norms, modulation, rotary angles, float32 linear layers.
 
-Axes: n packed tokens, C width, E width of a text.
+Axes: n packed tokens, R rows, l tokens of a scale, C width, D head width, E width of a text, a angles of a token.
 """
 
 import copy
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from foveate.core.rows import Rows
+from foveate.core.transfer import to_device
 from foveate.kernels.activation import gelu
 from foveate.kernels.linear import Linear, linear
+from foveate.kernels.norm import norm_modulate
 
 B = TypeVar("B", bound=nn.Module)
 
@@ -54,7 +58,39 @@ def linear32(parent: nn.Module, name: str, x: Float[Tensor, "n i"]) -> Float[Ten
         return linear(x.float(), layer.weight.float(), layer.bias.float(), layer.tile_rows)
 
 
-def with_factors(modulation: Float[Tensor, "... k C"], first: int, end: int) -> Float[Tensor, "... k C"]:
-    """Turns scales into factors, 1 + scale, at the positions `first` up to `end` of the second last axis, in place."""
-    modulation[..., first:end, :] += 1
-    return modulation
+class Modulation(nn.Sequential):
+    """SiLU and a linear layer in float32: what a condition makes of gates, scales and shifts, side by side.
+
+    The layer's published name is its number, 1.
+    """
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), Linear(width, parts * width))
+        self.parts = parts
+
+    def forward(self, condition_RC: Float[Tensor, "R C"]) -> Float[Tensor, "R k C"]:
+        """Modulation of every row, float32."""
+        return linear32(self, "1", F.silu(condition_RC)).unflatten(-1, (self.parts, -1))
+
+
+class HeadNorm(nn.Module):
+    """Layer norm in front of the head with a scale and a shift of the condition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ada_lin = Modulation(width, 2)
+
+    def forward(self, x_nC: Float[Tensor, "n C"], head_R2C: Float[Tensor, "r 2 C"], rows: Rows) -> Float[Tensor, "n C"]:
+        """Normed hidden states, float32; `head_R2C` are factors (1 + scale) and shifts of these rows, maybe of more."""
+        factor_RC, shift_RC = head_R2C[: len(rows.counts)].unbind(1)
+        return norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32)
+
+
+def axial_frequencies(head_width: int) -> Float[Tensor, " a"]:
+    """Frequencies of rotary positions in two axes, a quarter of a head's width each; float32, on the host."""
+    return 1.0 / (10000.0 ** (torch.arange(0, head_width, 4, device="cpu").float() / head_width))
+
+
+def rotation_of(angles_la: Float[Tensor, "l a"], device: torch.device) -> Float[Tensor, "l D"]:
+    """Cosines, then sines, of rotary angles, as `kernels.heads.rotate` takes them."""
+    return to_device(torch.cat((angles_la.cos(), angles_la.sin()), dim=-1), device)

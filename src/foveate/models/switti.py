@@ -21,15 +21,12 @@ from foveate.core.conditions import Condition, PooledText
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
 from foveate.core.layers import Embedding
-from foveate.core.protocols import BlockContext, Change, Prepared
-from foveate.core.rows import Rows
+from foveate.core.protocols import BlockContext, Change
 from foveate.core.schedule import ScaleSchedule
-from foveate.core.transfer import numbers, to_device
-from foveate.kernels.heads import rotate
 from foveate.kernels.linear import Linear
-from foveate.kernels.norm import norm_modulate
-from foveate.models.attention import TextMemory
-from foveate.models.layers import linear32, narrowed, rms_norm, running_dtype, with_factors
+from foveate.models.attention import CrossAttention, SelfAttention, TextMemory
+from foveate.models.layers import HeadNorm, Modulation, axial_frequencies, linear32, rms_norm, rotation_of
+from foveate.models.transformer import PreparedConditions, Transformer, TransformerBlock, own
 
 CROP = (512.0, 512.0, 0.0, 0.0)
 """Height, width, top and left that the published pipeline states for every image, also for those of 1024 pixels."""
@@ -69,98 +66,6 @@ class SwittiConfig:
         return self.ff_width or self.width * 8 // 3
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SwittiPrepared:
-    """What the text alone decides, per row: start, modulation of every block and of the head, text memory per block.
-
-    Modulation is gates, factors (1 + scale) and shifts, two of each; the head has a factor and a shift.
-    """
-
-    start_RC: Float[Tensor, "R C"]
-    modulation_PR6C: Float[Tensor, "P R 6 C"]
-    head_R2C: Float[Tensor, "R 2 C"]
-    memory: tuple[TextMemory, ...]
-
-    def keep(self, rows: Sequence[int]) -> "SwittiPrepared":
-        """The same for some rows, in the given order."""
-        index = numbers(rows, self.start_RC.device)
-        return SwittiPrepared(
-            start_RC=self.start_RC[index],
-            modulation_PR6C=self.modulation_PR6C[:, index],
-            head_R2C=self.head_R2C[index],
-            memory=tuple(memory.keep(rows) for memory in self.memory),
-        )
-
-    def join(self, others: Sequence[Prepared]) -> "SwittiPrepared":
-        """These rows and those of other requests behind them."""
-        parts = [self, *(own(other) for other in others)]
-        return SwittiPrepared(
-            start_RC=torch.cat([part.start_RC for part in parts]),
-            modulation_PR6C=torch.cat([part.modulation_PR6C for part in parts], dim=1),
-            head_R2C=torch.cat([part.head_R2C for part in parts]),
-            memory=tuple(first.join([part.memory[i] for part in parts[1:]]) for i, first in enumerate(self.memory)),
-        )
-
-
-def own(prepared: Prepared) -> SwittiPrepared:
-    """Narrows what the engine hands back, which knows no model by name.
-
-    Raises:
-        TypeError: Another model prepared it.
-    """
-    if not isinstance(prepared, SwittiPrepared):
-        raise TypeError(f"a Switti block needs what Switti.prepare returned, got {type(prepared).__name__}")
-    return prepared
-
-
-class SelfAttention(nn.Module):
-    """Attention with queries and keys normalised over the full width, then rotary positions."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.scale = (width // heads) ** -0.5
-        self.to_qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
-
-    def forward(self, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
-        """Runs the sublayer on packed tokens."""
-        q_nC, k_nC, v_nC = self.to_qkv(x_nC).chunk(3, dim=-1)
-        q_nND, k_nND = (
-            rotate(_full_norm(part_nC).unflatten(-1, (self.heads, -1)), context.rotation_nD).to(v_nC.dtype)
-            for part_nC in (q_nC, k_nC)
-        )
-        v_nND = v_nC.unflatten(-1, (self.heads, -1))
-        return self.proj(context.slot.attend(q_nND, k_nND, v_nND, self.scale).flatten(1))
-
-
-class CrossAttention(nn.Module):
-    """Attention to the text, with queries and keys normalised over the full width; no positions."""
-
-    def __init__(self, width: int, heads: int, text_width: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.scale = (width // heads) ** -0.5
-        self.to_q = Linear(width, width)
-        self.to_kv = Linear(text_width, 2 * width)
-        self.proj = Linear(width, width)
-
-    def memory(self, text_TE: Float[Tensor, "t E"], lengths: tuple[int, ...]) -> TextMemory:
-        """Keys and values of packed texts."""
-        k_TC, v_TC = self.to_kv(text_TE).chunk(2, dim=-1)
-        k_TC = _full_norm(k_TC).to(v_TC.dtype)
-        keys, values = (
-            tuple(text.unflatten(-1, (self.heads, -1)).transpose(0, 1).contiguous() for text in part_TC.split(lengths))
-            for part_TC in (k_TC, v_TC)
-        )
-        return TextMemory(lengths=lengths, k_RNTD=keys, v_RNTD=values)
-
-    def forward(self, x_nC: Float[Tensor, "n C"], rows: Rows, memory: TextMemory) -> Float[Tensor, "n C"]:
-        """Attends from packed tokens to the texts of their rows."""
-        q_nC = _full_norm(self.to_q(x_nC)).to(x_nC.dtype)
-        return self.proj(memory.attend(q_nC.unflatten(-1, (self.heads, -1)), rows, self.scale).flatten(1))
-
-
 class GatedFeedForward(nn.Module):
     """SwiGLU without biases."""
 
@@ -175,7 +80,7 @@ class GatedFeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_nC)) * self.up_proj(x_nC))
 
 
-class SwittiBlock(nn.Module):
+class SwittiBlock(TransformerBlock):
     """Self-attention and feed-forward with gate, scale and shift; plain cross-attention between them.
 
     The norm modules hold the weights under their published names; the norms run in float32.
@@ -187,35 +92,38 @@ class SwittiBlock(nn.Module):
         super().__init__()
         self.index = index
         width = config.width
-        self.attn = SelfAttention(width, config.heads)
-        self.cross_attn = CrossAttention(width, config.heads, config.text_width)
+        self.attn = SelfAttention(width, config.heads, norms_width=True)
+        self.cross_attn = CrossAttention(width, config.heads, config.text_width, norms_width=True)
         self.ffn = GatedFeedForward(width, config.hidden)
         self.self_attention_norm1, self.self_attention_norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.cross_attention_norm1, self.cross_attention_norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.ffn_norm1, self.ffn_norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
         self.attention_y_norm = nn.RMSNorm(config.text_width)
-        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
+        self.ada_lin = Modulation(width, 6)
         self.crop_cond_scales = nn.Parameter(torch.zeros(1, width))
 
     def modulation(self, pooled_RC: Float[Tensor, "R C"], crop_RC: Float[Tensor, "R C"]) -> Float[Tensor, "R 6 C"]:
         """Two gates, two scales and two shifts of every row; float32."""
-        active_RC = F.silu(pooled_RC + self.crop_cond_scales.float() * crop_RC)
-        return linear32(self, "ada_lin.1", active_RC).unflatten(-1, (6, -1))
+        return self.ada_lin(pooled_RC + self.crop_cond_scales.float() * crop_RC)
 
     def memory(self, text_TE: Float[Tensor, "t E"], lengths: tuple[int, ...]) -> TextMemory:
         """Keys and values of packed texts."""
         normed_TE = rms_norm(text_TE, self.attention_y_norm.weight)
-        return self.cross_attn.memory(normed_TE.to(self.cross_attn.to_kv.weight.dtype), lengths)
+        return self.cross_attn.memory(normed_TE.to(self.dtype), lengths)
+
+    @property
+    def linear_weight(self) -> Tensor:
+        """That of the feed-forward net's first layer."""
+        return self.ffn.up_proj.weight
 
     def change(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Change:
         """What self-attention (0), cross-attention (1) or the feed-forward net (2) adds."""
-        prepared, rows, dtype = own(context.prepared), context.rows, self.attn.to_qkv.weight.dtype
+        prepared, rows, dtype = own(context.prepared), context.rows, self.dtype
         if sublayer == 1:
             x_nC = rms_norm(x_nC, self.cross_attention_norm1.weight).to(dtype)
             change_nC = self.cross_attn(x_nC, rows, prepared.memory[self.index])
             return Change(value_nC=rms_norm(change_nC, self.cross_attention_norm2.weight))
-        places = ((0, 2, 4), (1, 3, 5))[sublayer // 2]
-        gate_RC, factor_RC, shift_RC = (prepared.modulation_PR6C[self.index, :, i] for i in places)
+        gate_RC, factor_RC, shift_RC = prepared.of_block(self.index, sublayer // 2)
         norm1, norm2 = (
             (self.ffn_norm1, self.ffn_norm2) if sublayer else (self.self_attention_norm1, self.self_attention_norm2)
         )
@@ -243,15 +151,7 @@ class CropEmbedding(nn.Module):
         return torch.cat((angles.sin(), angles.cos()), dim=-1).flatten()
 
 
-class HeadNorm(nn.Module):
-    """Wrapper that gives the head's modulation its published name."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
-
-
-class Switti(nn.Module):
+class Switti(Transformer):
     """All weights of a transformer and the few steps around its blocks."""
 
     def __init__(self, config: SwittiConfig) -> None:
@@ -286,26 +186,12 @@ class Switti(nn.Module):
         """Draws the start position."""
         self.pos_start.normal_(std=(3 * self.config.width) ** -0.5)
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype of the linear layers of the blocks."""
-        return running_dtype(self.block(0).attn.proj.weight)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.pos_start.device
-
     def block(self, index: int) -> SwittiBlock:
         """The block of this index."""
         block: SwittiBlock = self.blocks[index]  # type: ignore[assignment]
         return block
 
-    def narrowed(self, index: int, dtype: torch.dtype) -> SwittiBlock:
-        """A copy of a block in another dtype."""
-        return narrowed(self.block(index), dtype)
-
-    def prepare(self, conditions: Sequence[Condition], is_guided: bool = False) -> SwittiPrepared:
+    def prepare(self, conditions: Sequence[Condition], is_guided: bool = False) -> PreparedConditions:
         """Computes start, modulation and text memory.
 
         Args:
@@ -323,27 +209,21 @@ class Switti(nn.Module):
         pooled_RC = linear32(self, "text_pooler", torch.stack([text.pooled_F for text in texts]))
         crop_RC = linear32(self, "crop_proj", self.crop_embed(CROP).expand(len(texts), -1))
         blocks = [self.block(i) for i in range(self.config.depth)]
-        return SwittiPrepared(
-            start_RC=pooled_RC + self.pos_start[0].float() + self.lvl_embed.weight[0].float(),
-            modulation_PR6C=with_factors(torch.stack([b.modulation(pooled_RC, crop_RC) for b in blocks]), 2, 4),
-            head_R2C=with_factors(linear32(self, "head_nm.ada_lin.1", F.silu(pooled_RC)).unflatten(-1, (2, -1)), 0, 1),
-            memory=tuple(block.memory(text_TE, lengths) for block in blocks),
+        return PreparedConditions.of(
+            start_RC=pooled_RC + self.pos_start[0].float() + self.level(0),
+            modulation=[block.modulation(pooled_RC, crop_RC) for block in blocks],
+            head_R2C=self.head_nm.ada_lin(pooled_RC),
+            memory=[block.memory(text_TE, lengths) for block in blocks],
         )
 
-    def start(self, prepared: Prepared) -> Float[Tensor, "R C"]:
-        """Hidden state of the first token of every row."""
-        return own(prepared).start_RC
-
-    def embed(self, input_BZhw: Float[Tensor, "B Z h w"], scale: int) -> Float[Tensor, "B l C"]:
-        """Embeds the resized latent and adds the level of the scale; float32."""
-        tokens_BlZ = input_BZhw.flatten(2).transpose(1, 2).to(self.word_embed.weight.dtype)
-        return self.word_embed(tokens_BlZ).float() + self.lvl_embed.weight[scale].float()
+    def level(self, scale: int) -> Float[Tensor, " C"]:
+        """Embedding of the scale; float32."""
+        return self.lvl_embed.weight[scale].float()
 
     def positions(self, schedule: ScaleSchedule, scale: int) -> Float[Tensor, "l D"]:
         """Cosines and sines of the rotary angles of a scale's tokens, columns before rows; float32."""
         height, width = schedule.grids[scale]
-        head_width = self.config.width // self.config.heads
-        frequency = 1.0 / (10000.0 ** (torch.arange(0, head_width, 4, device="cpu").float() / head_width))
+        frequency = axial_frequencies(self.config.width // self.config.heads)
         # The span multiplies the frequencies and not the indices, as published: float32 rounds the two differently.
         row_hf = torch.outer(
             torch.arange(height, device="cpu").float(), frequency * (POSITION_SPAN / max(height - 1, 1))
@@ -352,19 +232,7 @@ class Switti(nn.Module):
             torch.arange(width, device="cpu").float(), frequency * (POSITION_SPAN / max(width - 1, 1))
         )
         angles = torch.cat((column_wf.repeat(height, 1), row_hf.repeat_interleave(width, 0)), dim=-1)
-        return to_device(torch.cat((angles.cos(), angles.sin()), dim=-1), self.device)
-
-    def prefix(self, prepared: Prepared) -> None:
-        """Nothing stands in front of the first scale."""
-
-    def head_input(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n C"]:
-        """Normed and modulated hidden states, float32."""
-        factor_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
-        return norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32)
-
-    def head_logits(self, h_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n V"]:
-        """Float32 logits, one per code of the codebook."""
-        return linear32(self, "head", h_nC)
+        return rotation_of(angles, self.device)
 
 
 def _pooled_text(condition: Condition) -> PooledText:
@@ -372,8 +240,3 @@ def _pooled_text(condition: Condition) -> PooledText:
     if not isinstance(condition, PooledText):
         raise TypeError(f"Switti reads PooledText (token features and a pooled vector), got {type(condition).__name__}")
     return condition
-
-
-def _full_norm(x_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
-    """Layer norm without weights over the full width, before the split into heads; float32."""
-    return F.layer_norm(x_nC.float(), x_nC.shape[-1:], eps=1e-6)

@@ -7,13 +7,11 @@ Source: VAR (arXiv 2404.02905) and its published checkpoints; residual stream, m
 are kept in the compute dtype (the published demo keeps them in float32).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -21,14 +19,14 @@ from foveate.core.conditions import ClassLabel, Condition
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
 from foveate.core.layers import Embedding
-from foveate.core.protocols import BlockContext, Change, Prepared
-from foveate.core.rows import Rows
+from foveate.core.protocols import BlockContext, Change
 from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.core.transfer import numbers
-from foveate.kernels.heads import unit_rotated
-from foveate.kernels.linear import Linear, linear
+from foveate.kernels.linear import Linear
 from foveate.kernels.norm import norm_modulate
-from foveate.models.layers import FeedForward, linear32, narrowed, running_dtype, with_factors
+from foveate.models.attention import SelfAttention
+from foveate.models.layers import FeedForward, HeadNorm, Modulation
+from foveate.models.transformer import PreparedConditions, Transformer, TransformerBlock, own
 
 GRIDS_256: tuple[Grid, ...] = tuple((n, n) for n in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16))
 """The published schedule of 256 pixels."""
@@ -71,71 +69,7 @@ class VARConfig:
         return tuple(accumulate((h * w for h, w in self.grids), initial=0))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VARPrepared:
-    """What the class alone decides, per row: start, modulation of every block and of the head."""
-
-    start_RC: Float[Tensor, "R C"]
-    modulation_PR6C: Float[Tensor, "P R 6 C"]
-    head_R2C: Float[Tensor, "R 2 C"]
-
-    def keep(self, rows: Sequence[int]) -> "VARPrepared":
-        """The same for some rows, in the given order."""
-        index = numbers(rows, self.start_RC.device)
-        return VARPrepared(
-            start_RC=self.start_RC[index],
-            modulation_PR6C=self.modulation_PR6C[:, index],
-            head_R2C=self.head_R2C[index],
-        )
-
-    def join(self, others: Sequence[Prepared]) -> "VARPrepared":
-        """These rows and those of other requests behind them."""
-        parts = [self, *(own(other) for other in others)]
-        return VARPrepared(
-            start_RC=torch.cat([part.start_RC for part in parts]),
-            modulation_PR6C=torch.cat([part.modulation_PR6C for part in parts], dim=1),
-            head_R2C=torch.cat([part.head_R2C for part in parts]),
-        )
-
-
-def own(prepared: Prepared) -> VARPrepared:
-    """Narrows what the engine hands back, which knows no model by name.
-
-    Raises:
-        TypeError: Another model prepared it.
-    """
-    if not isinstance(prepared, VARPrepared):
-        raise TypeError(f"a VAR block needs what VAR.prepare returned, got {type(prepared).__name__}")
-    return prepared
-
-
-class SelfAttention(nn.Module):
-    """Attention with unit-length queries and keys and a learned temperature per head."""
-
-    zero_k_bias: Tensor
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
-        self.mat_qkv = Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("zero_k_bias", torch.zeros(width), persistent=False)
-        self.proj = Linear(width, width)
-
-    def forward(self, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Float[Tensor, "n C"]:
-        """Runs the sublayer on packed tokens."""
-        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv_n3ND = linear(x_nC, self.mat_qkv.weight, bias, self.mat_qkv.tile_rows).view(
-            x_nC.shape[0], 3, self.heads, -1
-        )
-        gain_N = self.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp().view(-1)
-        q_nND, k_nND, v_nND = unit_rotated(qkv_n3ND, gain_N, context.rotation_nD)
-        return self.proj(context.slot.attend(q_nND, k_nND, v_nND, 1.0).flatten(1))
-
-
-class VARBlock(nn.Module):
+class VARBlock(TransformerBlock):
     """Self-attention and feed-forward, both with gate, scale and shift."""
 
     num_sublayers = 2
@@ -146,7 +80,7 @@ class VARBlock(nn.Module):
         if config.shared_aln:
             self.ada_gss = nn.Parameter(torch.zeros(1, 1, 6, config.width))
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), Linear(config.width, 6 * config.width))
+            self.ada_lin = Modulation(config.width, 6)
         self.attn = SelfAttention(config.width, config.heads)
         self.has_shared_aln = config.shared_aln
         self.ffn = FeedForward(config.width, config.hidden)
@@ -156,15 +90,19 @@ class VARBlock(nn.Module):
         if self.has_shared_aln:
             self.ada_gss.normal_(std=self.ada_gss.shape[-1] ** -0.5)
 
+    @property
+    def linear_weight(self) -> Tensor:
+        """That of the feed-forward net's first layer."""
+        return self.ffn.fc1.weight
+
     def change(self, sublayer: int, x_nC: Float[Tensor, "n C"], context: BlockContext) -> Change:
         """What self-attention (0) or the feed-forward net (1) adds."""
-        # Published order: both gates, both scales, both shifts.
-        gate_RC, factor_RC, shift_RC = own(context.prepared).modulation_PR6C[self.index].unbind(1)[sublayer::2]
-        x_nC = norm_modulate(x_nC, factor_RC, shift_RC, context.rows, self.ffn.fc1.weight.dtype)
+        gate_RC, factor_RC, shift_RC = own(context.prepared).of_block(self.index, sublayer)
+        x_nC = norm_modulate(x_nC, factor_RC, shift_RC, context.rows, self.dtype)
         return Change(value_nC=self.attn(x_nC, context) if sublayer == 0 else self.ffn(x_nC), gate_RC=gate_RC)
 
 
-class VAR(nn.Module):
+class VAR(Transformer):
     """All weights of a transformer and the few steps around its blocks."""
 
     def __init__(self, config: VARConfig) -> None:
@@ -177,9 +115,9 @@ class VAR(nn.Module):
         self.lvl_embed = Embedding(len(config.grids), width)
         self.word_embed = Linear(config.latent_channels, width)
         if config.shared_aln:
-            self.shared_ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
+            self.shared_ada_lin = Modulation(width, 6)
         self.blocks = nn.ModuleList(VARBlock(config, i) for i in range(config.depth))
-        self.head_nm = nn.ModuleDict({"ada_lin": nn.Sequential(nn.SiLU(), Linear(width, 2 * width))})
+        self.head_nm = HeadNorm(width)
         self.head = Linear(width, config.codebook_size)
         num_projections = 1 if config.shared_aln else config.depth
         self.shape = ModelShape(
@@ -198,26 +136,12 @@ class VAR(nn.Module):
         for positions in (self.pos_start, self.pos_1LC):
             positions.normal_(std=(3 * self.config.width) ** -0.5)
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Dtype of the linear layers of the blocks."""
-        return running_dtype(self.block(0).ffn.fc1.weight)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.pos_start.device
-
     def block(self, index: int) -> VARBlock:
         """The block of this index."""
         block: VARBlock = self.blocks[index]  # type: ignore[assignment]
         return block
 
-    def narrowed(self, index: int, dtype: torch.dtype) -> VARBlock:
-        """A copy of a block in another dtype."""
-        return narrowed(self.block(index), dtype)
-
-    def prepare(self, conditions: Sequence[Condition], is_guided: bool = False) -> VARPrepared:
+    def prepare(self, conditions: Sequence[Condition], is_guided: bool = False) -> PreparedConditions:
         """Computes start and modulation.
 
         Args:
@@ -231,11 +155,10 @@ class VAR(nn.Module):
         labels = [self._index(condition) for condition in conditions]
         labels += [self.config.num_classes] * len(labels) if is_guided else []
         class_RC = self.class_emb.weight[numbers(labels, self.device)].float()
-        active_RC = F.silu(class_RC)
-        return VARPrepared(
-            start_RC=class_RC + self.pos_start[0].float() + self._places(0),
-            modulation_PR6C=with_factors(torch.stack(self._modulation(active_RC)).unflatten(-1, (6, -1)), 2, 4),
-            head_R2C=with_factors(linear32(self, "head_nm.ada_lin.1", active_RC).unflatten(-1, (2, -1)), 0, 1),
+        return PreparedConditions.of(
+            start_RC=class_RC + self.pos_start[0].float() + self.level(0),
+            modulation=self._modulation(class_RC),
+            head_R2C=self.head_nm.ada_lin(class_RC),
         )
 
     def _index(self, condition: Condition) -> int:
@@ -247,27 +170,18 @@ class VAR(nn.Module):
             raise FoveateError(f"class must be 0 to {last}, or {last + 1} for none, got {condition.index}")
         return condition.index
 
-    def _modulation(self, active_RC: Float[Tensor, "R C"]) -> list[Float[Tensor, "R C6"]]:
-        """Gates, scales and shifts of every block, side by side; float32."""
-        indices = range(self.config.depth)
+    def _modulation(self, class_RC: Float[Tensor, "R C"]) -> list[Float[Tensor, "R 6 C"]]:
+        """Gates, scales and shifts of every block; float32."""
+        blocks = [self.block(i) for i in range(self.config.depth)]
         if not self.config.shared_aln:
-            return [linear32(self.block(i), "ada_lin.1", active_RC) for i in indices]
-        shared_RC6 = linear32(self, "shared_ada_lin.1", active_RC)
-        return [shared_RC6 + self.block(i).ada_gss.float().view(1, -1) for i in indices]
+            return [block.ada_lin(class_RC) for block in blocks]
+        shared_R6C = self.shared_ada_lin(class_RC)
+        return [shared_R6C + block.ada_gss[0].float() for block in blocks]
 
-    def _places(self, scale: int) -> Float[Tensor, "l C"]:
+    def level(self, scale: int) -> Float[Tensor, "l C"]:
         """Level and absolute positions of a scale's tokens; float32."""
         begin, end = self.config.starts[scale : scale + 2]
         return self.lvl_embed.weight[scale].float() + self.pos_1LC[0, begin:end].float()
-
-    def start(self, prepared: Prepared) -> Float[Tensor, "R C"]:
-        """Hidden state of the first token of every row."""
-        return own(prepared).start_RC
-
-    def embed(self, input_BZhw: Float[Tensor, "B Z h w"], scale: int) -> Float[Tensor, "B l C"]:
-        """Embeds the resized latent and adds level and positions of the scale; float32."""
-        tokens_BlZ = input_BZhw.flatten(2).transpose(1, 2).to(self.word_embed.weight.dtype)
-        return self.word_embed(tokens_BlZ).float() + self._places(scale)
 
     def positions(self, schedule: ScaleSchedule, scale: int) -> Float[Tensor, "l 0"]:
         """Nothing per token: positions are learned and `start` and `embed` add them.
@@ -279,15 +193,3 @@ class VAR(nn.Module):
             known, got = (" ".join(f"{h}x{w}" for h, w in grids) for grids in (self.config.grids, schedule.grids))
             raise FoveateError(f"the model has positions for the grids {known} only, got {got}; use its own schedule")
         return torch.empty(schedule.scales[scale].num_tokens, 0, dtype=torch.float32, device=self.device)
-
-    def prefix(self, prepared: Prepared) -> None:
-        """Nothing stands in front of the first scale."""
-
-    def head_input(self, x_nC: Float[Tensor, "n C"], rows: Rows, prepared: Prepared) -> Float[Tensor, "n C"]:
-        """Normed and modulated hidden states, float32."""
-        factor_RC, shift_RC = own(prepared).head_R2C[: len(rows.counts)].unbind(1)
-        return norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32)
-
-    def head_logits(self, h_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n V"]:
-        """Float32 logits, one per code."""
-        return linear32(self, "head", h_nC)
