@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate.core.errors import FoveateError
+from foveate.core.layers import init_weights
 from foveate.engine.sample import ForcedSampler
 from foveate.policies.registry import load_policy
 from foveate.tokenizers.autoencoder import VQ_F16, Attention, Autoencoder, AutoencoderConfig
@@ -160,6 +161,7 @@ def test_plain_refinement_recovers_what_the_codebook_can_say():
         num_refiners=1,
     )
     autoencoder = Autoencoder(config).requires_grad_(requires_grad=False)
+    init_weights(autoencoder)
     weight, bias = autoencoder.quantize.refiner(0)
     weight.zero_()
     weight[range(4), range(4), 1, 1] = 1.0
