@@ -82,6 +82,17 @@ def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "allows_onednn", lambda: False)
 
 
+@pytest.fixture
+def on_a_machine_with_c_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere every report says that plain torch runs (`kernels_plain`), which is another test's matter.
+
+    Programs that a test starts are told that it was wanted, which says nothing either.
+    """
+    if native.library() is None:
+        monkeypatch.setattr(native, "warnings", lambda: ())
+        monkeypatch.setenv("FOVEATE_NATIVE", "0")
+
+
 def toy_tokenizer() -> Tokenizer:
     """A word-piece tokenizer of two dozen words."""
     vocab = {word: index for index, word in enumerate([*TOY_WORDS.split(), "##s"])}

@@ -20,6 +20,8 @@ from foveate.pipeline import bulk
 from foveate.pipeline.pipeline import Pipeline
 from foveate.pipeline.provenance import read_image_config, save_image
 
+pytestmark = pytest.mark.usefixtures("on_a_machine_with_c_code")
+
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())

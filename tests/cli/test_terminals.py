@@ -20,6 +20,8 @@ from foveate.cli.main import main
 from foveate.core.errors import FoveateError
 from foveate.pipeline.pipeline import Pipeline
 
+pytestmark = pytest.mark.usefixtures("on_a_machine_with_c_code")
+
 APPLE = "\u7ea2\u82f9\u679c \U0001f34e"
 ESCAPED = "\u7ea2".encode().decode("ascii", "surrogateescape")
 

@@ -270,7 +270,15 @@ def assert_nothing_stays(subject: Toy, policy: Policy, request: Request, fresh: 
     steps.close()
     assert len(left_over()) == others
     assert attributes(subject.model) == before
-    assert vars(engine).keys() == {"model", "tokenizer", "graphs", "refiner", "obeys_autocast", "_narrowed"}
+    assert vars(engine).keys() == {
+        "model",
+        "tokenizer",
+        "graphs",
+        "refiner",
+        "obeys_autocast",
+        "_narrowed",
+        "uses_triton",
+    }
     assert engine.graphs is engine.refiner is None
     assert same_bits(run(subject, bound, request), fresh)
 

@@ -155,7 +155,7 @@ def test_the_report_of_a_call_names_kernels_that_did_not_run(
 
     monkeypatch.setattr(launch, "kernel", missing)
     pipe = Pipeline(toy_pipe.model, uses_triton=True)
-    output = pipe.generate("a red cat", seed=1, output_type="latent")
+    output = pipe("a red cat", seed=1, output_type="latent")
     said = [warning.message for warning in output.report.warnings if "Triton" in warning.message]
     assert {name for name in ("norm", "residual", "heads", "bits") if any(f"'{name}'" in line for line in said)} == {
         "norm",
@@ -164,7 +164,7 @@ def test_the_report_of_a_call_names_kernels_that_did_not_run(
         "bits",
     }
     assert output.config["kernels"] == "triton"
-    plain = toy_pipe.generate("a red cat", seed=1, output_type="latent")
+    plain = toy_pipe("a red cat", seed=1, output_type="latent")
     assert plain.config["kernels"] != "triton"
     assert not [warning for warning in plain.report.warnings if "Triton" in warning.message]
     assert not norm.launch.serves(torch.ones(2))

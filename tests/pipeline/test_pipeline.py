@@ -152,10 +152,9 @@ def test_config_names_kernels_and_text_encoders(
     job = resolve(PROMPTS[0], {"seed": 1}, model.spec)
     monkeypatch.setattr(pipeline_output, "processor_name", str)
     monkeypatch.setattr(pipeline_output, "installed_version", lambda name: f"{name} 3")
-    for has_triton, kernels in ((True, "triton"), (False, "torch")):
-        monkeypatch.setattr(pipeline_output.launch, "has_triton", lambda found=has_triton: found)
-        config = pipeline_output.describe(job, model)
-        assert (config["kernels"], "triton" in config["versions"]) == (kernels, has_triton)
+    for uses_triton, kernels in ((True, "triton"), (False, "torch")):
+        config = pipeline_output.describe(job, model, uses_triton=uses_triton)
+        assert (config["kernels"], "triton" in config["versions"]) == (kernels, uses_triton)
         assert config["versions"]["transformers"] == "transformers 3", "it runs the text encoders"
     assert config["weights"]["text_encoders"] == [tmp_path.name, "google/flan-t5-xl"]
 

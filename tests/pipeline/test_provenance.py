@@ -247,7 +247,9 @@ def test_warnings_are_stored_and_are_no_difference(toy_pipe: Pipeline, output: P
     path = save(replace(output, report=report), 3, tmp_path / "a.jpg")
     assert read_image_config(path)["warnings"] == [{"code": "untrained_size", "message": "it never saw such a size"}]
     assert regenerate(path, toy_pipe).differences == ()
-    assert "warnings" not in output.row_config(3)
+    own = {warning.code for warning in output.report.warnings}
+    assert {each["code"] for each in output.row_config(3).get("warnings", [])} == own
+    assert own <= {"kernels_plain"}, "nothing else is wrong with this call"
 
 
 def test_other_pixels_and_threads_are_noticed(toy_pipe: Pipeline, file: Path) -> None:

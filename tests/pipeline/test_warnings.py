@@ -10,11 +10,7 @@ from foveate.core.errors import BrokenNumbersError, FoveateError
 from foveate.core.warnings import WARNING_CODES, CallWarning, log_warnings
 from foveate.pipeline.pipeline import Pipeline
 
-
-@pytest.fixture(autouse=True)
-def _on_a_machine_with_c_code(monkeypatch: pytest.MonkeyPatch):
-    """Elsewhere every report says that plain torch runs (`kernels_plain`), which is another test's matter."""
-    monkeypatch.setattr("foveate.kernels.native.warnings", lambda: ())
+pytestmark = pytest.mark.usefixtures("on_a_machine_with_c_code")
 
 
 @pytest.mark.parametrize(
