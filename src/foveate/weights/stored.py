@@ -9,12 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from foveate.core.errors import CheckpointError
+
+_MAPPED_BYTES = 2**20
+"""After more than this was read, a file is mapped anew."""
 
 State = Mapping[str, Tensor]
 """Weights by name, without nesting."""
@@ -79,12 +83,13 @@ def stored_safetensors(path: Path) -> Stored:
         OSError: It cannot be read.
     """
     weights: dict[str, Weight] = {}
+    mapping = _Mapping(path)
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118 - no mapping
             # Mapped and dropped: no page of it is read.
             mapped = file.get_tensor(key)
             weights[key] = Weight(
-                described=on_meta(tuple(mapped.shape), mapped.dtype), read=partial(_read_safetensors, path, key)
+                described=on_meta(tuple(mapped.shape), mapped.dtype), read=partial(mapping.read, key)
             )
     return Stored(weights)
 
@@ -119,9 +124,25 @@ def stored_pickle(path: Path) -> Stored:
     )
 
 
-def _read_safetensors(path: Path, key: str) -> Tensor:
-    with safe_open(path, "pt") as file:
+class _Mapping:
+    """A mapping of a safetensors file, which is dropped once much was read through it and so lets go of its pages.
+
+    Opening costs a parse of the whole header, which takes longer than reading a small tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.num_read = path, 0
+        self.file: Any = None
+
+    def read(self, key: str) -> Tensor:
+        """A tensor, which keeps the mapping of its time alive."""
+        file = safe_open(self.path, "pt") if self.file is None else self.file
         tensor: Tensor = file.get_tensor(key)
+        self.num_read += tensor.nbytes
+        if self.num_read > _MAPPED_BYTES:
+            self.file, self.num_read = None, 0
+        else:
+            self.file = file
         return tensor
 
 
