@@ -160,7 +160,7 @@ class Matcher:
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> float:
         """Share of pictures whose label comes first."""
-        from foveate.eval.features import features  # noqa: PLC0415
+        from recipes.emoji.features import features  # noqa: PLC0415
 
         similarity = self.heads.similarity(features(images), self.texts)
         wanted = np.array([self.labels.index(prompt) for prompt in prompts])

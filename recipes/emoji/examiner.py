@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from foveate.conditioning.minilm import TextEncoder
 from foveate.core.errors import FoveateError
 from foveate.core.schedule import Grid
-from foveate.eval.features import features, load_network
 from foveate.eval.fidelity import foreground_psnr, psnr, ssim
-from foveate.eval.quality import kid, nearest
 from foveate.pipeline.options import PerScale
 from foveate.pipeline.output import to_uint8
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
@@ -39,10 +37,12 @@ from recipes.emoji.composition import (
 )
 from recipes.emoji.contrast import rim_contrast
 from recipes.emoji.corpus import Corpus
+from recipes.emoji.features import features, load_network
 from recipes.emoji.figures import MIN_PROMPTS, Figure
 from recipes.emoji.heads import TextMatch
 from recipes.emoji.memorisation import COPY_DB, THUMBNAIL, copied_share, nearest_neighbours, thumbnail_psnr
 from recipes.emoji.paraphrases import bundled_paraphrases, unseen
+from recipes.emoji.quality import kid, nearest
 from recipes.emoji.scenes import Kind, Scene, SceneConfig, draw_scene, render
 from recipes.emoji.style import fit_style_probe
 from recipes.emoji.texts import bundled_encoder
@@ -85,7 +85,7 @@ class Examiner:
         if self.num_prompts < MIN_PROMPTS:
             raise FoveateError(f"--prompts must be at least {MIN_PROMPTS}, got {self.num_prompts}")
         if not isinstance(self.pipe.model.tokenizer, BSQTokenizer):
-            raise FoveateError("this report is about models that foveate train made; this one is of another family")
+            raise FoveateError("this report is about models that this recipe trained; this one is of another family")
         self._tokens = self.pipe.model.tokenizer
         self._network = load_network()
 

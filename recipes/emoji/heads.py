@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
-from foveate.eval.quality import unit_rows
+from recipes.emoji.quality import unit_rows
 
 DATA = Path(__file__).parent / "data"
 TEXT_MATCH_FORMAT = "foveate-text-match-1"

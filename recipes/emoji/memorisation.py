@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, UInt8
 
 from foveate.core.errors import FoveateError
 from foveate.eval.fidelity import psnr
-from foveate.eval.quality import unit_rows
+from recipes.emoji.quality import unit_rows
 
 THUMBNAIL = 64
 COPY_DB = 20.0

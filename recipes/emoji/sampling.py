@@ -19,12 +19,12 @@ from jaxtyping import Float
 
 from foveate.core.atomic import write_text
 from foveate.core.errors import FoveateError
-from foveate.eval.quality import unit_rows
 from foveate.families.spec import ModelSpec, per_scale
 from foveate.pipeline.pipeline import Pipeline
 from foveate.weights.folder import CONFIG_NAME
 from recipes.emoji.corpus import Corpus
 from recipes.emoji.examiner import Examiner
+from recipes.emoji.quality import unit_rows
 
 SEED = 1_000_003
 """Of the validation scenes and pictures; reports of a model count from 0."""
@@ -216,7 +216,7 @@ def require_scorer() -> None:
     """
     missing = [name for name in _EXTRA if find_spec(name) is None]
     if missing:
-        raise FoveateError(f'scoring needs {", ".join(missing)}, not installed: pip install "foveate[eval]"')
+        raise FoveateError(f"scoring needs {', '.join(missing)}; pip install -r recipes/emoji/requirements.txt")
 
 
 def reciprocal_ranks(drawn_nF: Float[np.ndarray, "n F"], real_nF: Float[np.ndarray, "n F"]) -> Float[np.ndarray, " n"]:

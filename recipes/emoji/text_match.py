@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int, UInt8
 
 from foveate.core.errors import FoveateError
-from foveate.eval.features import FEATURE_WIDTH, features, load_network
 from recipes.emoji.corpus import load_corpus
+from recipes.emoji.features import FEATURE_WIDTH, features, load_network
 from recipes.emoji.heads import TextMatch, TextMatchTraining, train_text_match
 from recipes.emoji.texts import bundled_encoder
 

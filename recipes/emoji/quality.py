@@ -49,7 +49,7 @@ def kid(features: Float[np.ndarray, "n F"], reference_features: Float[np.ndarray
     Raises:
         FoveateError: If a set has fewer than two rows, or torchmetrics is missing.
     """
-    if min(len(features), len(reference_features)) < 2:  # noqa: PLR2004 - an unbiased variance needs two
+    if min(len(features), len(reference_features)) < 2:
         raise FoveateError(f"kid needs two rows in each set, got {len(features)} and {len(reference_features)}")
     try:
         from torchmetrics.image.kid import poly_kernel  # noqa: PLC0415 - an extra

