@@ -140,11 +140,11 @@ class ModelSpec:
             CheckpointError: An unknown format, family or field, or a missing one.
         """
         rest = dict(data)
-        version = rest.pop("format", None)
-        if version != FORMAT:
-            raise CheckpointError(f"config.json must be of format {FORMAT}, got {version}")
-        # Where the text encoder lies is the folder's business.
-        rest.pop("text_encoder", None)
+        if "format" not in rest:
+            raise CheckpointError("config.json names no format, so it is of another program")
+        # Which format it is and where the text encoder lies were the folder's business.
+        for name in ("format", "text_encoder"):
+            rest.pop(name, None)
         kind = _family_named(rest.get("family"))
         try:
             rest["transformer"] = kind.transformer.config(**tuples(rest["transformer"]))

@@ -28,7 +28,7 @@ from foveate.weights.files import naming, read_weights, save_sharded, weights_sh
 from foveate.weights.stored import State
 
 FORMAT = 1
-"""Version of the layout that this release writes; it reads no other."""
+"""Version of the layout that this release writes; it reads this one and all earlier ones."""
 
 CONFIG_NAME = "config.json"
 TRANSFORMER, AUTOENCODER = "transformer", "autoencoder"
@@ -111,8 +111,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: must hold an object, got {type(data).__name__}")
-    version = data.get("format")
-    if isinstance(version, int) and version > FORMAT:
+    version = data.get("format", FORMAT)
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{path}: format must be a whole number, 1 or more, got {version!r}")
+    if version > FORMAT:
         raise CheckpointError(
             f"{path}: format {version} is newer than {FORMAT}, the one that this release reads; upgrade foveate"
         )

@@ -88,9 +88,7 @@ def stored_safetensors(path: Path) -> Stored:
         for key in file.keys():  # noqa: SIM118 - no mapping
             # Mapped and dropped: no page of it is read.
             mapped = file.get_tensor(key)
-            weights[key] = Weight(
-                described=on_meta(tuple(mapped.shape), mapped.dtype), read=partial(mapping.read, key)
-            )
+            weights[key] = Weight(described=on_meta(tuple(mapped.shape), mapped.dtype), read=partial(mapping.read, key))
     return Stored(weights)
 
 
