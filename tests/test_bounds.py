@@ -30,3 +30,9 @@ def test_the_lowest_versions_are_those_of_the_project() -> None:
         name, version = re.match(r"([\w-]+)(?:>=|==)([\d.]+)", requirement).groups()
         assert first_of(version) in found.pop(name), requirement
     assert found == {}, "nothing else is held down"
+
+
+def test_the_demo_extra_names_the_version_of_the_package_beside_it() -> None:
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    package = tomllib.loads((ROOT / "packages/foveate-emoji/pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert extra["demo"] == [f"{package['name']}=={package['version']}"]
