@@ -55,7 +55,7 @@ wheel-check: wheel
 	cd dist/check && ../../.venv-wheel/bin/foveate generate --from source.png
 
 clean:
-	rm -rf .venv .venv-wheel .venv-lowest dist build demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-wheel .venv-lowest dist build demo out site foveate-out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 # torch comes first and alone: it is by far the largest, and everything else must fit the pinned one.
 .venv/.installed: pyproject.toml constraints.txt packages/foveate-emoji/pyproject.toml

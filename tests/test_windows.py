@@ -32,7 +32,7 @@ import foveate
 names = [
     module.name
     for module in pkgutil.walk_packages(foveate.__path__, "foveate.")
-    if not module.name.startswith(("foveate.kernels.gpu.", "foveate.train", "foveate.__main__"))
+    if not module.name.startswith(("foveate.kernels.gpu.", "recipes", "foveate.__main__"))
 ]
 for name in (*names, "foveate.kernels.gpu.launch"):
     importlib.import_module(name)

@@ -45,10 +45,6 @@ class ModelShape:
         cross = (2 * 2 * self.width**2,) if self.has_cross_attention else ()
         return (2 * 4 * self.width**2, *cross, 2 * self.ff_matrices * self.width * self.ff_width)
 
-    def token_flops(self) -> int:
-        """FLOPs of the linear layers of one block for one token."""
-        return sum(self.sublayer_flops)
-
     def attention_flops(self, queries: int, keys: int) -> int:
         """FLOPs of Q K^T and P V of one block and row."""
         return 2 * 2 * queries * keys * self.num_heads * self.head_width

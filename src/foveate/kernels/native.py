@@ -1,8 +1,8 @@
 """C code for processors with AVX-512 BF16: compiled once per machine with its own compiler, then kept in a cache.
 
 Nothing is compiled before a tensor asks for it. Where there is no such processor or no compiler, plain torch runs: one
-line at INFO says why, `foveate env` says it too, and `warnings` puts it into reports. `FOVEATE_NATIVE=0` switches the C
-code off, `FOVEATE_CACHE` moves the folder of the compiled library.
+line on the logger says why, `foveate env` says it too, and `warnings` puts it into reports. `FOVEATE_NATIVE=0` switches
+the C code off, `FOVEATE_CACHE` moves the folder of the compiled library.
 """
 
 import ctypes
