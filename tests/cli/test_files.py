@@ -115,7 +115,7 @@ def test_names_of_one_command_repeat_without_a_word(tmp_path: Path, capsys: pyte
                 assert staging.free_stem("a", (".png",)) == expected
                 staging.path(f"{expected}.png").touch()
             staging.publish()
-        # The preview of one picture would be the picture of another.
+        # The preview of one image would be the image of another.
         assert staging.free_stem("b", (".png", "-scale-10.png")) == "b"
         assert staging.free_stem("b-scale-10", (".png",)) == "b-scale-10-2"
     assert names(tmp_path) == ["a-2.png", "a-3.png", "a-4.png", "a.png"]

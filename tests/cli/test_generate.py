@@ -137,7 +137,7 @@ def test_a_huge_number_of_images_is_drawn_as_they_come_or_refused(
     run(*draw, "-n", 10**12, "--rng", "reference").assert_refused(
         "1000000000000 do not fit into memory", "largest batch"
     )
-    run(*draw, "-n", 10**12, "-o", "x.png").assert_refused("is one picture, but 1000000000000 are asked for")
+    run(*draw, "-n", 10**12, "-o", "x.png").assert_refused("is one image file, but 1000000000000 are asked for")
     run(*draw, "-n", 10**19).assert_refused("need seeds of 2^63 and more; ask for fewer images")
     run(*draw, "--batch-size", 10**12).assert_refused(
         "a batch of 1000000000000 images", "the largest batch that fits is"
@@ -155,7 +155,7 @@ def test_a_huge_number_of_images_is_drawn_as_they_come_or_refused(
     monkeypatch.setattr(Pipeline, "stream", twice)
     ran = run(*draw, "-n", 10**12, "--batch-size", 2, "-o", "out")
     assert (ran.code, ran.out) == (130, "")
-    assert ran.err == "foveate: 4 of 1000000000000 pictures are in out\nfoveate: interrupted\n"
+    assert ran.err == "foveate: 4 of 1000000000000 images are in out\nfoveate: interrupted\n"
     assert names(tmp_path) == [f"a-cat-{seed}.png" for seed in (3, 4, 5, 6)]
 
 
@@ -220,7 +220,7 @@ def test_a_folder_in_every_format(run: Callable[..., Any], toy_folder: Path, tmp
 def test_other_files_are_refused(run: Callable[..., Any], toy_folder: Path, tmp_path: Path, output: str) -> None:
     draw = ("generate", "a cat", "--seed", 3, "-m", toy_folder, "-p", "skip-scales:count=3", "-o")
     run(*draw, output).assert_refused(
-        f"cannot write {output}: pictures are .png, .jpg, .jpeg, .webp; for a folder of this name put a slash behind it"
+        f"cannot write {output}: an image ends in .png, .jpg, .jpeg, .webp; for a folder of this name add a slash"
     )
     assert list(tmp_path.iterdir()) == []
     # With the slash, and then, as it is a folder, without.
@@ -360,7 +360,7 @@ def test_from_draws_on_another_device_and_says_so(run: Callable[..., Any], toy_f
     with Image.open(tmp_path / "cpu.png") as picture:
         save_image(picture, tmp_path / "cuda.png", config)
     again = run("generate", "--from", "cuda.png", "-m", toy_folder, "--device", "cpu", "--quiet", "--json")
-    assert again.err == "foveate: warning: cuda.png was drawn on cuda and now on cpu: pixels may differ\n"
+    assert again.err == "foveate: warning: cuda.png was generated on cuda and now on cpu: pixels may differ\n"
     assert (again.code, again.data["differences"]) == (0, ["device: cuda then, cpu now"])
 
 
@@ -389,7 +389,7 @@ def test_from_makes_the_same_pixels_again(run: Callable[..., Any], toy_folder: P
     save_image(Image.fromarray(other), tmp_path / "damaged.png", config)
     run("generate", "--from", "damaged.png", "-m", toy_folder).assert_refused("damaged")
     run("generate", "--from", source, "--seed", 3, "--dtype", "bfloat16", "--threads", 2).assert_refused(
-        "--from draws a stored picture as it was, so --dtype, --threads, --seed would be ignored; besides it fit "
+        "--from generates a stored image again as it was, so --dtype, --threads, --seed would be ignored; allowed are "
         "--model, --device, --output, --json, --quiet, --config, and with another --model also --autoencoder, "
     )
     run("generate", "--from", source, "--prompts", "p.txt").assert_refused("so --prompts would")
@@ -404,7 +404,7 @@ def test_from_makes_the_same_pixels_again(run: Callable[..., Any], toy_folder: P
         ([], ["give at least one prompt"]),
         (["  "], ["must not be empty"]),
         (["a", "-n", "0"], ["-n must be 1 or more, got 0"]),
-        (["a", "b", "-o", "x.png"], ["one picture, but 2"]),
+        (["a", "b", "-o", "x.png"], ["one image file, but 2"]),
         (["a", "--model", "emojy"], ["no model 'emojy'", "did you mean emoji"]),
         (["a", "--policy", "ld-prunning"], ["did you mean ld-pruning"]),
         (["a", "--policy", "skip-scales:cout=1"], ["did you mean count"]),
@@ -503,7 +503,7 @@ def test_what_is_drawn_stays_where_a_file_cannot_be_written(
     monkeypatch.setattr(image_files, "save_image", save_but_one)
     # Those of its batch are written, and no batch is drawn any more.
     run(*draw, "-n", 5, "--batch-size", 3).assert_refused(
-        "out/a-cat-8.png: No space left on device; 2 of 5 pictures are in out"
+        "out/a-cat-8.png: No space left on device; 2 of 5 images are in out"
     )
     assert names(tmp_path) == ["a-cat-7.png", "a-cat-9.png"]
     shutil.rmtree(tmp_path / "out")
@@ -514,16 +514,16 @@ def test_what_is_drawn_stays_where_a_file_cannot_be_written(
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (FoveateError("a mistake"), "a mistake; 4 of 6 pictures are in out"),
+        (FoveateError("a mistake"), "a mistake; 4 of 6 images are in out"),
         (
             MemoryError(),
-            "not enough memory (no more could be had); try a smaller --batch-size; 4 of 6 pictures are in out",
+            "not enough memory (the allocation failed); try a smaller --batch-size; 4 of 6 images are in out",
         ),
         (
             RuntimeError("CUDA out of memory. Tried\nmore"),
             "(CUDA out of memory. Tried); try a smaller --batch-size; 4 of 6",
         ),
-        (OSError(5, "Input/output error", "weights"), "weights: Input/output error; 4 of 6 pictures are in out"),
+        (OSError(5, "Input/output error", "weights"), "weights: Input/output error; 4 of 6 images are in out"),
     ],
 )
 def test_what_is_drawn_stays_where_a_later_batch_fails(

@@ -56,14 +56,14 @@ def test_help_of_generate_shows_groups_in_order_and_examples_that_run(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     text = run("generate", "--help").out
-    groups = ["Picture", "Policy", "Output", "Model", "Number formats", "Machine"]
+    groups = ["Image", "Policy", "Output", "Model", "Dtypes", "Machine"]
     assert re.findall(r"\u256d\u2500 ([A-Z][a-z ]+) \u2500", text) == groups
     words = " ".join(re.sub(r"[\u2502\u256d-\u2570\u2500]", " ", text).split())
     for taught in (
         "--seed STR... One seed, or one per prompt with commas: 7,8; default: random.",
         "1 is off for Infinity, 0 for VAR and Switti",
         "Keep the k likeliest values; 0 keeps all",
-        "Number format of the decoder; default: --dtype.",
+        "Dtype of the decoder; default: --dtype.",
     ):
         assert taught in words
     examples = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("  foveate ")]

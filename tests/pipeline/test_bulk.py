@@ -138,7 +138,7 @@ def test_rows_say_their_own(toy_pipe: Pipeline) -> None:
             draw_rows(toy_pipe, rows(1), BulkSettings(), **{name: value})  # type: ignore[arg-type]
     with pytest.raises(FoveateError, match="leave generator out"):
         rows_of("a", toy_pipe.model.spec, rng="reference", generator=torch.Generator())
-    with pytest.raises(FoveateError, match="no rows to draw"):
+    with pytest.raises(FoveateError, match="no rows to generate"):
         draw_rows(toy_pipe, iter(()), BulkSettings())
     with pytest.raises(FoveateError, match="1 image or more, got 0"):
         BulkSettings(batch_size=0)
@@ -211,7 +211,7 @@ def test_the_published_order_is_one_batch_or_none(
             FoveateError, match="all images as one batch, .* do not fit .* largest batch that fits is 3"
         ):
             draw_rows(toy_pipe, asked(10**12), how, **options)
-    with pytest.raises(FoveateError, match="draws all 3 images as one batch; leave the batch size out"):
+    with pytest.raises(FoveateError, match="generates all 3 images as one batch; leave the batch size out"):
         draw_rows(toy_pipe, asked(3), BulkSettings(batch_size=2), **options)
     with pytest.raises(FoveateError, match="takes one seed for all rows"):
         draw_rows(toy_pipe, rows(2), BulkSettings(), **options)

@@ -132,7 +132,7 @@ def test_with_previews_the_decoder_joins_the_transformer(toy_folder: Path, toy_p
         assert event.images is None or torch.equal(event.images, wanted.images)  # type: ignore[arg-type]
     shown = min(max(previews - 1, 0), 6)
     assert there == [{TRANSFORMER}] * (6 - shown) + [{TRANSFORMER, DECODER}] * shown + [{DECODER}]
-    # Every part moves once, however many pictures are shown.
+    # Every part moves once, however many images are shown.
     assert parked.came() == [TEXT_ENCODER, TRANSFORMER, DECODER]
     assert not parked.there
 

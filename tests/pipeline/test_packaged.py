@@ -48,7 +48,7 @@ def test_a_package_adds_a_model_under_its_name(
     assert find_folder(Origin(name_or_path="sketch")) == toy_folder
     out = Pipeline.from_pretrained("sketch")("a cat", seed=1, output_type="np").images
     assert (out == Pipeline.from_pretrained(toy_folder)("a cat", seed=1, output_type="np").images).all()
-    with pytest.raises(FoveateError, match="sketch is none, leave it out"):
+    with pytest.raises(FoveateError, match="sketch is not one, leave it out"):
         find_folder(Origin(name_or_path="sketch", revision="main"))
 
 
@@ -70,7 +70,7 @@ def test_broken_packages_are_named_in_one_warning_each_and_left_out(
         assert packaged_models() == {"empty": tmp_path}
     assert len(caught) == 2
     assert "model package gone (no_such_module:X) was left out: No module named" in str(caught[0].message)
-    assert "it is no path of a folder: 3" in str(caught[1].message)
+    assert "it is not the path of a folder: 3" in str(caught[1].message)
     with pytest.raises(CheckpointError, match=r"lacks config\.json; install the package of empty again"):
         find_folder(Origin(name_or_path="empty"))
 

@@ -303,7 +303,7 @@ def test_policies_do_not_leak_into_the_next_call(toy_pipe: Pipeline) -> None:
 def test_keys_and_values_are_gone_before_the_last_picture_is_decoded(
     toy_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Earlier pictures of a stream need them afterwards; the last one needs their room."""
+    """Earlier images of a stream need them afterwards; the last one needs their room."""
     pipe = Pipeline.from_pretrained(toy_folder)
     caches: list[weakref.ref[KVCache]] = []
     open_cache, decode = KVCache.__init__, pipe.model.tokenizer.decode

@@ -1,4 +1,4 @@
-"""Number formats of a loaded model: a decoder of its own dtype, weights in eight bits; loaded, drawn, recorded."""
+"""Dtypes of a loaded model: a decoder of its own dtype, weights in int8 and fp8; loaded, generated, recorded."""
 
 import json
 import os
@@ -128,7 +128,7 @@ def test_codebook_and_latent_do_not_follow_the_decoder(small: ModelSpec) -> None
     assert pixels[1].dtype == torch.float32
 
 
-# Weights in eight bits
+# Weights in int8 and fp8
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])

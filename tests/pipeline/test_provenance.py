@@ -237,7 +237,7 @@ def test_a_batch_too_large_for_memory_is_refused_before_it_is_made(
 def test_a_callers_own_generator_is_named(toy_pipe: Pipeline, tmp_path: Path) -> None:
     output = toy_pipe("a cat", rng="reference", generator=torch.Generator().manual_seed(1))
     assert output.row_config(0)["seed"] is None
-    with pytest.raises(FoveateError, match="drawn from a caller's generator"):
+    with pytest.raises(FoveateError, match="generated with a caller's generator"):
         regenerate(save(output, 0, tmp_path / "a.png"), toy_pipe)
 
 
@@ -331,7 +331,7 @@ def test_chunk_must_be_of_our_format(tmp_path: Path, content: str) -> None:
 
 def test_bombs_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)
-    with pytest.raises(FoveateError, match="cannot read .* as a picture"):
+    with pytest.raises(FoveateError, match="cannot read .* as an image"):
         read_image_config(file)
 
 

@@ -65,7 +65,7 @@ def test_var_smooths_and_refuses_what_it_has_not(var_folder: Path) -> None:
     torch.testing.assert_close(alone, smooth[0], rtol=0.0, atol=1e-3)
     with pytest.raises(FoveateError, match="takes no negative_prompt"):
         pipe("tench", negative_prompt="volcano")
-    with pytest.raises(FoveateError, match="draws 256x256 only"):
+    with pytest.raises(FoveateError, match="generates 256x256 only"):
         pipe("tench", aspect_ratio="2:1")
     with pytest.raises(FoveateError, match="size must be one of 256x256 "):
         pipe("tench", width=512, height=512)
@@ -89,7 +89,7 @@ def test_what_is_missing_beside_a_transformer_is_named(var_folder: Path) -> None
     with pytest.raises(CheckpointError, match=r"var_toy\.pth needs .* beside it, found none; or give its path"):
         Pipeline.from_pretrained(var_folder / "var_toy.pth")
     torch.save({"a": torch.zeros(1)}, var_folder / "what.pth")
-    with pytest.raises(CheckpointError, match="of no family that is known here"):
+    with pytest.raises(CheckpointError, match="unknown model family"):
         Pipeline.from_pretrained(var_folder / "what.pth")
     with pytest.raises(CheckpointError, match=r"must hold one transformer, found var_toy\.pth, what\.pth"):
         Pipeline.from_pretrained(var_folder)
@@ -205,7 +205,7 @@ def test_switti_needs_to_know_whether_scales_are_remembered(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["var-d16", "switti-512-ar"])
 def test_random_weights_of_a_shape_draw(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The published entry at toy size: the same code paths from name to picture."""
+    """The published entry at toy size: the same code paths from name to image."""
     spec = PUBLISHED[name].spec
     if spec.family == "var":
         small = VARConfig(depth=2, width=64, heads=4, codebook_size=64, latent_channels=8, grids=GRIDS_256)

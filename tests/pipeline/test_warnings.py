@@ -17,8 +17,8 @@ pytestmark = pytest.mark.usefixtures("on_a_machine_with_c_code")
     ("options", "code", "says"),
     [
         ({"aspect_ratio": "3:2"}, "untrained_size", "toy was trained on 1:1 at 0.06M; 3:2 at 0.06M is outside"),
-        ({"guidance_scale": 0}, "guidance_ignores_prompt", "this draws no prompt at all"),
-        ({"cfg": 0.0, "negative_prompt": "a dog"}, "guidance_ignores_prompt", "this draws the negative prompt"),
+        ({"guidance_scale": 0}, "guidance_ignores_prompt", "the image follows no prompt at all"),
+        ({"cfg": 0.0, "negative_prompt": "a dog"}, "guidance_ignores_prompt", "the image follows the negative prompt"),
         ({"guidance_scale": 1, "negative_prompt": "a dog"}, "negative_prompt_ignored", "guidance_scale 1; raise it"),
         (
             {"guidance_scale": 1, "policy": "drop-branch"},
@@ -87,7 +87,7 @@ def test_codes_are_those_of_the_contract(caplog):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"tau": 1e-39}, "temperature must be above 2.94e-39, got 1e-39; top_k=1 takes the best always"),
+        ({"tau": 1e-39}, "temperature must be above 2.94e-39, got 1e-39; top_k=1 always takes the likeliest"),
         ({"cfg": 1e300}, "guidance_scale must be finite numbers in float32, at most 3.4e+38, got 1e\\+300"),
         ({"cfg": 10**400}, "guidance_scale must be finite numbers in float32"),
         ({"tau": float("nan")}, "temperature must be finite numbers"),
@@ -144,7 +144,7 @@ def test_a_saving_by_depth_shows_in_token_blocks(toy_pipe: Pipeline):
 
 @pytest.mark.parametrize("prompt", ["a\0cat", "a cat \ud83d", "\udfff"])
 def test_a_prompt_that_is_no_text_is_refused(toy_pipe: Pipeline, prompt: str):
-    with pytest.raises(FoveateError, match="prompt holds characters that are no text"):
+    with pytest.raises(FoveateError, match="prompt holds characters that are not text"):
         toy_pipe(prompt)
-    with pytest.raises(FoveateError, match="negative_prompt holds characters that are no text"):
+    with pytest.raises(FoveateError, match="negative_prompt holds characters that are not text"):
         toy_pipe("a cat", negative_prompt=prompt)

@@ -11,7 +11,7 @@ from recipes.emoji.quality import kid, nearest
 
 
 def drawings(seed: int) -> np.ndarray:
-    """Four white pictures: a red disc, a blue square, green stripes, a black cross; noise depends on the seed."""
+    """Four white images: a red disc, a blue square, green stripes, a black cross; noise depends on the seed."""
     rng = np.random.default_rng(seed)
     images = np.full((4, 64, 64, 3), 255, np.uint8)
     y, x = np.mgrid[:64, :64]

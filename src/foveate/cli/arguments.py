@@ -1,4 +1,4 @@
-"""What is done to the arguments of a command line before a command sees them."""
+"""Prepares the arguments of a command line before a command reads them."""
 
 import os
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def decode_texts(_app: App, _commands: tuple[str, ...], arguments: ArgumentColle
     Paths stay as they are: undecoded bytes are the file's name.
 
     Raises:
-        FoveateError: A prompt is no text.
+        FoveateError: A prompt is not text.
     """
     for argument in arguments:
         if argument.field_info.name in _TEXTS:

@@ -62,13 +62,13 @@ class BenchOptions:
     Attributes:
         size: 0.06M, 0.25M, 0.60M or 1M pixels, or WxH such as 256x256; may be repeated. Default: the model's own.
         aspect_ratio: Width to height, such as 4:3, for a size that is not WxH; may be repeated.
-        batch: Pictures drawn at once; several with commas. Default: 1, and 1,4,16 for throughput.
-        prompts: A file with one prompt a line, which take turns; without it one built-in prompt.
-        seed: First seed; every picture of a policy has its own.
+        batch: Images generated at once; several with commas. Default: 1, and 1,4,16 for throughput.
+        prompts: A file with one prompt a line, used in turn; default: one built-in prompt.
+        seed: First seed; every image of a policy has its own.
         policy: A name, a spec such as skip-scales:count=2, or a YAML file; may be repeated.
             Ratios are against the first one. Default: full alone.
-        runs: Rounds that count; every policy runs once in each.
-        warmup: Rounds before them that do not count, at every size and batch.
+        runs: Measured rounds; every policy runs once in each.
+        warmup: Warm-up rounds, at every size and batch.
         output: Folder for bench.json, bench.csv, bench.svg and bench.md; for calibrate, profile.json.
         as_json: Print one JSON object.
         quiet: Show no progress.
@@ -102,8 +102,8 @@ def bench(
     """Measure time, throughput or memory of policies, or write a profile of this machine.
 
     Args:
-        kind: latency: time by part and scale. throughput: pictures per second by batch, and percentiles at batch 1.
-            memory: weights, keys and values, and the rest. calibrate: what a token costs here, as data.
+        kind: latency: time by part and scale. throughput: images per second by batch, and percentiles at batch 1.
+            memory: weights, keys and values, and the rest. calibrate: time per token on this machine, as data.
         options: What is measured, how often, and what is reported.
         model: Which model runs, and on what.
     """
@@ -150,7 +150,7 @@ def _bench(
     for picture, _ in pictures:
         check_call(prompts or _ANY, picture.options(), policies, spec)
     with Staging(options.output, [_PROFILE] if is_profile else _FILES) as staging:
-        # The bar of a call would be drawn while the call is timed.
+        # The progress bar of a call would be drawn while the call is timed.
         pipe = open_pipeline(model, is_quiet=True)
         texts = (default_prompt(pipe),) if prompts is None else tuple(prompts)
         plan = BenchPlan(
@@ -179,10 +179,10 @@ def _bench(
 
 
 def _require_matplotlib() -> None:
-    """Says what is missing before anything is measured."""
+    """Refuses before the measurement if matplotlib is missing."""
     if find_spec("matplotlib") is None:
         raise FoveateError(
-            '--output also draws a plot and needs matplotlib, which is not installed: pip install "foveate[eval]"; '
+            '--output also writes a plot and needs matplotlib, which is not installed: pip install "foveate[eval]"; '
             "--json needs nothing"
         )
 
@@ -232,7 +232,7 @@ def _print(report: "foveate.bench.report.BenchReport", bandwidth: float | None, 
 
 
 def _code(report: "foveate.bench.report.BenchReport", wanted: int) -> int:
-    """The exit code, where so many rounds were wanted."""
+    """The exit code of a report when `wanted` rounds were asked for."""
     from foveate.bench.rounds import Stop  # noqa: PLC0415
 
     if report.stopped is None:

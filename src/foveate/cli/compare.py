@@ -1,4 +1,4 @@
-"""`foveate compare`: fidelity, time and FLOPs of one policy beside another, over the same prompts and draws."""
+"""`foveate compare`: fidelity, time and FLOPs of one policy beside another, over the same prompts and seeds."""
 
 import os
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ BUILT_IN_PROMPTS = (
     "top hat",
     "backpack",
 )
-"""What is drawn if no file of prompts is given: single solid objects of all large groups, which the bundled model was
+"""The prompts if no file of prompts is given: single solid objects of all large groups, which the bundled model was
 trained on."""
 
 BUILT_IN_CLASSES = (
@@ -66,7 +66,7 @@ BUILT_IN_CLASSES = (
     "bow tie",
     "backpack",
 )
-"""The same for models that draw classes of ImageNet."""
+"""Prompts for models of ImageNet classes."""
 
 
 @Parameter(name="*", group=PICTURE)
@@ -75,15 +75,14 @@ class CompareOptions:
     """What is compared, over what, and what is reported.
 
     Attributes:
-        prompts: A file with one prompt a line, or - for stdin; without it 16 common objects are drawn, or 16 classes
-            for VAR.
-        seeds: Pictures per prompt.
+        prompts: A file with one prompt a line, or - for stdin; default: 16 common objects, or 16 classes for VAR.
+        seeds: Images per prompt.
         seed: First seed of every prompt.
         policy: The policy in question: a name, a spec such as skip-scales:count=2, or a YAML file.
-        against: The policy it is measured against.
+        against: The policy to compare with.
         runs: How often each side is timed.
-        batch_size: Pictures drawn as one batch at most.
-        html: Write a report with pictures to this file; an earlier one gets a number.
+        batch_size: Images generated as one batch at most.
+        html: Write a report with images to this file; an earlier one gets a number.
         fail_if: Exit with 1 if this holds, such as "ssim.p10 < 0.88"; may be repeated. The figures are listed below.
         as_json: Print one JSON object.
         quiet: Show no progress.
@@ -114,12 +113,12 @@ def compare(
     call: CompareFlags = _CALL,
     model: ModelOptions = _MODEL,
 ) -> int:
-    """Measure how near a policy comes to another one, and how much time it saves.
+    """Compare a policy with another one: image fidelity and speedup.
 
     Args:
         options: What is compared, over what, and what is reported.
-        size: How large the pictures are.
-        call: How symbols are drawn.
+        size: How large the images are.
+        call: How tokens are sampled.
         model: Which model runs, and on what.
     """
     for flag in ("seeds", "runs", "batch_size"):
@@ -146,7 +145,7 @@ def _compare(prompts: list[str] | None, call: Options, model: ModelOptions, opti
     from foveate.pipeline.call import draws_classes  # noqa: PLC0415
     from foveate.policies.registry import load_policy  # noqa: PLC0415
 
-    # A typing error must not be found after minutes of drawing.
+    # A typing error must not be found after minutes of generating.
     bounds = [(text, comparison.FigureBound.parse(text)) for text in options.fail_if or []]
     policies = (load_policy(options.policy), load_policy(options.against))
     comparison.refuse_without_extra()
@@ -193,7 +192,7 @@ def _facts(data: Mapping[str, Any], figures: Mapping[str, float], parts: tuple[s
 
     speedup, count = data["speedup"], len(data["images"])
     return [
-        ("compared", f"{data['policy']} with {data['against']}, {count} pictures, {data['runs']} runs"),
+        ("compared", f"{data['policy']} with {data['against']}, {count} images, {data['runs']} runs"),
         ("PSNR", f"{statistics('psnr', ' dB')}; another seed has {data['yardstick_psnr']:.3g} dB"),
         ("SSIM", statistics("ssim", "")),
         ("identical", f"{figures['identical']:.0f} of {count}"),

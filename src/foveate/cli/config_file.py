@@ -26,7 +26,7 @@ def apply_config_file(app: App, commands: tuple[str, ...], arguments: ArgumentCo
     """Fills arguments that the command line left open, as a configuration source of cyclopts.
 
     Raises:
-        FoveateError: The file cannot be read or is no mapping, holds prompts itself, or a flag that does not exist.
+        FoveateError: The file cannot be read or is not a mapping, holds prompts itself, or a flag that does not exist.
     """
     given = [a for a in arguments if a.name == "--config" and a.field_info.name == "config" and a.tokens]
     if not given:

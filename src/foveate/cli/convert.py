@@ -16,7 +16,7 @@ class ConvertOptions:
     """How weights are written.
 
     Attributes:
-        dtype: Number format of all weights; default: what each one has.
+        dtype: Dtype of all weights; default: what each one has.
         as_json: Print one JSON object.
     """
 

@@ -1,4 +1,4 @@
-"""`foveate env`: versions, processor, device and number formats of this machine, and what a model needs."""
+"""`foveate env`: versions, processor, device and dtypes of this machine, and what a model needs."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,13 +27,13 @@ class EnvOptions:
     """What is said; everything but `as_json` is about a model.
 
     Attributes:
-        batch: Pictures drawn at once.
+        batch: Images generated at once.
         policy: Decides how much runs: a name, a spec such as skip-scales:count=2, or a YAML file.
         as_json: Print one JSON object.
-        model: Also say what this model needs for pictures with guidance, without loading it.
-        dtype: Number format of the model; default: every one is shown.
-        quantization: With weights of its blocks in eight bits.
-        offload: Only the part that works is on the device.
+        model: Also say what this model needs for images with guidance, without loading it.
+        dtype: Dtype of the model; default: all are shown.
+        quantization: With weights of its blocks in int8 or fp8.
+        offload: Only the module in use is on the device.
         release_text_encoder: The text encoder is in memory only while prompts are encoded.
     """
 
@@ -51,14 +51,14 @@ _OPTIONS, _SIZE = EnvOptions(), SizeOptions()
 
 
 def env(*, options: EnvOptions = _OPTIONS, size: SizeOptions = _SIZE) -> int:
-    """Say what this machine offers and what a model needs.
+    """Show what this machine offers and what a model needs.
 
     Args:
         options: What is said.
-        size: How large the pictures are.
+        size: How large the images are.
     """
     if options.model is None and (replace(options, as_json=False) != _OPTIONS or size != _SIZE):
-        raise FoveateError("--model is missing: every other flag of env but --json is about what a model needs")
+        raise FoveateError("--model is missing: all other flags of env but --json describe what a model needs")
     if options.batch < 1:
         raise FoveateError(f"--batch must be 1 or more, got {options.batch}")
     found = _describe()
@@ -89,7 +89,7 @@ def _describe() -> dict[str, Any]:
 
 
 def _needs(name: str, options: EnvOptions, size: SizeOptions) -> dict[str, Any]:
-    """Bytes that guided pictures take, by part, phase and dtype; no weights are loaded.
+    """Bytes that guided images take, by part, phase and dtype; no weights are loaded.
 
     Raises:
         FoveateError: There is no such model, policy or size.

@@ -1,4 +1,4 @@
-"""`foveate generate`: pictures from prompts, or a stored picture once more."""
+"""`foveate generate`: images from prompts, or a stored image once more."""
 
 import re
 from collections.abc import Sequence
@@ -45,18 +45,18 @@ _FIT_A_MODEL = {
 @Parameter(name="*", group=PICTURE)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateOptions:
-    """What is drawn beside the options of a call, and what is written.
+    """Inputs beside the options of a call, and what is written.
 
     Attributes:
-        prompts: A file with one prompt a line, drawn behind those in the command.
-        batch_size: Pictures drawn at once; default: what fits into memory, 16 at most.
-        source: Draw the picture of this file once more and compare the pixels; 1 is returned if any differs.
-        output: Folder for the pictures, or a .png, .jpg or .webp file for a single one.
-        format: Of pictures in a folder: png, jpg or webp; default: png.
+        prompts: A file with one prompt a line, added to those in the command.
+        batch_size: Images generated at once; default: what fits into memory, 16 at most.
+        source: Regenerate the image of this file and compare the pixels; exit code 1 if any differs.
+        output: Folder for the images, or a .png, .jpg or .webp file for a single one.
+        format: Of images in a folder: png, jpg or webp; default: png.
         quality: Of jpg and webp, 1 to 100; default: 95.
         lossless: Keep every pixel of a webp.
-        store_batch: Also store all prompts of its batch in every picture.
-        preview: Also save the coarse pictures of the earlier scales.
+        store_batch: Also store all prompts of the batch in every image.
+        preview: Also save the coarse images of the earlier scales.
         as_json: Print one JSON object.
         quiet: Show no progress.
         config: A YAML file with values for these flags; flags win.
@@ -78,7 +78,7 @@ class GenerateOptions:
 
     @property
     def place(self) -> Place:
-        """Where the pictures go.
+        """Where the images go.
 
         Raises:
             FoveateError: The output looks like a file that cannot be written, or disagrees with the format.
@@ -96,13 +96,13 @@ def generate(
     size: SizeOptions = _SIZE,
     model: ModelOptions = _MODEL,
 ) -> int:
-    """Draw pictures from prompts.
+    """Generate images from prompts.
 
     Args:
-        prompt: What to draw: prompts, each in quotes; for VAR names or indices of classes.
-        options: What is drawn and written.
-        call: How it is drawn, and how much of the model runs.
-        size: How large the pictures are.
+        prompt: What to generate: prompts, each in quotes; for VAR names or indices of classes.
+        options: What is generated and written.
+        call: How it is generated, and how much of the model runs.
+        size: How large the images are.
         model: Which model runs, and on what.
     """
     if options.source is not None:
@@ -115,7 +115,7 @@ def generate(
 
 
 def _refuse_ignored(prompt: tuple[str, ...], records: tuple[tuple[Any, Any], ...]) -> None:
-    """Says what was asked for although the stored picture already fixes it; of every record the default is given."""
+    """Refuses flags that the stored image already fixes; each record comes with its default."""
     model = records[0][0].model
     fit = {"source", *_FIT, *(_FIT_A_MODEL if model != _MODEL.model else ())}
     ignored = ["a prompt"] if prompt else []
@@ -124,7 +124,7 @@ def _refuse_ignored(prompt: tuple[str, ...], records: tuple[tuple[Any, Any], ...
         ignored += [_flag(name) for name in names if getattr(given, name) != getattr(default, name)]
     if ignored:
         raise FoveateError(
-            f"--from draws a stored picture as it was, so {', '.join(ignored)} would be ignored; besides it fit "
+            f"--from generates a stored image again as it was, so {', '.join(ignored)} would be ignored; allowed are "
             f"{', '.join(_FIT.values())}, and with another --model also {', '.join(_FIT_A_MODEL.values())}"
         )
 
@@ -134,11 +134,11 @@ def _flag(name: str) -> str:
 
 
 def _check(prompts: list[str], call: Options, options: GenerateOptions) -> None:
-    """What can be said before anything is imported."""
+    """Checks that need no imports."""
     if not prompts:
         raise FoveateError('give at least one prompt, as in: foveate generate "a red apple"')
     if any(not prompt.strip() for prompt in prompts):
-        raise FoveateError("a prompt must not be empty; say what to draw")
+        raise FoveateError("a prompt must not be empty; say what to generate")
     num_images = int(call["num_images_per_prompt"])
     if num_images < 1:
         raise FoveateError(f"-n must be 1 or more, got {num_images}")
@@ -146,11 +146,11 @@ def _check(prompts: list[str], call: Options, options: GenerateOptions) -> None:
         raise FoveateError(f"--batch-size must be 1 or more, got {options.batch_size}")
     count = len(prompts) * num_images
     if options.place.file is not None and count > 1:
-        raise FoveateError(f"--output {options.output} is one picture, but {count} are asked for; give a folder")
+        raise FoveateError(f"--output {options.output} is one image file, but {count} are asked for; give a folder")
 
 
 def refuse_numbers(prompts: Sequence[str], *, draws_classes: bool) -> None:
-    """Refuses what was meant as a value of a flag; a class-conditional model takes numbers.
+    """Refuses a prompt that was meant as a flag's value; a class-conditional model takes numbers.
 
     Raises:
         FoveateError: A prompt for a model of texts is a number.
@@ -158,18 +158,18 @@ def refuse_numbers(prompts: Sequence[str], *, draws_classes: bool) -> None:
     number = next((prompt for prompt in prompts if _NUMBER.fullmatch(prompt.strip())), None)
     if number is not None and not draws_classes:
         raise FoveateError(
-            f"the prompt {number!r} is a number; several values of a flag have commas, as in --seed 7,8, and a number "
-            "to draw goes into a file for --prompts"
+            f"the prompt {number!r} is a number; several values of a flag have commas, as in --seed 7,8; a number as a "
+            "prompt goes into a file for --prompts"
         )
 
 
 def _draw(
     typed: Sequence[str], prompts: list[str], call: Options, model: ModelOptions, options: GenerateOptions
 ) -> int:
-    """Draws in batches, and writes every picture as soon as its batch is done; `typed` are prompts of the command.
+    """Generates in batches, and writes every image as soon as its batch is done; `typed` are prompts of the command.
 
     Raises:
-        FoveateError: A flag is out of range, or a file cannot be read or written. Pictures that were done by then stay,
+        FoveateError: A flag is out of range, or a file cannot be read or written. Images that were done by then stay,
             and it says how many.
     """
     import torch  # noqa: PLC0415 - loaded when the command runs, like all that needs it
@@ -216,19 +216,19 @@ def _draw(
 
 
 def _of_all_rows(call: Options) -> Options:
-    """What a row does not say itself."""
+    """The options that all rows share."""
     own = ("seed", "num_images_per_prompt", "negative_prompt")
     return cast(Options, {name: value for name, value in call.items() if name not in own})
 
 
 def _redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
-    """Draws the picture of a file again, writes it and compares the pixels.
+    """Generates the image of a file again, writes it and compares the pixels.
 
     Returns:
         0 if every pixel is the same, 1 otherwise.
 
     Raises:
-        FoveateError: The file is none of ours or damaged, or its model is not here.
+        FoveateError: The file is not from foveate or damaged, or its model is not here.
     """
     from foveate.cli.image_files import report_json  # noqa: PLC0415 - torch is loaded when the command runs
     from foveate.cli.loading import check_call, open_pipeline, spec_of  # noqa: PLC0415
@@ -255,7 +255,7 @@ def _redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
     output = again.output
     now = output.config["device"]
     if now != then:
-        warn(f"{source} was drawn on {then} and now on {now}: pixels may differ")
+        warn(f"{source} was generated on {then} and now on {now}: pixels may differ")
     if options.as_json:
         image = {"path": str(path), "seed": output.seeds[again.row], "prompt": output.prompts[again.row]}
         found = {"images": [image], **report_json(output.report, output.config)}

@@ -1,4 +1,4 @@
-"""Files of pictures that were drawn: each with what belongs to it, in its place as soon as its batch is done."""
+"""Files of images that were generated: each with what belongs to it, in its place as soon as its batch is done."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,7 +30,7 @@ _REST_BYTES = 16_384
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """The files of one picture."""
+    """The files of one image."""
 
     picture: Path
     seed: int
@@ -42,9 +42,9 @@ class Written:
 
 @dataclass(kw_only=True, slots=True)
 class ImageFiles:
-    """Where the pictures of a command go, what is written beside them, and what was drawn and written so far.
+    """Where the images of a command go, what is written beside them, and what was generated and written so far.
 
-    `stores_batch` keeps all prompts of its batch in every picture; with `has_trace` a map and a trace are written.
+    `stores_batch` keeps all prompts of its batch in every image; with `has_trace` a map and a trace are written.
     Reports of batches are added up as they come.
     """
 
@@ -59,7 +59,7 @@ class ImageFiles:
 
     @contextmanager
     def saying_what_is_done(self, total: int) -> Iterator[None]:
-        """Says behind whatever goes wrong how many pictures were written, as those stay.
+        """Adds to any error how many images were written, as those stay.
 
         Raises:
             FoveateError: What came in one line. A mistake of this program is raised as it came.
@@ -78,7 +78,7 @@ class ImageFiles:
             raise
 
     def write(self, batch: DrawnBatch) -> None:
-        """Writes the pictures of a batch, also those behind one that cannot be written, and moves them to their place.
+        """Writes the images of a batch, also those behind one that cannot be written, and moves them to their place.
 
         Raises:
             FoveateError: A file could not be written; the first one that could not is named.
@@ -104,7 +104,7 @@ class ImageFiles:
             raise problem
 
     def report(self, *, as_json: bool) -> None:
-        """Prints what was drawn and where it is."""
+        """Prints what was generated and where it is."""
         assert self.total is not None, "there is at least one batch"
         if as_json:
             print_json(_as_json(self.written, self.total, self.config))
@@ -116,10 +116,10 @@ class ImageFiles:
         print_paths(dict.fromkeys(traces))
 
     def _count(self, total: int) -> str:
-        return f"{len(self.written)} of {total} pictures are in {self.place.folder}"
+        return f"{len(self.written)} of {total} images are in {self.place.folder}"
 
     def _endings(self, batch: DrawnBatch, index: int) -> list[str]:
-        """What follows the stem of a picture in the names of its files; the picture itself comes first."""
+        """Endings of an image's files behind the stem; the image itself comes first."""
         previews = [f"-scale-{scale:02}.png" for scale in range(len(batch.previews))]
         maps = [_MAP, *([_TRACE] if index == 0 else [])] if self.has_trace else []
         return [self.place.suffix, *previews, *maps]
@@ -131,11 +131,11 @@ class ImageFiles:
         return self.staging.free_stem(f"{slug(row.prompt)}-{row.seed}", self._endings(batch, index))
 
     def _name(self, stem: str) -> str:
-        """Of the picture; a file keeps the case of its ending."""
+        """Of the image; a file keeps the case of its ending."""
         return self.place.file or stem + self.place.suffix
 
     def _write_one(self, batch: DrawnBatch, index: int, stems: Sequence[str]) -> None:
-        """Writes a picture, and then what belongs to it; one trace holds the whole batch, beside its first picture."""
+        """Writes an image, and then what belongs to it; one trace holds the whole batch, beside its first image."""
         stem, picture = stems[index], batch.images[index]
         config = batch.output.row_config(index, store_batch=self.stores_batch)
         save_image(picture, self.staging.path(self._name(stem)), config, encoder=self.encoder)
@@ -150,7 +150,7 @@ class ImageFiles:
         _save_plain(compute_map(picture, batch.output.trace, index), self.staging.path(stem + _MAP))
 
     def _in_place(self, batch: DrawnBatch, stems: Sequence[str], places: Mapping[str, Path]) -> Iterator[Written]:
-        """The pictures of a batch that are in their place, with what belongs to them."""
+        """The images of a batch that are in their place, with what belongs to them."""
         trace = places.get(stems[0] + _TRACE) if stems else None
         for index, (stem, row) in enumerate(zip(stems, batch.rows, strict=False)):
             if (picture := places.get(self._name(stem))) is not None:
@@ -166,13 +166,13 @@ class ImageFiles:
 
 
 def refuse_long_prompts(prompts: Sequence[str], call: Options, encoder: Encoder, stored: int | None) -> None:
-    """Finds before anything is drawn that prompts do not fit into a JPEG, which holds little beside its pixels.
+    """Finds before anything is generated that prompts do not fit into a JPEG, which holds little beside its pixels.
 
     Args:
         prompts: All of them.
-        call: Negative prompt, and pictures per prompt.
+        call: Negative prompt, and images per prompt.
         encoder: How the files are encoded.
-        stored: Pictures of a batch whose prompts every file keeps beside its own; None for the largest batch.
+        stored: Images of a batch whose prompts every file keeps beside its own; None for the largest batch.
 
     Raises:
         FoveateError: They do not fit.
@@ -193,12 +193,12 @@ def _reason(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    first = (str(error).splitlines() or ["no more could be had"])[0][:200]
+    first = (str(error).splitlines() or ["the allocation failed"])[0][:200]
     return f"not enough memory ({first}); try a smaller --batch-size"
 
 
 def _save_plain(image: Image.Image, path: Path) -> None:
-    """A PNG without a configuration, complete or not at all."""
+    """Saves a PNG without a configuration, atomically."""
     with replace_file(path) as partial:
         image.save(partial, format="PNG")
 
@@ -239,7 +239,7 @@ def _facts(report: Report, config: dict[str, Any], num_images: int) -> list[tupl
         return f"{run} of {full} ({run / full:.1%})"
 
     return [
-        ("pictures", f"{num_images} of {config['width']}x{config['height']}, model {config['model']}"),
+        ("images", f"{num_images} of {config['width']}x{config['height']}, model {config['model']}"),
         ("policy", f"{policy['spec']} ({policy['fingerprint']})"),
         ("time", f"{ms.total:.0f} ms: text {ms.text:.0f}, transformer {ms.transformer:.0f}, decoder {ms.decoder:.0f}"),
         ("FLOPs", f"{in_units(report.flops_run)} of {in_units(report.flops_full)} ({report.flops_ratio:.1%})"),

@@ -20,12 +20,12 @@ BAD_USAGE = 2
 INTERRUPTED = 130
 
 _COMMANDS = {
-    "generate": "Draw pictures from prompts.",
-    "compare": "Measure how near a policy comes to another one, and how much time it saves.",
+    "generate": "Generate images from prompts.",
+    "compare": "Compare a policy with another one: image fidelity and speedup.",
     "bench": "Measure time, throughput or memory of policies, or write a profile of this machine.",
     "policies": "List the policies, their fields and presets.",
     "models": "List the models by name.",
-    "env": "Say what this machine offers and what a model needs.",
+    "env": "Show what this machine offers and what a model needs.",
     "convert": "Rewrite a published checkpoint as safetensors, with a manifest of hashes.",
 }
 
@@ -63,7 +63,7 @@ def build_app() -> App:
     """The command line without anything loaded; a new one for every call, as it keeps state while it parses."""
     app = App(
         name="foveate",
-        help="Run next-scale image models and spend compute only where it changes the picture.",
+        help="Run next-scale image models and spend compute only where it changes the image.",
         version=_version,
         help_format="plaintext",
         default_parameter=Parameter(negative=(), show_default=_default),
@@ -85,14 +85,14 @@ def _usage(error: CycloptsError) -> str:
 
 
 def _of_system(error: OSError | MemoryError | RuntimeError) -> str:
-    """What the machine could not do; any other error of the program itself is raised again."""
+    """The message of a system error; any other error is raised again."""
     if isinstance(error, OSError):
         what = error.strerror or str(error)
         return f"{error.filename}: {what}" if error.filename else what
     if not is_out_of_memory(error):
         raise error
-    first = (str(error).splitlines() or ["no more could be had"])[0][:200]
-    return f"not enough memory ({first}); draw fewer or smaller pictures at once, or a smaller model"
+    first = (str(error).splitlines() or ["the allocation failed"])[0][:200]
+    return f"not enough memory ({first}); generate fewer or smaller images at once, or use a smaller model"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

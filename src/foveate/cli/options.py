@@ -18,8 +18,7 @@ C = TypeVar("C")
 Number = TypeVar("Number", int, float)
 
 GROUPS = tuple(
-    Group.create_ordered(name)
-    for name in ("Picture", "Policy", "Measurement", "Output", "Model", "Number formats", "Machine")
+    Group.create_ordered(name) for name in ("Image", "Policy", "Measurement", "Output", "Model", "Dtypes", "Machine")
 )
 """Groups of flags, in the order in which help shows them."""
 PICTURE, POLICY, MEASUREMENT, OUTPUT, MODEL, FORMATS, MACHINE = GROUPS
@@ -41,15 +40,15 @@ class ModelOptions:
         model: A name from foveate models, a folder, a file of transformer weights, or owner/name on the hub.
         autoencoder: File of the autoencoder's weights, where it does not lie beside the transformer.
         text_encoder: Folder or hub repository of the text encoder, instead of the published one.
-        weights: random runs the same architecture with weights drawn at random.
+        weights: random: the same architecture with random weights.
         revision: Revision of a model from a hub.
-        local_files_only: Never reach for the network.
-        dtype: Number format of the model, whatever its files hold.
-        decoder_dtype: Number format of the decoder; default: --dtype.
-        quantization: Hold the weights of the blocks in eight bits: less memory, no less time. Needs the extra quantize.
+        local_files_only: Never use the network.
+        dtype: Dtype of the model, whatever its files hold.
+        decoder_dtype: Dtype of the decoder; default: --dtype.
+        quantization: Hold the weights of the blocks in int8 or fp8: less memory, same time. Needs the extra quantize.
         device: Where it runs, such as cpu or cuda:0; default: cpu.
-        threads: Threads of the processor; default: what torch chooses.
-        offload: Hold only the part that works on the device, and the others in main memory.
+        threads: CPU threads; default: torch's choice.
+        offload: Keep only the module in use on the device, the others in main memory.
         release_text_encoder: Hold the text encoder in memory only while prompts are encoded.
         cuda_graphs: Capture the first scales as CUDA graphs; untested on a GPU.
     """
@@ -73,7 +72,7 @@ class ModelOptions:
 @Parameter(name="*", group=PICTURE)
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SizeOptions:
-    """How large the pictures are; by default the model's own size.
+    """How large the images are; by default the model's own size.
 
     Attributes:
         size: 0.06M, 0.25M, 0.60M or 1M pixels, or WxH such as 256x256; default: the model's own.
@@ -94,7 +93,7 @@ class SizeOptions:
 
     @property
     def pixels(self) -> str | None:
-        """The budget of pixels, or None if the size is none."""
+        """The pixel budget, or None if the size is not one."""
         budget = (self.size or "").upper()
         return budget if budget in BUDGETS else None
 
@@ -112,7 +111,7 @@ class SizeOptions:
                 f"--size must be one of {', '.join(BUDGETS)}, or WIDTHxHEIGHT in pixels, got {self.size!r}"
             )
         if self.aspect_ratio is not None:
-            raise FoveateError(f"--size {self.size} already fixes the picture; leave out --aspect-ratio")
+            raise FoveateError(f"--size {self.size} already fixes the image size; leave out --aspect-ratio")
         return int(width), int(height)
 
 
@@ -185,7 +184,7 @@ def numbers(flag: str, texts: list[str] | None, kind: Callable[[str], Number]) -
     """The values of a flag that takes one number or several: one alone as itself, several as a list.
 
     Raises:
-        FoveateError: One of them is no such number.
+        FoveateError: One of them is not such a number.
     """
     if texts is None:
         return None

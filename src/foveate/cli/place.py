@@ -1,4 +1,4 @@
-"""Where pictures go, as `--output` and `--format` say it."""
+"""Where images go, as `--output` and `--format` say it."""
 
 import os
 import re
@@ -9,14 +9,14 @@ from foveate.core.errors import FoveateError
 from foveate.core.suffixes import SUFFIXES
 
 _FILE_ENDING = re.compile(r"\.(?!v\d+$)[a-z][a-z0-9]{1,4}")
-"""Endings that mean a file and no folder: letters, as in .gif and .tiff; a version is none, as in out.v2 or run-1.5."""
+"""Endings that mean a file: letters, as in .gif and .tiff; a version such as out.v2 or run-1.5 is a folder."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where pictures go: a folder, or one file in it.
+    """Where images go: a folder, or one file in it.
 
-    `suffix` is the ending of every picture.
+    `suffix` is the ending of every image.
     """
 
     folder: Path
@@ -36,8 +36,8 @@ class Place:
         if is_slashed or ending not in SUFFIXES:
             if not is_slashed and not path.is_dir() and _FILE_ENDING.fullmatch(path.suffix.lower()):
                 raise FoveateError(
-                    f"cannot write {output}: pictures are {', '.join(SUFFIXES)}; for a folder of this name put a slash "
-                    "behind it"
+                    f"cannot write {output}: an image ends in {', '.join(SUFFIXES)}; for a folder of this name add a "
+                    "slash"
                 )
             return cls(folder=path, file=None, suffix=f".{kind or 'png'}")
         if path.is_dir():

@@ -40,7 +40,7 @@ class Staging:
     """
 
     def __init__(self, folder: Path | None, names: Sequence[str] = ()) -> None:
-        """Keeps the place in mind.
+        """Stores the folder; nothing is made yet.
 
         Args:
             folder: Where the files go; None stands for nothing to write.
@@ -177,7 +177,7 @@ class Staging:
         assert self.folder is not None
         assert self._hidden is not None
         if _is_there(self.folder) and not self.folder.is_dir():
-            raise FoveateError(f"cannot write to {self.folder}: it is no folder; choose another place")
+            raise FoveateError(f"cannot write to {self.folder}: it is not a folder; choose another place")
         for part in self.folder.absolute().parts[len(place.absolute().parts) :]:
             if part != "..":
                 (self._hidden / part).mkdir()
@@ -188,7 +188,7 @@ class Staging:
             (self._hidden / name).unlink()
 
     def _keep(self) -> Path:
-        """Takes the hidden folder out of hiding."""
+        """Renames the hidden folder to a visible one."""
         assert self._hidden is not None
         hidden, self._hidden = self._hidden, None
         kept = hidden.with_name(hidden.name.replace(".foveate-", "foveate-kept-"))

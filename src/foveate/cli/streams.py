@@ -34,7 +34,7 @@ class _Forgiving(io.RawIOBase):
         return True
 
     def isatty(self) -> bool:
-        """Whether a person reads along."""
+        """Whether the stream is a terminal."""
         return self._target is not None and self._target.isatty()
 
     def fileno(self) -> int:
@@ -44,7 +44,7 @@ class _Forgiving(io.RawIOBase):
         return self._target.fileno()
 
     def write(self, data: "bytes | bytearray | memoryview") -> int:  # type: ignore[override]
-        """Writes everything or drops it; always claims to have written it."""
+        """Writes everything or drops it; returns the full length either way."""
         view = memoryview(data).cast("B")
         size = len(view)
         if self.failure is None:
@@ -116,7 +116,7 @@ class _Text(io.TextIOWrapper):
 
 
 def _instead(stream: object) -> _Text | None:
-    """The stream to use instead; None for an object that is no stream of text over bytes and is used as it is."""
+    """The stream to use instead; None for an object that is not a text stream over bytes; it is used as it is."""
     if stream is None or getattr(stream, "closed", False):
         return _text(_Forgiving(None), "utf-8", is_line_buffered=False, is_unbuffered=True)
     if not isinstance(stream, io.TextIOWrapper):

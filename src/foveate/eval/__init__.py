@@ -1,1 +1,1 @@
-"""How near a picture comes to a full run (fidelity) and how good it is by itself (quality)."""
+"""How near an image comes to a full run (fidelity) and how good it is by itself (quality)."""

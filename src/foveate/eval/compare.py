@@ -1,7 +1,7 @@
 """A policy against another one, mostly the full run: how much faster, how alike, how many FLOPs; from one process.
 
 Both run alternating (A B A B ...) after a warm-up, so that a machine that slows down slows both. Times are medians over
-the runs; pictures have the same keyed randomness. The yardstick is the PSNR between two seeds of the full run: a
+the runs; images have the same keyed randomness. The yardstick is the PSNR between two seeds of the full run: a
 method below it changes as much as a new seed does.
 """
 
@@ -78,7 +78,7 @@ class Speedup:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRow:
-    """One picture of the comparison."""
+    """One image of the comparison."""
 
     prompt: str
     seed: int
@@ -136,7 +136,7 @@ class ComparisonReport:
         return found
 
     def to_html(self, path: str | Path) -> Path:
-        """Writes one page that needs nothing beside itself; returns its path."""
+        """Writes one self-contained page; returns its path."""
         pairs = [
             Pair(
                 title=f"{row.prompt} (seed {row.seed})",
@@ -168,7 +168,7 @@ class _Side:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Work:
-    """What both sides draw: the batches of prompts, pictures per prompt, the first seed, and the other options."""
+    """What both sides generate: the batches of prompts, images per prompt, the first seed, and the other options."""
 
     chunks: list[list[str]]
     seeds: int
@@ -179,7 +179,7 @@ class _Work:
 _SET_HERE = ("policy", "seed", "generator", "num_images_per_prompt", "output_type")
 
 
-def compare(  # noqa: PLR0913 - what is drawn, how it is judged, and how it is timed
+def compare(  # noqa: PLR0913 - what is generated, how it is judged, and how it is timed
     pipe: Pipeline,
     policy: str | Path | Policy,
     prompts: str | Path | Sequence[str],
@@ -197,11 +197,11 @@ def compare(  # noqa: PLR0913 - what is drawn, how it is judged, and how it is t
         pipe: The model.
         policy: What is judged.
         prompts: Texts, or a file with one prompt a line.
-        seeds: Pictures per prompt, from `first_seed` on.
+        seeds: Images per prompt, from `first_seed` on.
         against: What it is judged by.
         runs: How often each side is timed, at least once.
         first_seed: Of every prompt.
-        batch_size: Pictures drawn as one batch at most (never less than one prompt's pictures).
+        batch_size: Images generated as one batch at most (never less than one prompt's images).
         options: Other options of every call, such as width and height or guidance_scale; a negative prompt is one text.
 
     Raises:
@@ -231,7 +231,7 @@ def compare(  # noqa: PLR0913 - what is drawn, how it is judged, and how it is t
 
 
 def refuse_without_extra() -> None:
-    """Says what is missing before anything is loaded or drawn.
+    """Refuses what is missing before anything is loaded or generated.
 
     Raises:
         FoveateError: torchmetrics is not installed.
@@ -271,7 +271,7 @@ def _side(pipe: Pipeline, policy: Policy, work: _Work) -> _Side:
 
 
 def _yardstick(pipe: Pipeline, work: _Work, full: _Side | None) -> float:
-    """Mean PSNR between two seeds of the full run of a prompt; uses pictures that exist where it can."""
+    """Mean PSNR between two seeds of the full run of a prompt; uses images that exist where it can."""
     policy = load_policy("full")
     first = full or _side(pipe, policy, work)
     if work.seeds > 1:

@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing beside itself: figures, and the pictures in pairs.
+"""A comparison as one self-contained HTML page: figures, and the images in pairs.
 
 Axes: Y pixel rows, X columns.
 """
@@ -38,14 +38,14 @@ _TILES = {
     "psnr.mean": "dB PSNR, mean",
     "yardstick_psnr": "dB PSNR of another seed",
     "ssim.p10": "SSIM, 10th percentile",
-    "identical": "identical pictures",
-    "n": "pictures",
+    "identical": "identical images",
+    "n": "images",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Pair:
-    """Two pictures of one prompt and seed, uint8 (Y, X, 3), and what is said about them."""
+    """Two images of one prompt and seed, uint8 (Y, X, 3), and what is said about them."""
 
     title: str
     note: str
@@ -57,11 +57,11 @@ def render(policy: str, against: str, figures: Mapping[str, str], pairs: Sequenc
     """The page.
 
     Args:
-        policy: Spec of what is judged; its pictures stand on the right.
+        policy: Spec of what is judged; its images stand on the right.
         against: Spec of what it is judged by.
         figures: Every number by its dotted name, printed.
-        pairs: The pictures.
-        config: How they were drawn, as JSON.
+        pairs: The images.
+        config: How they were generated, as JSON.
     """
     tiles = "".join(
         f'<div class="tile"><b>{figures[name]}</b><span>{text}</span></div>'
@@ -75,11 +75,11 @@ def render(policy: str, against: str, figures: Mapping[str, str], pairs: Sequenc
 <title>{ours} against {other}</title><style>{_STYLE}</style></head><body>
 <h1><code>{ours}</code> against <code>{other}</code></h1>
 <p class="sub">Left {other}, right {ours}; the same prompts, seeds and randomness.
-Another seed changes a picture by the yardstick.</p>
+The yardstick is the PSNR between two seeds.</p>
 <div class="tiles">{tiles}</div>
 <div class="pairs">{"".join(_figure(pair) for pair in pairs)}</div>
 <details><summary>All figures</summary><table>{rows}</table></details>
-<details><summary>How the pictures were drawn</summary><pre>{html.escape(config)}</pre></details>
+<details><summary>How the images were generated</summary><pre>{html.escape(config)}</pre></details>
 </body></html>
 """
 

@@ -1,6 +1,6 @@
-"""How near one set of pictures comes to another: PSNR, SSIM, foreground PSNR and equal bytes.
+"""How near one set of images comes to another: PSNR, SSIM, foreground PSNR and equal bytes.
 
-Fidelity compares a run with our own full run of the same randomness; it says nothing about how good a picture is. All
+Fidelity compares a run with our own full run of the same randomness; it says nothing about how good an image is. All
 functions take uint8 RGB, give one value per image, and lose nothing of an image to another: statistics are taken over
 per-image values, not over pooled pixels.
 

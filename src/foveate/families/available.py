@@ -1,4 +1,4 @@
-"""How many bytes this process may still take, on the device that draws: the least of what the system would give.
+"""How many bytes this process may still take, on the compute device: the least of what the system would give.
 
 On a CPU that is free memory, the room in every control group above the process (containers), and its own limit of
 address space; Linux says all of them, elsewhere nothing is known. On a GPU it is what the driver has and what torch

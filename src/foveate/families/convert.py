@@ -50,7 +50,7 @@ class _Cast(Mapping[str, Tensor]):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Converted:
-    """What was written: the kind of weights, the files (the manifest last) and their size in bytes."""
+    """What was written: the weight kind, the files (the manifest last) and their size in bytes."""
 
     kind: str
     files: tuple[Path, ...]
@@ -67,8 +67,8 @@ def convert(source: Path, target: Path, dtype: torch.dtype | None = None) -> Con
         dtype: Of all floating-point weights; None keeps what each one has.
 
     Raises:
-        FoveateError: The target exists, or is no place for safetensors.
-        CheckpointError: The source is damaged, of no known kind, or does not fit its own shape; a weight is no number,
+        FoveateError: The target exists, or is neither a .safetensors file nor a folder.
+        CheckpointError: The source is damaged or unknown, or does not fit its own shape; a weight is not finite,
             or overflows `dtype`. Nothing is written then.
     """
     place = _Place(target=target)
@@ -169,7 +169,7 @@ def _write(state: State, target: Path) -> list[Path]:
 
 
 def _networks() -> dict[str, Network]:
-    """Every network by the kind of its weights."""
+    """Every network by its weight kind."""
     return {
         network.kind: network for family in registry.FAMILIES for network in (family.transformer, family.autoencoder)
     }
@@ -179,14 +179,12 @@ def _plain(state: State) -> tuple[Network, State]:
     """The network that weights belong to, and them under plain names.
 
     Raises:
-        CheckpointError: They are of no known kind, or would not load: a converted file is complete or does not exist.
+        CheckpointError: Their weight kind is unknown, or they would not load; only complete files are written.
     """
     kind, networks = kind_within(state), _networks()
     if kind is None:
         known = ", ".join(networks)
-        raise CheckpointError(
-            f"the weights are of no kind that is known here ({known}); the file holds {some(sorted(state))}"
-        )
+        raise CheckpointError(f"unknown weight kind (known: {known}); the file holds {some(sorted(state))}")
     network = networks[kind]
     plain = network.plain(state)
     config = network.infer(plain, network.unseen)
@@ -198,7 +196,7 @@ def _plain(state: State) -> tuple[Network, State]:
 
 
 def _check_numbers(cast: _Cast) -> None:
-    """Refuses weights that are no numbers as they would be written; one of them is in memory at a time."""
+    """Refuses weights that are NaN or infinite as they would be written; one of them is in memory at a time."""
     for key in cast:
         written = cast[key]
         if names_of_broken([(key, written)]):

@@ -25,7 +25,7 @@ class Network:
     """One of the two networks of a family: its configuration, the module, and how published weights become it.
 
     Attributes:
-        kind: The kind of its weights (`weights.key_map.WeightKind`).
+        kind: Its weight kind (`weights.key_map.WeightKind`).
         config: The configuration's class.
         build: Makes the module of a configuration.
         load: Fills the module with published weights.
@@ -67,7 +67,7 @@ class Conditioning:
         parameters: Of its text encoders, word embeddings included.
         float32_parameters: Those of them that stay in float32 beside float16.
         read: Reads it from published files; None where its weights lie in the model's own folder, in float32.
-        has_places: Whether it marks tokens with the places of their things.
+        has_places: Whether it has a position tagger.
         names_classes: Whether prompts name classes, by an index too.
     """
 
@@ -125,7 +125,7 @@ class Family:
         shape: The transformer's configuration without what leaves no trace in images.
         text: What the transformer reads of a prompt.
         has_negatives: Whether a negative prompt can replace the unconditional branch.
-        is_fixed_size: Whether a model draws one size alone, its own grids, and no template of the published ratios.
+        is_fixed_size: Whether a model generates one size alone, its own grids, and no template of the published ratios.
         can_smooth: Whether the published sampler offers `more_smooth`.
         smooths_after_draw: Whether smoothing follows a draw of ids and their filters (`engine.sample.SmoothSampler`).
         null_prompt: The prompt that stands for none, where the model has learned no other; None if it has.

@@ -65,7 +65,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
-    """Number formats of a model: what it computes in, and what may differ from that.
+    """Dtypes of a model: what it computes in, and what may differ from that.
 
     `decoder_dtype` is the decoder's, None if it is `dtype`. `quantization` is how the blocks of the transformer hold
     their weights (`weights.quantization`), None if in `dtype`.
@@ -76,7 +76,7 @@ class Precision:
     quantization: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuses a quantisation that does not exist or is not installed, and what does not go together."""
+        """Refuses unknown or missing quantisation, and combinations that are not possible."""
         if self.quantization is not None:
             check_quantization(self.quantization)
 
@@ -110,12 +110,12 @@ class LoadedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in; the decoder may have another one."""
+        """The dtype it computes in; the decoder may have another one."""
         return self.precision.dtype
 
     @property
     def has_independent_rows(self) -> bool:
-        """Whether a token has the same bits whatever tokens share its products.
+        """Whether a token has the same bits whatever tokens share its matmuls.
 
         On a CPU, by the probe at loading; quantised weights in float32 take other code for few tokens than for many.
         """
@@ -153,7 +153,7 @@ def load_model(
     if weights not in ("pretrained", "random"):
         raise FoveateError(f'weights must be "pretrained" or "random", got {weights!r}')
     if device.type == "cpu":
-        # Compiled once per machine, and not in the first picture's time.
+        # Compiled once per machine, and not in the first image's time.
         native.library()
     if weights == "random":
         _refuse_parts(origin, "random weights")
@@ -194,7 +194,7 @@ def find_folder(origin: Origin) -> Path:
     """
     folder = _own_folder(origin)
     if folder is None:
-        raise FoveateError(f"{origin.name_or_path} is no folder with {CONFIG_NAME}; name one of foveate's format")
+        raise FoveateError(f"{origin.name_or_path} is not a folder with {CONFIG_NAME}; name one of foveate's format")
     return folder
 
 
@@ -202,7 +202,7 @@ def _own_folder(origin: Origin) -> Path | None:
     """The folder in our format that an origin means, or None where it means published files."""
     name, path = str(origin.name_or_path), Path(origin.name_or_path)
     if origin.revision is not None and (name in packaged_models() or path.exists()):
-        raise FoveateError(f"revision needs a model on the hub; {name} is none, leave it out")
+        raise FoveateError(f"revision needs a model on the hub; {name} is not one, leave it out")
     packaged = packaged_models()
     if name in packaged:
         folder = packaged[name]
@@ -221,7 +221,7 @@ def _own_folder(origin: Origin) -> Path | None:
 
 
 def _nothing_at(name: str | Path) -> FoveateError:
-    """What is neither a registered name nor on this disk nor a name that the hub can have."""
+    """The error for a name that is not registered, not on this disk and not possible on the hub."""
     if isinstance(name, Path) or is_like_a_path(name):
         return no_such_file("model", name)
     rest = "; or give a folder or a file of weights (there is no such file here), or owner/name on the hub"

@@ -1,4 +1,4 @@
-"""What a picture needs in memory, from shapes alone: nothing is loaded or run.
+"""What an image needs in memory, from shapes alone: nothing is loaded or run.
 
 Weights, keys and values are exact. What blocks and the decoder hold for a moment is a model of ours with measured
 constants, for the largest scale; a test compares it with what a process really takes.
@@ -34,7 +34,7 @@ _DECODER_STRIPS = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryNeed:
-    """Bytes of one request on the device that draws.
+    """Bytes of one request on the compute device.
 
     Attributes:
         transformer: Its weights, copies of blocks that the policy runs in a narrower dtype included.
@@ -45,7 +45,7 @@ class MemoryNeed:
         fills: What the policy keeps to fill skipped blocks, sublayers or guidance.
         blocks: What a block holds for a moment at the largest scale.
         logits: What a scale's outputs take while they are sampled.
-        decoder: What the decoder holds for a moment, one picture at a time.
+        decoder: What the decoder holds for a moment, one image at a time.
         residency: Which weights are there while others work.
     """
 
@@ -67,7 +67,7 @@ class MemoryNeed:
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes at the most while prompts are encoded, while the transformer runs and while pictures are decoded."""
+        """Bytes at the most while prompts are encoded, while the transformer runs and while images are decoded."""
         return {
             "encoding": self._weights("text_encoder"),
             "transformer": self._weights("transformer") + self.drawing,
@@ -112,13 +112,13 @@ def memory_need(  # noqa: PLR0913 - everything that the size of a request follow
     text_tokens: int | None = None,
     is_guided: bool = True,
 ) -> MemoryNeed:
-    """What pictures take.
+    """Memory that images take.
 
     Args:
         spec: The model.
         dtype: What it computes in; MiniLM stays in float32.
         policy: Its bound sets the size of the cache; the working sets are those of a full last scale.
-        num_images: Pictures at once.
+        num_images: Images at once.
         schedule: Their size; None takes the default one.
         residency: Which parts are in memory while others work.
         quantization: How the blocks hold their weights; None stands for `dtype`.
@@ -164,7 +164,7 @@ def largest_batch(need: MemoryNeed, resident: int, available: int) -> int:
 
 
 def resident_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: str | None, residency: Residency) -> int:
-    """Weights that stay on the device that draws between calls."""
+    """Weights that stay on the compute device between calls."""
     if residency.offload:
         return 0
     text = 0 if residency.release_text_encoder else spec.conditioning.num_bytes(dtype)
@@ -198,7 +198,7 @@ def count(network: nn.Module) -> int:
 
 
 def _request(schedule: ScaleSchedule, num_images: int, is_guided: bool) -> Request:
-    """Pictures, of which only the number of rows counts here."""
+    """Images, of which only the number of rows counts here."""
     count = len(schedule)
     return Request(
         schedule=schedule,
@@ -222,7 +222,7 @@ def transformer_bytes(spec: ModelSpec, dtype: torch.dtype, quantization: str | N
 
 
 def decoder_bytes(spec: ModelSpec, dtype: torch.dtype, schedule: ScaleSchedule) -> int:
-    """What decoding a picture of some pixels takes on a CPU: the map that enters the last resolution, and the next."""
+    """What decoding an image of some pixels takes on a CPU: the map that enters the last resolution, and the next."""
     config = spec.autoencoder
     height, width = (side * spec.stride for side in schedule.grids[-1])
     levels = len(config.channel_multipliers)

@@ -4,6 +4,6 @@ from foveate.families.family import Conditioning
 
 MINILM = Conditioning(name="minilm", parameters=22_565_376)
 MINILM_PLACES = Conditioning(name="minilm-places", parameters=22_565_376 + 316_553, has_places=True)
-"""The same, and it marks tokens with the places of their things."""
+"""The same, with a position tagger."""
 
 OWN = (MINILM, MINILM_PLACES)

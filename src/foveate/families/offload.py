@@ -1,4 +1,4 @@
-"""Keeps the parts of a model in main memory and brings those that work to the device, as whole modules.
+"""CPU offload: keeps modules in main memory and moves those in use to the device.
 
 The hooks of accelerate do this around `forward`; engine and tokenizers here call other methods of their modules, so the
 pipeline says which part works next.
@@ -24,12 +24,12 @@ Move = Callable[[nn.Module, torch.device], Any]
 
 
 class Offload:
-    """Which parts are on the device; all others are in main memory."""
+    """Tracks which modules are on the device; all others are in main memory."""
 
     def __init__(
         self, parts: Mapping[str, Sequence[nn.Module]], device: torch.device, move: Move = nn.Module.to
     ) -> None:
-        """Sends all parts home.
+        """Moves all modules to the CPU.
 
         Args:
             parts: Modules by name; no module is in two of them.
@@ -44,15 +44,15 @@ class Offload:
 
     @classmethod
     def of(cls, model: LoadedModel) -> "Offload":
-        """That of a loaded model, wherever its parts are."""
+        """Offload of a loaded model, wherever its modules are."""
         return cls(parts_of(model), model.device)
 
     @contextmanager
     def working(self, *names: str) -> Iterator[None]:
-        """Has these parts on the device while they work, and no others but those of a block around this one.
+        """Has these modules on the device inside, and no others but those of an enclosing `working`.
 
-        Calls of other threads wait. In one thread a block may lie in another: a call that was given up ends, and sends
-        its parts home, where the collector finds it, which may be in the middle of another call's work.
+        Calls of other threads wait. In one thread a block may lie in another: a call that was given up ends, and moves
+        its modules back to the CPU, where the collector finds it, which may be in the middle of another call's work.
         """
         with self._lock:
             before = self._held
@@ -66,9 +66,9 @@ class Offload:
     # A tensor that is made in inference mode could not be changed outside of it any more.
     @torch.inference_mode(mode=False)
     def bring(self, *names: str) -> None:
-        """Sends all other parts home first and then brings these, in this order; those that are there stay.
+        """Moves all other modules back to the CPU first, then these to the device, in this order; those there stay.
 
-        If a move fails, its part counts as being there, so that the next call sends home what had arrived.
+        If a move fails, its part counts as being there, so that the next call moves back what had arrived.
         """
         for name in [name for name in self._there if name not in names]:
             for module in self._parts[name]:

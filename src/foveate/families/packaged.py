@@ -17,14 +17,14 @@ def packaged_models() -> dict[str, Path]:
     """Folders of models by name, the shortest names of a folder first; callers leave it as it is.
 
     Packages are looked up once per process; `packaged_models.cache_clear()` has them looked up anew. A package that
-    cannot be imported, or whose entry is no path, is named in one warning and left out.
+    cannot be imported, or whose entry is not a path, is named in one warning and left out.
     """
     found, broken = {}, []
     for entry in sorted(entry_points(group="foveate.models"), key=lambda entry: (len(entry.name), entry.name)):
         try:
             folder = entry.load()
             if not isinstance(folder, str | os.PathLike):
-                raise TypeError(f"it is no path of a folder: {folder!r}")
+                raise TypeError(f"it is not the path of a folder: {folder!r}")
             found[entry.name] = Path(folder)
         except Exception as error:  # a broken package must not stop the rest
             broken.append(f"model package {entry.name} ({entry.value}) was left out: {error}")

@@ -1,6 +1,6 @@
 """The published models by their friendly names, as the records of the families list them.
 
-The pairing is strict: a transformer draws noise with another autoencoder, also where the shapes agree.
+The pairing is strict: a transformer generates noise with another autoencoder, also where the shapes agree.
 """
 
 from foveate.families.registry import FAMILIES

@@ -1,11 +1,11 @@
-"""Which parts of a model are in memory, and where, while others work."""
+"""Which modules of a model are in memory, and where."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Residency:
-    """How memory is saved; the pictures are the same bits either way.
+    """How memory is saved; the images are the same bits either way.
 
     Attributes:
         offload: Parts wait in main memory, and only the one that works sits on the device.

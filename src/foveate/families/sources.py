@@ -106,7 +106,7 @@ def fetch_published(
 
 
 def unpinned(repo: str, revision: str | None, path: Path) -> tuple[CallWarning, ...]:
-    """The warning that weights of the hub may be others tomorrow; none where a commit was asked for.
+    """The warning that weights on the hub may change; none where a commit was asked for.
 
     Args:
         repo: Where they came from.
@@ -136,7 +136,7 @@ def local_sources(
         local_files_only: Whether the text encoder must have been fetched before.
 
     Raises:
-        CheckpointError: The weights are of no known kind, or a file is missing or of another model.
+        CheckpointError: The weights are of no known family, or a file is missing or of another model.
     """
     path = _transformer_in(path)
     state = read_weights(path)
@@ -147,7 +147,7 @@ def local_sources(
     found = Path(autoencoder) if autoencoder is not None else _autoencoder_beside(path, family, entry)
     if entry is not None:
         _refuse_pair(entry, found)
-    # The file may be a fine-tune: under the published name its pictures could not be told from the original's.
+    # The file may be a fine-tune: under the published name its images could not be told from the original's.
     spec = _unnamed(family, config, found, path) if entry is None else replace(entry.spec, name=path.stem)
     default = entry or family.published()[0]
     text_encoders = _text_encoders(text_encoder, default)
@@ -190,7 +190,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _transformer_in(path: Path) -> Path:
-    """The transformer's file of a folder: the one that is no autoencoder."""
+    """The transformer's file of a folder: the one that is not an autoencoder."""
     if not path.is_dir():
         return path
     files = [file for file in sorted(path.iterdir()) if is_weight_file(file) and not _is_autoencoder(file)]
@@ -225,9 +225,7 @@ def _family_of(state: State, path: Path) -> Family:
     if kind is not None:
         raise CheckpointError(f"{path}: the weights are an autoencoder; name the transformer")
     known = ", ".join(sorted(family.name for family in registry.FAMILIES))
-    raise CheckpointError(
-        f"{path}: the weights are of no family that is known here ({known}); the file holds {some(sorted(state))}"
-    )
+    raise CheckpointError(f"{path}: unknown model family (known: {known}); the file holds {some(sorted(state))}")
 
 
 def _facts_beside(path: Path) -> dict[str, Any]:
@@ -266,11 +264,11 @@ def _autoencoder_beside(path: Path, family: Family, entry: Published | None) -> 
 
 
 def _refuse_pair(entry: Published, autoencoder: Path) -> None:
-    """Refuses a published autoencoder of another model: some agree in all shapes and still give bad pictures."""
+    """Refuses a published autoencoder of another model: some agree in all shapes and still give bad images."""
     name = _hub_name(autoencoder.stem)
     if _is_published_autoencoder(name) and entry.autoencoder.path and name != Path(entry.autoencoder.path).stem:
         raise CheckpointError(
-            f"{entry.spec.name} was trained with {entry.autoencoder.path}; with {autoencoder.name} its pictures come "
+            f"{entry.spec.name} was trained with {entry.autoencoder.path}; with {autoencoder.name} its images come "
             "out wrong"
         )
 

@@ -1,4 +1,4 @@
-"""One model: its shapes, the sizes it draws and its defaults; what `config.json` of a model folder holds."""
+"""One model: its shapes, the sizes it generates and its defaults; what `config.json` of a model folder holds."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ ALL_RATIOS = (
 )  # fmt: skip
 
 _BUDGET_OF_SIDE = {256: "0.06M", 512: "0.25M", 1024: "1M"}
-"""Pixel budgets as squares of models that draw one size."""
+"""Pixel budgets as squares of models that generate one size."""
 
 
 def per_scale(value: float | int | tuple[float | int, ...], count: int) -> tuple[float, ...]:
@@ -74,7 +74,7 @@ class ModelSpec:
             )
         wanted, offered = kind.symbols(self.transformer, self.autoencoder, self.patch)
         if wanted != offered:
-            raise FoveateError(f"the transformer wants {wanted}, the autoencoder offers {offered}; they are no pair")
+            raise FoveateError(f"the transformer wants {wanted}, the autoencoder offers {offered}; they do not fit")
         if not self.budgets or not set(self.budgets) <= set(BUDGETS):
             raise FoveateError(f"budgets must be some of {', '.join(BUDGETS)}, got {', '.join(self.budgets) or 'none'}")
         if not self.ratios:
@@ -101,11 +101,11 @@ class ModelSpec:
 
     @property
     def default_schedule(self) -> ScaleSchedule:
-        """The scales of a picture of the default size."""
+        """The scales of an image of the default size."""
         return self.schedule(parse_ratio(self.ratios[0]), self.budgets[0])
 
     def schedule(self, ratio: float, budget: str) -> ScaleSchedule:
-        """The scales of a picture.
+        """The scales of an image.
 
         Args:
             ratio: Template key, height over width.
@@ -118,11 +118,11 @@ class ModelSpec:
             return ScaleSchedule.from_template(ratio, budget, self.patch)
         if (ratio_name(ratio), budget) != (self.ratios[0], self.budgets[0]):
             ((width, height),) = self.sizes()
-            raise FoveateError(f"{self.name} draws {width}x{height} only; leave the size out")
+            raise FoveateError(f"{self.name} generates {width}x{height} only; leave the size out")
         return ScaleSchedule.from_grids(self.grids, finest=self.grids[-1], patch=self.patch)
 
     def sizes(self) -> dict[tuple[int, int], tuple[float, str]]:
-        """Every (width, height) in pixels that can be drawn, with its ratio and budget."""
+        """Every (width, height) in pixels that can be generated, with its ratio and budget."""
         if self.grids is None:
             return sizes(self.stride)
         height, width = self.grids[-1]

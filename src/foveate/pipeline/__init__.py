@@ -1,1 +1,1 @@
-"""The only place where a model meets a policy: prompts in, images out, and all that makes them again."""
+"""The pipeline: prompts in, images out, with all that reproduces them; the only place where a model meets a policy."""

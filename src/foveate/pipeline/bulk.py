@@ -53,7 +53,7 @@ class ImageRow:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BulkSettings:
-    """How rows are drawn.
+    """How rows are generated.
 
     Attributes:
         batch_size: Images at once; None takes what fits into memory, `LARGEST_BATCH` at most.
@@ -83,7 +83,7 @@ class DrawnBatch:
         rows: What was asked for.
         images: One per row.
         previews: Per scale before the last that was decoded, one image per row.
-        output: Of the call that drew it; its lists are in the order of `rows`.
+        output: Of the call that generated it; its lists are in the order of `rows`.
     """
 
     rows: tuple[ImageRow, ...]
@@ -119,17 +119,17 @@ def rows_of(prompts: Prompts, spec: ModelSpec, **options: Unpack[Options]) -> It
 def draw_rows(
     pipe: Pipeline, rows: Iterable[ImageRow], how: BulkSettings, **options: Unpack[Options]
 ) -> Generator[DrawnBatch, None, None]:
-    """Draws rows batch by batch; a batch is drawn when it is asked for. Closing the iterator cancels.
+    """Generates rows batch by batch; a batch is generated when it is asked for. Closing the iterator cancels.
 
     Args:
-        pipe: Draws.
-        rows: What is drawn; read as far as the next batch needs.
+        pipe: Generates the images.
+        rows: What is generated; read as far as the next batch needs.
         how: Batches, previews and progress.
         **options: Of all rows; see `foveate.pipeline.options.Options`. What rows say themselves is not among them.
 
     Raises:
         FoveateError: A value out of range, a batch or an image that does not fit into memory. Said before anything is
-            drawn.
+            generated.
     """
     for name in _OF_ROWS:
         if name in options:
@@ -137,7 +137,7 @@ def draw_rows(
     source = iter(rows)
     first = next(source, None)
     if first is None:
-        raise FoveateError("there are no rows to draw; give one or more")
+        raise FoveateError("there are no rows to generate; give one or more")
     source = chain((first,), source)
     own: Options = {**options, "seed": first.seed, "negative_prompt": first.negative_prompt}
     job = resolve(first.prompt, own, pipe.model.spec)
@@ -167,8 +167,8 @@ def refuse_too_many(pipe: Pipeline, job: Job, num_images: int, residency: Reside
         )
     if job.options["rng"] == "reference":
         raise FoveateError(
-            f'rng="reference" draws all images as one batch, and {num_images} do not fit into memory ({beside}); the '
-            f'largest batch that fits is {largest}, so ask for fewer images, or take rng="keyed"'
+            f'rng="reference" generates all images as one batch, and {num_images} do not fit into memory ({beside}); '
+            f'the largest batch that fits is {largest}, so ask for fewer images, or take rng="keyed"'
         )
     raise FoveateError(
         f"a batch of {num_images} images does not fit into memory ({beside}); the largest batch that fits is {largest}"
@@ -176,12 +176,12 @@ def refuse_too_many(pipe: Pipeline, job: Job, num_images: int, residency: Reside
 
 
 def add_reports(first: Report, second: Report) -> Report:
-    """What two batches cost together: sums, and of what is held at once the larger one; nothing is said twice."""
+    """Cost of two batches together: sums of times and counts, maxima of memory; each warning once."""
     a, b = first.ms, second.ms
     names = ("flops_run", "flops_full", "tokens_run", "tokens_full", "token_blocks_run", "token_blocks_full")
     peaks = ("kv_bytes_peak", "kv_bytes_bound", "cache_bytes_peak")
     both = first.warnings + second.warnings
-    # What happened in one batch did happen.
+    # A directive that had an effect in one batch is not reported as without effect.
     shared = set(first.warnings) & set(second.warnings)
     return replace(
         first,
@@ -202,7 +202,7 @@ def add_reports(first: Report, second: Report) -> Report:
 
 
 def _largest(pipe: Pipeline, job: Job, residency: Residency) -> tuple[MemoryNeed, int]:
-    """What one image takes, and how many fit at once; `_UNKNOWN` where the system does not say what is left."""
+    """Bytes of one image, and how many fit at once; `_UNKNOWN` if free memory is unknown."""
     model, precision = pipe.model, pipe.model.precision
     need = memory_need(
         model.spec,
@@ -231,21 +231,21 @@ def _batch_size(pipe: Pipeline, job: Job, how: BulkSettings) -> int:
 
 
 def _one_batch(pipe: Pipeline, job: Job, rows: Iterator[ImageRow], how: BulkSettings) -> tuple[ImageRow, ...]:
-    """All rows, where they fit; they are read only as far as memory goes."""
+    """All rows as one batch if they fit; read only as far as memory goes."""
     if how.total is not None:
         refuse_too_many(pipe, job, how.total, how.residency)
     _, largest = _largest(pipe, job, how.residency)
     found = tuple(islice(rows, largest + 1))
     refuse_too_many(pipe, job, len(found), how.residency)
     if how.batch_size is not None and how.batch_size < len(found):
-        raise FoveateError(f'rng="reference" draws all {len(found)} images as one batch; leave the batch size out')
+        raise FoveateError(f'rng="reference" generates all {len(found)} images as one batch; leave the batch size out')
     if len({(row.seed, row.negative_prompt is None) for row in found}) > 1:
         raise FoveateError('rng="reference" takes one seed for all rows, and negative prompts for all or none')
     return found
 
 
 def _batches(rows: Iterator[ImageRow], size: int) -> Iterator[tuple[ImageRow, ...]]:
-    """Neighbours, `size` at most, all of them with a negative prompt or none."""
+    """Batches of consecutive rows, `size` at most, either all or none with a negative prompt."""
     batch: list[ImageRow] = []
     for row in rows:
         if batch and (row.negative_prompt is None) != (batch[0].negative_prompt is None):
@@ -262,7 +262,7 @@ def _batches(rows: Iterator[ImageRow], size: int) -> Iterator[tuple[ImageRow, ..
 def _draw(
     pipe: Pipeline, batches: Iterator[tuple[ImageRow, ...]], how: BulkSettings, options: Options
 ) -> Generator[DrawnBatch, None, None]:
-    """Draws the batches; with several, a bar counts images and says how long the rest will take."""
+    """Generates the batches; with several, a bar counts images and says how long the rest will take."""
     once, bar, num_drawn = _Once(), None, 0
     try:
         for rows in batches:
@@ -284,10 +284,10 @@ def _draw(
 def _draw_whole(
     pipe: Pipeline, rows: Sequence[ImageRow], first: int, how: BulkSettings, options: Options
 ) -> tuple[DrawnBatch, BrokenNumbersError | None]:
-    """Draws a batch without the images whose numbers break, and returns the error that names those.
+    """Generates a batch without the images whose numbers break, and returns the error that names those.
 
     Args:
-        pipe: Draws.
+        pipe: Generates the images.
         rows: The batch.
         first: Its first row among all rows, as the error counts.
         how: Previews.
@@ -329,8 +329,8 @@ def _draw_batch(pipe: Pipeline, rows: Sequence[ImageRow], how: BulkSettings, opt
 
 
 def _pictures(images: Images) -> list[Image.Image]:
-    """The same, known to be pictures."""
-    assert isinstance(images, list), "rows are drawn as PIL images"
+    """The same images, typed as PIL."""
+    assert isinstance(images, list), "rows are generated as PIL images"
     return images
 
 

@@ -1,4 +1,4 @@
-"""A call, completed from the model's defaults and put into the engine's words, once."""
+"""A call, completed from the model's defaults and translated for the engine."""
 
 import math
 import secrets
@@ -22,7 +22,7 @@ from foveate.pipeline.options import OPTIONS, Option, Options, checked, finite, 
 from foveate.policies.registry import load_policy
 
 Prompts = str | SupportsIndex | Sequence[str | SupportsIndex]
-"""One text or several; an index where a model draws classes."""
+"""One text or several; an index where a model generates classes."""
 
 MAX_SEED = 2**63 - 1
 
@@ -38,7 +38,7 @@ _LARGEST_SIDE, _RATIO_ERROR = 7, 1e-3
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Job:
-    """A call in the engine's words, every default filled in.
+    """A call in the engine's terms, every default filled in.
 
     `prompts` and `negatives` have one entry per prompt, `seeds` one per image (none with a caller's own generator).
     `guidance_scale` is the family's `cfg` of every scale, `guidance` what it means to the engine.
@@ -74,7 +74,7 @@ class Job:
     def is_batch_invariant(self, has_independent_rows: bool) -> bool:
         """Whether every image gets the bits that it has alone: if asked for, and where that costs nothing.
 
-        The images are then requests of their own, which share their products where rows are independent.
+        The images are then requests of their own, which share their matmuls where rows are independent.
         """
         return self.options["batch_invariant"] or (has_independent_rows and self.options["rng"] == "keyed")
 
@@ -132,7 +132,7 @@ def resolve(prompts: Prompts, options: Options, spec: ModelSpec) -> Job:
 
 
 def warnings_of(job: Job, spec: ModelSpec, *, is_trained: bool) -> tuple[CallWarning, ...]:
-    """What a call does otherwise than its words suggest, as far as it is known before anything runs.
+    """Warnings about a call that are known before anything runs.
 
     Args:
         job: The call.
@@ -149,9 +149,7 @@ def warnings_of(job: Job, spec: ModelSpec, *, is_trained: bool) -> tuple[CallWar
     weights = job.guidance.weights
     if max(weights) <= 0:
         asked, without = job.guidance_scale[0], "the negative prompt" if job.negatives else "no prompt at all"
-        message = (
-            f"guidance_scale {asked:g} leaves the prompt out: this draws {without}; raise it to be guided by the prompt"
-        )
+        message = f"guidance_scale {asked:g} ignores the prompt: the image follows {without}; raise it"
         found.append(CallWarning(code="guidance_ignores_prompt", message=message))
     if job.negatives is not None and all(weight == 1 for weight in weights):
         message = f"negative_prompt has no effect without guidance, guidance_scale {job.guidance_scale[0]:g}; raise it"
@@ -170,7 +168,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _entries(name: str, value: object, what: str) -> list[Any]:
-    """The entries of a sequence; a text is none."""
+    """The entries of a sequence; a text does not count as one."""
     try:
         if isinstance(value, Iterable) and not isinstance(value, str):
             return list(value)
@@ -183,9 +181,9 @@ def _prompts(texts: list[str], name: str) -> tuple[str, ...]:
     _require(bool(texts), f"{name}s must hold at least one text, got none")
     for text in texts:
         _require(isinstance(text, str), f"{name} must be text, got {type(text).__name__}")
-        _require(bool(text.strip()), f"{name} must not be empty; say what to draw" if name == "prompt" else
+        _require(bool(text.strip()), f"{name} must not be empty; say what to generate" if name == "prompt" else
                  f"{name} must not be empty; leave it out")  # fmt: skip
-        _require(_is_plain(text), f"{name} holds characters that are no text (NUL or half a surrogate pair): {text!r}")
+        _require(_is_plain(text), f"{name} holds characters that are not text (NUL or half a surrogate pair): {text!r}")
     return tuple(texts)
 
 
@@ -279,7 +277,7 @@ def _seeds(call: Options, num_prompts: int) -> tuple[int, ...]:
     _require(
         per_prompt <= _MOST_IMAGES,
         f"num_images_per_prompt must be {_MOST_IMAGES} or less in one call, got {per_prompt}; "
-        "foveate.pipeline.bulk.draw_rows draws more, batch by batch",
+        "foveate.pipeline.bulk.draw_rows generates more, batch by batch",
     )
     seed = secrets.randbelow(2**32) if call["seed"] is None else call["seed"]
     if call["rng"] == "reference" and not is_whole(seed):

@@ -148,7 +148,7 @@ def read_text(path: str | Path) -> str | None:
             chunk = image.info.get(CHUNK)
             comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise FoveateError(f"cannot read {path} as a picture: {error}") from None
+        raise FoveateError(f"cannot read {path} as an image: {error}") from None
     if isinstance(chunk, str):
         return chunk
     raw = comment if isinstance(comment, bytes) else str(comment or "").encode()

@@ -88,7 +88,7 @@ class Option:
     per_scale: bool = False
     commands: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
-    group: str = "Picture"
+    group: str = "Image"
     is_kept: bool = False
     absent: Any = None
     alias_of: str | None = None
@@ -128,7 +128,7 @@ def _at_least(least: int) -> Rule:
 _TEMPERATURE = Rule(
     holds=lambda value: value > 0 and 1 / value <= MAX_FLOAT32,
     words=f"above {1 / MAX_FLOAT32:.3g}",
-    remedy="; top_k=1 takes the best always",
+    remedy="; top_k=1 always takes the likeliest",
 )
 _SHARE = Rule(holds=lambda value: 0 <= value <= 1, words="in [0, 1]")
 _TOP_K = Rule(holds=lambda value: value >= 0 and value == int(value), words="a whole number, 0 or more")
@@ -139,12 +139,12 @@ class CallOptions(TypedDict, total=False):
 
     negative_prompt: Annotated[
         str | Sequence[str] | None,
-        Option(help="What to stay away from; one text for all prompts or one for each.", commands=_SAMPLING),
+        Option(help="What to avoid; one text for all prompts or one for each.", commands=_SAMPLING),
     ]
     num_images_per_prompt: Annotated[
         SupportsIndex,
         Option(
-            help="Pictures per prompt, which follow each other; picture j uses the prompt's seed + j.",
+            help="Images per prompt, one after the other; image j uses the prompt's seed + j.",
             default=1,
             rule=_at_least(1),
             commands=_GENERATE,
@@ -162,8 +162,8 @@ class CallOptions(TypedDict, total=False):
     rng: Annotated[
         Literal["keyed", "reference"],
         Option(
-            help="keyed draws depend on seed, scale and position alone; reference draws in the order of the published "
-            "code, from one seed for all pictures as one batch.",
+            help="keyed: random numbers depend on seed, scale and position alone; reference: in the order of the "
+            "published code, from one seed for all images as one batch.",
             default="keyed",
             commands=_GENERATE,
             is_kept=True,
@@ -217,7 +217,7 @@ class CallOptions(TypedDict, total=False):
     more_smooth: Annotated[
         bool | None,
         Option(
-            help="Mix codes instead of choosing them, for softer pictures (VAR and Switti).",
+            help="Mix codes instead of choosing them, for softer images (VAR and Switti).",
             commands=_SAMPLING,
             is_kept=True,
             absent=False,
@@ -237,7 +237,7 @@ class CallOptions(TypedDict, total=False):
     batch_invariant: Annotated[
         bool,
         Option(
-            help="Give every image the bits that it has alone. Always so on a CPU; slower on a GPU.",
+            help="Make every image bitwise equal to one generated alone. Always so on a CPU; slower on a GPU.",
             default=False,
             commands=_GENERATE,
             is_kept=True,
@@ -246,7 +246,7 @@ class CallOptions(TypedDict, total=False):
     trace: Annotated[
         bool,
         Option(
-            help="Also keep what ran where; files of it are JSON, and drawn over each picture.",
+            help="Also record what ran where; written as JSON and as a compute map over each image.",
             default=False,
             commands=_GENERATE,
             group="Output",
@@ -333,10 +333,10 @@ def is_whole(value: object) -> TypeGuard[int]:
 
 
 def finite(name: str, value: object) -> float:
-    """A number of any library that float32 can hold, as that is what it is multiplied with; a text is none.
+    """A number of any library that float32 can hold, as that is what it is multiplied with; a text does not count.
 
     Raises:
-        FoveateError: It is none.
+        FoveateError: It is not such a number.
     """
     if isinstance(value, SupportsFloat):
         # An array of several numbers only looks like one, and an integer may be larger than any float.

@@ -1,4 +1,4 @@
-"""What a pipeline gives back: pictures, seeds, the configuration that makes them again, and what it cost.
+"""The output of a pipeline: images, seeds, the configuration that makes them again, and what it cost.
 
 Axes: B images, Y pixel rows, X columns.
 """
@@ -43,7 +43,7 @@ _LONGEST_QUOTE = 40
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class PipelineOutput(Generic[ImagesT_co]):
-    """The pictures of a call; `prompts` and `seeds` have one entry per picture."""
+    """The images of a call; `prompts` and `seeds` have one entry per image."""
 
     images: ImagesT_co
     prompts: tuple[str, ...]
@@ -163,7 +163,7 @@ def processor_name(device: torch.device) -> str:
 
 
 def describe_precision(precision: Precision) -> dict[str, str | int | None]:
-    """Number formats by name; None where a part has none of its own."""
+    """Dtypes by name; None where a part has none of its own."""
     decoder = precision.decoder_dtype
     return {
         "dtype": str(precision.dtype).removeprefix("torch."),
@@ -173,7 +173,7 @@ def describe_precision(precision: Precision) -> dict[str, str | int | None]:
 
 
 def describe_kernels(device: torch.device) -> str:
-    """Whose kernels run where none were asked for: `native`, or `torch` alone."""
+    """Kernels that run by default: `native`, or `torch` alone."""
     return native.describe() if device.type == "cpu" else "torch"
 
 
@@ -197,7 +197,7 @@ def _may_say(warning: CallWarning, prompt: str) -> bool:
 
 
 def _names(places: Sequence[str]) -> list[str]:
-    """Repositories as they are, and of folders the name alone: where they lie is nobody's business."""
+    """Repositories as they are, folders by name only: no private paths."""
     return [Path(place).name if Path(place).is_dir() else place for place in places]
 
 

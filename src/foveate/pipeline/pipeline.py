@@ -1,4 +1,4 @@
-"""Prompt in, pictures out: the only place where a model meets a policy."""
+"""The pipeline, from prompts to images: the only place where a model meets a policy."""
 
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -63,18 +63,18 @@ class BatchStep:
 
 
 class Pipeline:
-    """A loaded model that draws; calls do not influence each other.
+    """A loaded model that generates images; calls do not influence each other.
 
     Attributes:
         model: Transformer, tokenizer, text encoder and what belongs to them.
     """
 
     def __init__(self, model: LoadedModel, offload: Offload | None = None, *, uses_triton: bool = False) -> None:
-        """Takes a loaded model.
+        """Wraps a loaded model.
 
         Args:
-            model: What draws.
-            offload: Moves its parts to the device and back; None leaves all of them where they are.
+            model: The transformer.
+            offload: Moves its modules to the device and back; None leaves all of them where they are.
             uses_triton: Whether Triton kernels run on a GPU.
         """
         self._uses_triton = uses_triton
@@ -113,7 +113,7 @@ class Pipeline:
                 random as well.
             dtype: What the model computes in, whatever the files hold: float32, bfloat16 or float16.
             decoder_dtype: What the decoder computes in; None takes `dtype`.
-            quantization: `int8` or `fp8` holds the weights of the transformer's blocks in eight bits: less memory, no
+            quantization: `int8` or `fp8` holds the weights of the transformer's blocks in int8 or fp8: less memory, no
                 less time. Needs the extra `quantize`. None keeps them in `dtype`.
             device: Where it runs.
             kernels: `triton` runs our Triton kernels on a GPU. Each is compared with plain torch at its first use; one
@@ -123,7 +123,7 @@ class Pipeline:
             local_files_only: Never reaches for the network: a hub model must have been fetched before.
             offload: Loads into main memory and calls `enable_model_cpu_offload`.
             release_text_encoder: Reads the text encoder when prompts are encoded and drops it afterwards: every call
-                with new prompts takes the time of reading it, and no memory for it while it draws. It is read once at
+                with new prompts takes the time of reading it, and no memory for it while generating. It is read once at
                 loading, too, so that errors come then. Nothing changes where prompts need no weights.
 
         Raises:
@@ -154,11 +154,11 @@ class Pipeline:
         return pipe
 
     def enable_model_cpu_offload(self) -> None:
-        """Moves all parts to main memory; from now on only the part that works is on the device.
+        """Moves all modules to main memory; from now on only the module in use is on the device.
 
         Text encoder, transformer and decoder take turns, each as a whole, and all are in main memory between calls.
         With previews the decoder joins the transformer at the first one, and both stay until the last scale has run.
-        Pictures are the same bits as without; every call takes the time of the moves.
+        Images are the same bits as without; every call takes the time of the moves.
 
         Raises:
             FoveateError: The pipeline computes on the CPU, so there is no device to save memory of.
@@ -170,7 +170,7 @@ class Pipeline:
             self._offload = Offload.of(self.model)
 
     def enable_cuda_graphs(self) -> None:
-        """Replays the first scales of a picture as captured graphs, where launching kernels takes longer than they do.
+        """Replays the first scales of an image as captured graphs, where launching kernels takes longer than they do.
 
         Calls that agree in their size, their batch and the lengths of their texts share graphs, which are captured at
         the second one and compared there with the plain loop: a shape that fails or disagrees takes the plain loop, and
@@ -178,7 +178,7 @@ class Pipeline:
         where they are, and calls run on one stream; of calls side by side one has graphs.
 
         Raises:
-            FoveateError: The pipeline computes on the CPU, or its parts are moved.
+            FoveateError: The pipeline computes on the CPU, or offload is on.
         """
         if self.model.device.type != "cuda":
             raise FoveateError('cuda graphs need a pipeline on a GPU; load it with device="cuda", or leave them out')
@@ -213,10 +213,10 @@ class Pipeline:
     def __call__(self, prompts: Prompts, **options: Unpack[Options]) -> PipelineOutput[Images]: ...
 
     def __call__(self, prompts: Prompts, **options: Unpack[Options]) -> PipelineOutput[Any]:
-        """Draws all images of all prompts as one batch.
+        """Generates all images of all prompts as one batch.
 
         Args:
-            prompts: One or several texts, none of them empty; names or indices of classes where a model draws those.
+            prompts: One or several texts, none of them empty; names or indices of classes for a model of classes.
             **options: See `foveate.pipeline.options.Options`.
 
         Returns:
@@ -239,13 +239,13 @@ class Pipeline:
     def stream(
         self, prompts: Prompts, previews: int = 3, **options: Unpack[Options]
     ) -> Generator[ScaleEvent, None, None]:
-        """Draws like the call and hands out every scale; the last event carries the call's output.
+        """Generates like the call and hands out every scale; the last event carries the call's output.
 
         Closing the iterator cancels.
 
         Args:
             prompts: One or several texts.
-            previews: How many of the last scales come with decoded pictures, the final one included; 0 or more.
+            previews: How many of the last scales come with decoded images, the final one included; 0 or more.
             **options: See `foveate.pipeline.options.Options`.
         """
         if previews < 0:
@@ -254,7 +254,7 @@ class Pipeline:
         return self._events(job, previews)
 
     def _job(self, prompts: Prompts, options: Options) -> Job:
-        """The completed call; says what it does otherwise than its words suggest."""
+        """The completed call; logs its warnings."""
         job = resolve(prompts, options, self.model.spec)
         log_warnings(self._warnings_of(job))
         return job
@@ -299,7 +299,7 @@ class Pipeline:
 
     @contextmanager
     def _parts(self) -> Iterator[None]:
-        """Sends all parts home behind a call, however it ends."""
+        """Moves all modules back to the CPU after a call, however it ends."""
         try:
             yield
         finally:
@@ -307,7 +307,7 @@ class Pipeline:
                 pass
 
     def _working(self, *parts: str) -> AbstractContextManager[None]:
-        """Has exactly these parts on the device, where parts are moved at all."""
+        """Has exactly these modules on the device, if offload is on."""
         return nullcontext() if self._offload is None else self._offload.working(*parts)
 
     def _steps(self, job: Job, previews: int, times_scales: bool = False) -> Generator[BatchStep, None, None]:
@@ -417,7 +417,7 @@ class Pipeline:
         )
 
     def _decode(self, f_hat_BZHW: Float[Tensor, "B Z H W"], output_type: str, beside: tuple[str, ...] = ()) -> Images:
-        """Pictures of a latent; the parts in `beside` stay on the device.
+        """Images of a latent; the modules in `beside` stay on the device.
 
         Raises:
             BrokenNumbersError: Pixels are NaN or infinite.
@@ -462,18 +462,18 @@ class Pipeline:
 
 
 def stack_uint8(images: Images) -> np.ndarray:
-    """Pictures of `output_type` pil or np as one uint8 array (n, height, width, 3).
+    """Images of `output_type` pil or np as one uint8 array (n, height, width, 3).
 
     Raises:
         FoveateError: Tensors, which hold no bytes.
     """
     if isinstance(images, Tensor):
-        raise FoveateError('pictures as bytes need output_type "pil" or "np"')
+        raise FoveateError('images as bytes need output_type "pil" or "np"')
     return images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
 
 
 def _all_steps(outcomes: Sequence[ScaleStep | Exception]) -> list[ScaleStep]:
-    """What a scale left of every request of a call; an error ends the call.
+    """The steps of all requests of a call; an error ends the call.
 
     Raises:
         BrokenNumbersError: Names every image that broke, as an index of the call.
@@ -496,7 +496,7 @@ def _dtype(dtype: str | torch.dtype, name: str) -> torch.dtype:
 def _refuse_offload(device: torch.device) -> None:
     if device.type == "cpu":
         raise FoveateError(
-            "offload needs a pipeline on a GPU; this one computes on the CPU, with all parts in main memory: load it "
+            "offload needs a pipeline on a GPU; this one computes on the CPU, with all modules in main memory: load it "
             'with device="cuda", or leave offload out'
         )
 

@@ -1,4 +1,4 @@
-"""Images that can be made again: what decides their bits, written into their files, read back and rerun.
+"""Reproducible images: what decides their bits, written into their files, read back and rerun.
 
 Format 2 describes one image: its own prompt, seed and negative prompt, and its batch only where its bits depend on it.
 Format 1 described a whole call, and which of its images this is; it is still read.
@@ -178,7 +178,7 @@ def regenerate(path: str | Path, pipe: Pipeline | None = None) -> Regenerated:
 
 
 def stored_threads(config: Mapping[str, Any]) -> int:
-    """How many threads of torch drew an image.
+    """How many threads of torch generated an image.
 
     Raises:
         FoveateError: No number that there could be.
@@ -193,7 +193,7 @@ def stored_call(path: str | Path, config: Mapping[str, Any]) -> StoredCall:
     """The call that makes a stored image again; `naming_damage` puts what Python raises on the way in words.
 
     Raises:
-        FoveateError: It was drawn from a caller's own generator, or is no image of the batch that is described.
+        FoveateError: It was generated from a caller's own generator, or is not an image of the batch that is described.
     """
     return _whole_call(path, config) if config["format"] == 1 else _call_of_image(path, config)
 
@@ -224,7 +224,7 @@ def _call_of_image(path: str | Path, config: Mapping[str, Any]) -> StoredCall:
     options = _options(config)
     options["seed"] = operator.index(config["seed"])
     if "prompts" not in batch:
-        # What the others are counts for nothing, only how many there are.
+        # Of the other images only the number matters.
         options["negative_prompt"] = config["negative_prompt"]
         return StoredCall(prompts=[config["prompt"]], options=options, row=row, copies=size)
     if len(batch["prompts"]) != size:
@@ -236,7 +236,7 @@ def _call_of_image(path: str | Path, config: Mapping[str, Any]) -> StoredCall:
 
 
 def _own_generator(path: str | Path) -> FoveateError:
-    return FoveateError(f"{path} was drawn from a caller's generator, whose state is not in the file")
+    return FoveateError(f"{path} was generated with a caller's generator, whose state is not in the file")
 
 
 @contextmanager
@@ -262,7 +262,7 @@ def registered_name(path: str | Path, config: Mapping[str, Any]) -> str:
 
 
 def loading_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How the model of an image was loaded: weights, number formats and device, in the words of `from_pretrained`."""
+    """How the model of an image was loaded: weights, dtypes and device, in the words of `from_pretrained`."""
     return {
         "weights": config["weights"]["kind"],
         "dtype": config["dtype"],

@@ -1,6 +1,6 @@
-"""The compute map: per scale, which tokens ran, how deep and in which branches, drawn over the picture.
+"""The compute map: per scale, which tokens ran, how deep and in which branches, drawn over the image.
 
-A panel shows the finished picture, dimmed; tokens that ran are lit, the brighter and warmer the more blocks they ran;
+A panel shows the finished image, dimmed; tokens that ran are lit, the brighter and warmer the more blocks they ran;
 tokens that did not run stay dark. Tokens lie in grid order, so a panel's cells are the scale's grid.
 """
 
@@ -40,7 +40,7 @@ def _enlarged(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def panel(picture: Image.Image, scale: ScaleTrace, image_index: int, num_blocks: int) -> UInt8[np.ndarray, "Y X 3"]:
-    """One scale over the picture.
+    """One scale over the image.
 
     Args:
         picture: RGB, already at the panel's size.
@@ -92,7 +92,7 @@ def compute_map(picture: Image.Image, trace: Trace, image_index: int = 0, column
     """Draws all scales of one image as a sheet of panels, with a legend.
 
     Args:
-        picture: The finished picture.
+        picture: The finished image.
         trace: Recorded with maps (`trace=True`).
         image_index: Which image of the batch.
         columns: Panels in a row.
@@ -111,7 +111,7 @@ def compute_map(picture: Image.Image, trace: Trace, image_index: int = 0, column
         )
         for scale in trace.scales
     ]
-    cells.append((small, ("the picture", "")))
+    cells.append((small, ("the image", "")))
     return _sheet(cells, size, columns)
 
 
