@@ -147,7 +147,7 @@ def test_what_happens_to_the_weights_is_followed(var: OfficialVAR) -> None:
         assert torch.isfinite(var.autoregressive_infer_cfg(**arguments)).all()
 
 
-# The same pictures
+# The same images
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_an_error_inside_the_block_detaches(var: OfficialVAR) -> None:
     ("changes", "message"),
     [
         ({"gt_leak": 2}, "gt_leak=2 is not supported"),
-        ({"ret_img": False}, "ret_img=False is not supported: nothing would come back"),
+        ({"ret_img": False}, "ret_img=False is not supported: no images would be returned"),
         ({"trunk_scale": 3}, "trunk_scale=3 is not supported: use the policy skip-scales"),
         ({"vae_type": 0}, "vae_type=0 is not supported"),
         ({"cfg_insertion_layer": [1]}, "cfg_insertion_layer=1 is not supported"),

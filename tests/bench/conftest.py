@@ -12,7 +12,7 @@ from foveate.policies.registry import load_policy
 
 
 def make_plan(kind: str, *specs: str, batches: tuple[int, ...] = (1,), runs: int = 2, warmup: int = 1) -> BenchPlan:
-    """Small pictures of the toy; the command is what a page shows."""
+    """Small images of the toy; the command is what a page shows."""
     return BenchPlan(
         kind=kind,
         policies=tuple(load_policy(spec) for spec in specs),

@@ -200,7 +200,7 @@ def test_throughput_over_batches(toy_report: Callable[[str], BenchReport]) -> No
     assert "single_stream_ms.p50" not in pair.numbers
     rate = pair.numbers["images_per_s"]
     assert rate is not None
-    # Both counted rounds drew two pictures.
+    # Both counted rounds drew two images.
     assert 1e3 * 2 / pair.figures["ms.total"].p90 * 0.5 < rate < 1e3 * 2 / pair.figures["ms.total"].p10 * 2
     assert "p90 needs 10" in markdown(report, None)
 

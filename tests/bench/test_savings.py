@@ -1,4 +1,4 @@
-"""A saving that is taken back changes what a picture costs, not the picture, and leaves nothing behind."""
+"""Ablation: switching a saving off changes the cost of an image, not the image, and leaves nothing behind."""
 
 import sys
 

@@ -114,7 +114,7 @@ def test_a_damaged_file_is_named_in_one_line(encoder: TextEncoder, tmp_path: Pat
             "width": {"config": json.dumps(config | {"width": 15})},
         }[damage]
         save_file(weights, file, metadata)
-    with pytest.raises(CheckpointError, match=f"{PLACES_NAME}: not readable as places") as caught:
+    with pytest.raises(CheckpointError, match=f"{PLACES_NAME}: not a readable position tagger") as caught:
         TextEncoder.from_folder(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -125,7 +125,7 @@ def test_places_of_another_encoder_are_refused() -> None:
         PlacesConfig(text_width=encoder.model.config.width + 1, tap=1),
         PlacesConfig(text_width=encoder.model.config.width, tap=encoder.model.config.num_blocks + 1),
     ):
-        with pytest.raises(FoveateError, match="places must fit the encoder"):
+        with pytest.raises(FoveateError, match="the position tagger must fit the encoder"):
             replace(encoder, places=Places(config))
 
 

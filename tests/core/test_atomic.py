@@ -81,6 +81,6 @@ def test_folders_and_devices_are_not_replaced(tmp_path: Path) -> None:
         write_text(tmp_path, "x")
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    with pytest.raises(FoveateError, match="it is no regular file"):
+    with pytest.raises(FoveateError, match="it is not a regular file"):
         write_text(fifo, "x")
     assert fifo.is_fifo()

@@ -174,8 +174,8 @@ def test_plug_ins_are_looked_up_once_and_broken_ones_named_once(installed: list[
         assert all_policies()["mine"].name == "mine"
     assert [str(warning.message).partition("left out: ")[2] for warning in said] == [
         "no such module",
-        "it is no subclass of foveate.core.policy.Policy: 'a text'",
-        "it is no subclass of foveate.core.policy.Policy: <class 'int'>",
+        "it is not a subclass of foveate.core.policy.Policy: 'a text'",
+        "it is not a subclass of foveate.core.policy.Policy: <class 'int'>",
     ]
     # Warnings are errors in tests: a second one would be raised here.
     assert load_policy("mine:count=3|mine").parts_of()[0].settings() == {"count": 3}

@@ -1,4 +1,4 @@
-"""SkipVAR against plain loops: features of decoded pictures, what the models choose, and what then runs."""
+"""SkipVAR against plain loops: features of decoded images, what the models choose, and what then runs."""
 
 import json
 import math
@@ -265,7 +265,7 @@ def test_shipped_models_are_sound_and_named():
     assert model.num_scales == 3
     assert data["fitted"]["model"] == "emoji"
     assert data["fitted"]["prompts"] == 64
-    # Calm pictures may lose scales and busy ones may not.
+    # Calm images may lose scales and busy ones may not.
     assert model.scales.choose([-3.0, -3.0], 0.5) > model.scales.choose([3.0, 3.0], 0.5) == 0
     assert path.stat().st_size < 4096
 

@@ -1,1 +1,1 @@
-"""Objects that somebody else loaded with other code, drawn by our engine."""
+"""Runs models loaded by their official code on our engine."""

@@ -1,4 +1,4 @@
-"""What `attach` asks of an official class, and one call of its method run by our engine.
+"""The interface to an official class, and one call of its method run by our engine.
 
 Axes: B images, (Y, X) pixels.
 """
@@ -24,7 +24,7 @@ from foveate.engine.report import Milliseconds, Report, build_report, without_ef
 from foveate.engine.state import Request
 
 METHOD = "autoregressive_infer_cfg"
-"""The method that draws, in both official classes."""
+"""The generating method, in both official classes."""
 
 
 class Adapter(ABC):

@@ -1,6 +1,6 @@
-"""Lets our engine draw for an object that somebody else loaded: `with attach(model, policy): ...`.
+"""Runs a model loaded by its official code on our engine: `with attach(model, policy): ...`.
 
-Only one name of that one object changes, its method that draws; the weights are shared. Detaching restores the name.
+Only one name of that one object changes, its generating method; the weights are shared. Detaching restores the name.
 """
 
 import functools
@@ -45,7 +45,7 @@ class Attachment:
 
     @property
     def is_attached(self) -> bool:
-        """Whether the object draws with our engine."""
+        """Whether the object generates with our engine."""
         return self._stand_in is not None
 
     def install(self) -> None:
@@ -63,7 +63,7 @@ class Attachment:
         self._stand_in = attributes[METHOD] = StandIn(self, original)
 
     def detach(self) -> None:
-        """Gives the object its own method back; does nothing where that has happened.
+        """Restores the object's own method; does nothing if already detached.
 
         Raises:
             FoveateError: Somebody replaced the method meanwhile; it is left as it is.
@@ -106,28 +106,28 @@ class Attachment:
 
 
 class StandIn:
-    """What the object has instead of its method; it shows the method's name and signature."""
+    """Replaces the object's method, with the same name and signature."""
 
     def __init__(self, attachment: Attachment, original: Callable[..., object]) -> None:
         self.attachment, self.signature = attachment, inspect.signature(original)
         functools.update_wrapper(self, original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> object:
-        """Draws under the attached policy."""
+        """Generates under the attached policy."""
         return self.attachment.draw(self.signature, args, kwargs)
 
 
 def attach(model: object, policy: str | Path | Policy = "full") -> Attachment:
-    """Makes an Infinity or VAR object, as its official code loads it, draw with our engine under a policy.
+    """Makes an Infinity or VAR object, as its official code loads it, generate with our engine under a policy.
 
-    The object's weights are shared, not copied. With the policy `full` the same seed draws the same codes as before.
+    The object's weights are shared, not copied. With the policy `full` a seed gives the same codes as before.
 
     Args:
         model: The object. Its method `autoregressive_infer_cfg` is replaced until `detach`, or until the `with` ends.
         policy: Name, spec, YAML file or object. Attaching again replaces it; one `detach` still restores the object.
 
     Raises:
-        FoveateError: The object is no such thing; the message says what is missing.
+        FoveateError: The object is of another class; the message says what is missing.
         UnsupportedError: It is, but wrapped, sharded, hooked or set up in a way that our networks do not have.
     """
     chosen = load_policy(policy)

@@ -81,7 +81,7 @@ class OfficialInfinity(Adapter):
         transformer, autoencoder = self._transformer.over(self.model), self._autoencoder.over(vae)
         wanted, offered = FAMILY.symbols(transformer.config, autoencoder.config, self._patch)
         if wanted != offered:
-            raise FoveateError(f"the object wants {wanted}, vae offers {offered}; they are no pair")
+            raise FoveateError(f"the object wants {wanted}, vae offers {offered}; they do not fit")
         refuse_mixed(transformer)
         refuse_mixed(autoencoder)
         return Engine(transformer, BSQTokenizer(autoencoder, self._patch), obeys_autocast=True)
@@ -115,16 +115,16 @@ class OfficialInfinity(Adapter):
     def answer(
         self, pixels_B3YX: Float[Tensor, "B 3 Y X"]
     ) -> tuple[list[Tensor], list[Tensor], UInt8[Tensor, "B Y X 3"]]:
-        """Two lists that stay empty there as well, and pictures as bytes in the order blue, green, red; truncated."""
+        """Two lists, empty as in the official code, and images as bytes in the order blue, green, red; truncated."""
         bytes_B3YX = ((pixels_B3YX + 1) / 2).mul(255).to(torch.uint8)
         return [], [], bytes_B3YX.permute(0, 2, 3, 1).flip(3)
 
 
 def _refuse_unsupported(arguments: Mapping[str, Any], num_scales: int) -> None:
     refused = {
-        "ret_img": (not arguments["ret_img"], "nothing would come back; pass True"),
-        "vae_type": (not arguments["vae_type"], "codebooks other than of bits are; pass the bits of a latent, say 32"),
-        "gt_leak": (arguments["gt_leak"] > 0, "codes that are given cannot be mixed with codes that are drawn; pass 0"),
+        "ret_img": (not arguments["ret_img"], "no images would be returned; pass True"),
+        "vae_type": (not arguments["vae_type"], "only bit codebooks are supported; pass the bits of a latent, say 32"),
+        "gt_leak": (arguments["gt_leak"] > 0, "given codes cannot be mixed with sampled codes; pass 0"),
         "trunk_scale": (arguments["trunk_scale"] < num_scales, "use the policy skip-scales to leave scales out"),
     }
     for name, (is_refused, remedy) in refused.items():

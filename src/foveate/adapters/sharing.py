@@ -1,4 +1,4 @@
-"""A network of ours over the weights of somebody else's module: the same storage, no copy.
+"""Our network over the weights of an official module: the same storage, no copy.
 
 What our network would compute otherwise than the module, or could not see, is refused with a reason: wrappers, shards,
 hooks, replaced forwards, settings that leave no trace in weights.
@@ -64,7 +64,7 @@ def named_weights(owner: nn.Module) -> dict[str, Tensor]:
         if wrapper is not None:
             raise UnsupportedError(f"{kind} keeps weights below {wrapper}: it is wrapped; give the module inside")
     for name, part in owner.named_modules():
-        # The forward of the outermost module is no part of drawing.
+        # The forward of the outermost module is not used for generating.
         if not name:
             continue
         if "forward" in vars(part):
@@ -84,7 +84,7 @@ def share(build: Callable[[], M], tensors: State, what: str) -> M:
 
     Raises:
         CheckpointError: A weight is missing, unknown or of another shape.
-        UnsupportedError: A weight is no plain tensor of floats in memory, or they lie on several devices.
+        UnsupportedError: A weight is not a plain tensor of floats in memory, or they lie on several devices.
     """
     with torch.device("meta"):
         module = build()
@@ -106,7 +106,7 @@ def share(build: Callable[[], M], tensors: State, what: str) -> M:
 def _refuse_unshareable(tensors: State) -> None:
     for name, tensor in tensors.items():
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
-            raise UnsupportedError(f"{name} is no plain tensor but a {type(tensor).__name__}, and cannot be shared")
+            raise UnsupportedError(f"{name} must be a plain tensor to be shared, got a {type(tensor).__name__}")
         if tensor.is_meta:
             raise CheckpointError(f"{name} is on the meta device; load the weights first")
         if not tensor.is_floating_point():
@@ -117,7 +117,7 @@ def _refuse_unshareable(tensors: State) -> None:
 
 
 def refuse_mixed(module: nn.Module) -> None:
-    """Refuses weights of several dtypes where nothing brings them together.
+    """Refuses weights of several dtypes outside of autocast.
 
     Raises:
         FoveateError: There are, and autocast is off.

@@ -53,7 +53,7 @@ class OfficialVAR(Adapter):
         config = tokenizer.autoencoder.config
         wanted, offered = FAMILY.symbols(transformer.config, config, 1)
         if wanted != offered:
-            raise FoveateError(f"the object wants {wanted}, its autoencoder offers {offered}; they are no pair")
+            raise FoveateError(f"the object wants {wanted}, its autoencoder offers {offered}; they do not fit")
         return transformer, tokenizer
 
     def engine(self, arguments: Mapping[str, Any]) -> Engine:
@@ -103,7 +103,7 @@ class OfficialVAR(Adapter):
         return labels
 
     def answer(self, pixels_B3YX: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B 3 Y X"]:
-        """Pictures in [0, 1], float32."""
+        """Images in [0, 1], float32."""
         return (pixels_B3YX + 1) / 2
 
 

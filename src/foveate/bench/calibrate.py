@@ -18,7 +18,7 @@ def profile(report: BenchReport, weight_bytes_per_s: float) -> dict[str, Any]:
     where a scale did not run.
 
     Args:
-        report: A measurement of the kind `calibrate`.
+        report: A `calibrate` measurement.
         weight_bytes_per_s: What `peak.weight_bandwidth` measured in the same process.
     """
     data = report.to_json()

@@ -18,7 +18,7 @@ class Measure(ABC, Generic[T]):
 
     @abstractmethod
     def once(self, pipe: Pipeline, workload: Workload, policy: Policy, round_index: int) -> T:
-        """Draws one batch and measures it."""
+        """Generates one batch and measures it."""
 
     @abstractmethod
     def entry(self, policy: Policy, own: Sequence[T], baseline: Sequence[T] | None) -> Entry:

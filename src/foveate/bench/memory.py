@@ -35,7 +35,7 @@ class Meter(ABC):
 
     @abstractmethod
     def start(self) -> None:
-        """Takes what is held now as zero."""
+        """Takes the memory held now as zero."""
 
     @abstractmethod
     def added_bytes(self) -> int:
@@ -140,7 +140,7 @@ class Memory(Measure[MemoryRun]):
     weights: int
 
     def once(self, pipe: Pipeline, workload: Workload, policy: Policy, round_index: int) -> MemoryRun:
-        """Draws one batch; the peak is read before the decoder begins, and at the end."""
+        """Generates one batch; the peak is read before the decoder begins, and at the end."""
         transformer: list[int] = []
 
         def read(_pipe: object, _scale: int, scales_left: int, _latents: object) -> None:

@@ -1,4 +1,4 @@
-"""A report as a short table, and as a page that stands by itself: hardware, versions, command, figures, exclusions."""
+"""A report as a short table, and as a self-contained page: hardware, versions, command, figures, exclusions."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -140,7 +140,7 @@ def _ratio(spread: Spread | None, form: str) -> str:
 
 
 def _ms(value: float) -> str:
-    """Three digits, never in powers of ten."""
+    """Three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"  # noqa: PLR2004 - three digits
 
 

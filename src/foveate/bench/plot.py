@@ -1,4 +1,4 @@
-"""A report as one picture: parts of the time, throughput over batch, or parts of the memory.
+"""A report as one image: parts of the time, throughput over batch, or parts of the memory.
 
 Only this file imports matplotlib, which is of the extra `eval`.
 """
@@ -65,7 +65,7 @@ def _scales(axis: Axes, case: Case) -> None:
 
 
 def _throughput(axis: Axes, report: BenchReport) -> None:
-    """Pictures per second over batch, one line per size and policy."""
+    """Images per second over batch, one line per size and policy."""
     lines: dict[tuple[str, int, str], list[tuple[int, float]]] = {}
     for case in report.cases:
         size = f"{case.picture.width}x{case.picture.height}"

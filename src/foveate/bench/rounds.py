@@ -1,4 +1,4 @@
-"""Several things measured in turns, A B A B ..., so that a machine that slows down slows all of them."""
+"""Measurements in turns, A B A B ..., so that a machine that slows down affects all sides alike."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

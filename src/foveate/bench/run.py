@@ -146,7 +146,7 @@ def _run_cases(
 
 
 def _raise(stopped: Stop | None) -> None:
-    """Nothing was measured, so there is nothing to report."""
+    """Raises the error of a measurement without a single complete round."""
     if stopped is Stop.INTERRUPTED:
         raise KeyboardInterrupt
     raise FoveateError("not enough memory for a single round; take a smaller --size or --batch, or a smaller model")

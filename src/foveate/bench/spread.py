@@ -11,7 +11,7 @@ PERCENTILES = (50, 90, 99)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spread:
-    """Median, 10th and 90th percentile, linear between neighbours; with few values the outer ones are near the ends."""
+    """Median, 10th and 90th percentile, linear between values; with few values the outer ones are near the ends."""
 
     median: float
     p10: float

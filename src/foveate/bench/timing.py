@@ -66,7 +66,7 @@ class TimedRun:
 
     @property
     def rest_ms(self) -> float:
-        """Of the whole call, what belongs to no part: checking options, and the report itself."""
+        """Rest of the call, outside all parts: checking options, and the report itself."""
         return self.ms.total - self.ms.text - self.ms.transformer - self.ms.decoder
 
 
@@ -87,7 +87,7 @@ class Timing(Measure[TimedRun]):
     peak_flops_per_s: float | None
 
     def once(self, pipe: Pipeline, workload: Workload, policy: Policy, round_index: int) -> TimedRun:
-        """Draws one batch; the pictures are dropped."""
+        """Generates one batch; the images are dropped."""
         return TimedRun.of(pipe(workload.texts(round_index), **workload.options(round_index, policy)))
 
     def entry(self, policy: Policy, own: Sequence[TimedRun], baseline: Sequence[TimedRun] | None) -> Entry:
@@ -124,7 +124,7 @@ def _ratios(own: Sequence[TimedRun], baseline: Sequence[TimedRun]) -> dict[str, 
 
 
 def _numbers(own: Sequence[TimedRun]) -> dict[str, float | None]:
-    """Offline throughput: all pictures over all time. At batch 1 also the percentiles of single-stream latency."""
+    """Offline throughput: all images over all time. At batch 1 also the percentiles of single-stream latency."""
     seconds = sum(run.ms.total for run in own) / 1e3
     found: dict[str, float | None] = {"images_per_s": sum(run.num_images for run in own) / seconds}
     if own[0].num_images == 1:

@@ -1,4 +1,4 @@
-"""What is drawn in a measurement: pictures of one size in batches of one size, from prompts that take turns."""
+"""What is generated in a measurement: images of one size in batches of one size, from prompts that take turns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ DEFAULT_PROMPT, DEFAULT_CLASS = "a red apple on a wooden table in the morning li
 class Workload:
     """One size and batch; no size stands for the model's own.
 
-    Round r draws the next `batch` prompts and seeds, the same ones under every policy.
+    Round r generates the next `batch` prompts and seeds, the same ones under every policy.
     """
 
     batch: int
@@ -28,12 +28,12 @@ class Workload:
     pixels: str | None = None
 
     def texts(self, round_index: int) -> list[str]:
-        """The prompts of a round, one per picture."""
+        """The prompts of a round, one per image."""
         first = round_index * self.batch
         return [self.prompts[(first + i) % len(self.prompts)] for i in range(self.batch)]
 
     def options(self, round_index: int, policy: Policy) -> Options:
-        """The options of a round's call; pictures come back as bytes in main memory."""
+        """The options of a round's call; images come back as bytes in main memory."""
         first = self.seed + round_index * self.batch
         width, height = self.size if self.size is not None else (None, None)
         return Options(
@@ -49,7 +49,7 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """The pictures of a workload, defaults filled in; `tokens` of all scales of one picture in one branch."""
+    """The images of a workload, defaults filled in; `tokens` of all scales of one image in one branch."""
 
     width: int
     height: int
@@ -60,7 +60,7 @@ class Picture:
 
     @classmethod
     def of(cls, job: Job, stride: int) -> "Picture":
-        """The pictures of a call; `stride` is the pixels along a side of a token."""
+        """The images of a call; `stride` is the pixels along a side of a token."""
         height, width = job.schedule.grids[-1]
         return cls(
             width=width * stride,
@@ -73,7 +73,7 @@ class Picture:
 
 
 def default_prompt(pipe: Pipeline) -> str:
-    """What a model draws where nothing else is asked for: a class if classes are all it knows."""
+    """What a model generates where nothing else is asked for: a class if classes are all it knows."""
     (condition,) = pipe.model.text.encode([DEFAULT_CLASS])
     return DEFAULT_CLASS if isinstance(condition, ClassLabel) else DEFAULT_PROMPT
 

@@ -1,1 +1,1 @@
-"""What an image is drawn from: prompts and labels turned into tensors the models attend to."""
+"""The conditions of an image: prompts and labels turned into tensors the models attend to."""

@@ -144,7 +144,7 @@ class ClipPair:
             ones) loses the tokens before the end (`num_cut`).
 
         Raises:
-            FoveateError: The tokenizers cut a prompt into different numbers of tokens, so they are no pair.
+            FoveateError: The tokenizers cut a prompt into different numbers of tokens, so they do not fit.
         """
         return [self._encode_one(prompt) for prompt in prompts]
 

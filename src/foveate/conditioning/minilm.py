@@ -196,7 +196,7 @@ class TextEncoder:
         model: The encoder; features come out on its device.
         tokenizer: Adds [CLS] in front and [SEP] behind.
         max_tokens: Longest prompt in tokens, both of them included; from 3 to the positions of the model.
-        places: Marks tokens with the places of their things, on the device of `model`; None leaves them as they are.
+        places: Position tagger, on the device of `model`; None leaves the tokens as they are.
     """
 
     model: MiniLM
@@ -214,7 +214,9 @@ class TextEncoder:
                 f"tokenizer must have at most vocab_size = {vocab_size} tokens, got {self.tokenizer.get_vocab_size()}"
             )
         if self.places is not None and not self.places.fits(self.model.config.width, self.model.config.num_blocks):
-            raise FoveateError(f"places must fit the encoder, got {self.places.config} for {self.model.config}")
+            raise FoveateError(
+                f"the position tagger must fit the encoder, got {self.places.config} for {self.model.config}"
+            )
         self.model.requires_grad_(requires_grad=False).eval()
         # The published file cuts and pads to 128 in silence; here `encode` cuts, and says so.
         self.tokenizer.no_truncation()
@@ -294,7 +296,7 @@ class TextEncoder:
         return max(len(self.tokenizer.encode(prompt).ids) - self.max_tokens, 0)
 
     def encode_together(self, prompts: list[str]) -> list[Tensor]:
-        """`encode` in one padded call, several times as fast: equal up to rounding, which depends on the company."""
+        """`encode` in one padded call, several times as fast: equal up to rounding, which depends on the batch."""
         return self._features(prompts)
 
     def pooled(self, prompts: list[str]) -> Float[Tensor, "B E"]:

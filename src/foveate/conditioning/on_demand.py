@@ -9,7 +9,7 @@ from foveate.core.conditions import Condition
 class OnDemand:
     """Reads a conditioner when there are prompts to encode and drops it afterwards.
 
-    The conditions of the last call are kept, a few megabytes, so that drawing the same prompts again reads nothing.
+    The conditions of the last call are kept, a few megabytes, so that the same prompts again read nothing.
     """
 
     def __init__(self, load: Callable[[], Conditioner]) -> None:

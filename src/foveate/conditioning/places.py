@@ -1,11 +1,11 @@
-"""Marks the tokens of a prompt with the places and the sizes that the prompt gives their things.
+"""Position tagger: marks the tokens of a prompt with the position and size that the prompt gives their objects.
 
 MiniLM knows which side "a cat to the left of a dog" gives the dog, but hardly says so in the features of "dog": a model
-of images that reads them paints a mixture of both things on both sides. A small reader of an earlier block says it out
-loud, as one direction of the features for above and below, one for left and right and one for small and big. A prompt
-that gives neither places nor sizes keeps its features bit for bit.
+of images that reads them paints a mixture of both things on both sides. The tagger reads an earlier block and adds
+one direction of the features for above and below, one for left and right and one for small and big. The features of a
+prompt without positions and sizes stay bit for bit the same.
 
-Axes: `B` rows, `T` text tokens, `E` text width, `F` width of the reader, `A` the axes y, x and size.
+Axes: `B` rows, `T` text tokens, `E` text width, `F` width of the tagger, `A` the axes y, x and size.
 """
 
 import json
@@ -35,7 +35,7 @@ CLASSES = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacesConfig:
-    """The sizes of the reader.
+    """The sizes of the tagger.
 
     Attributes:
         text_width: Width E of the encoder.
@@ -56,7 +56,7 @@ class PlacesConfig:
 
 
 class Places(nn.Module):
-    """Reads the places of things from the features of a middle block, and adds them to those of the last.
+    """Position tagger: reads positions from the features of a middle block and adds them to those of the last.
 
     Attributes:
         config: The sizes it was built with.
@@ -93,7 +93,7 @@ class Places(nn.Module):
     def marked(
         self, x_BTE: Float[Tensor, "B T E"], states: Sequence[Tensor], mask_BT: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "B T E"]:
-        """Adds places and sizes to token features.
+        """Token features with positions and sizes added.
 
         Args:
             x_BTE: The features, which are returned as they are where neither is given.
@@ -129,5 +129,5 @@ class Places(nn.Module):
             places.load_state_dict(weights)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise CheckpointError(f"{file}: not readable as places of tokens, fetch it again ({reason})") from error
+            raise CheckpointError(f"{file}: not a readable position tagger, fetch it again ({reason})") from error
         return places

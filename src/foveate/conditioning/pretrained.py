@@ -55,7 +55,7 @@ def read_pretrained(
 
     Raises:
         FoveateError: transformers is not installed.
-        CheckpointError: A file or a weight is missing or damaged, a weight is no number or overflows `dtype`, or the
+        CheckpointError: A file or a weight is missing or damaged, a weight is not finite or overflows `dtype`, or the
             hub gave nothing.
     """
     model_class = getattr(_transformers(), class_name)
@@ -157,7 +157,7 @@ def _read_tokenizer(source: str, local_files_only: bool) -> Tokenizer:
 
 
 def _check_report(report: dict[str, Any], what: str) -> None:
-    """Raises if a weight was not in the files, which transformers would draw at random, or has another shape."""
+    """Raises if a weight was not in the files, which transformers would initialise randomly, or has another shape."""
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(f"cannot read {what}: {len(missing)} weights are missing, first {missing[0]}")
     for key, stored, expected in sorted(report["mismatched_keys"]):

@@ -18,7 +18,7 @@ def replace_file(path: str | Path) -> Iterator[Path]:
     permissions that the umask leaves, whatever its writer gave it.
 
     Raises:
-        FoveateError: The folder does not exist, nothing can be written there, or `path` is no regular file.
+        FoveateError: The folder does not exist, nothing can be written there, or `path` is not a regular file.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -57,7 +57,7 @@ def refuse_irregular(path: Path) -> None:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise FoveateError(f"cannot write {path}: {reason}; choose another place") from None
     if not stat.S_ISREG(mode):
-        what = "it is a folder" if stat.S_ISDIR(mode) else "it is no regular file"
+        what = "it is a folder" if stat.S_ISDIR(mode) else "it is not a regular file"
         raise FoveateError(f"cannot write {path}: {what}; choose another place")
 
 

@@ -68,7 +68,7 @@ class BoundComposed(Bound):
         for kind in self.directives:
             names = [p.name for p, bound in zip(self.parts, self.bounds, strict=True) if kind in bound.directives]
             if len(names) > 1:
-                notes.append(f"{' and '.join(names)} both promise to {kind.value}; one of them may have done nothing")
+                notes.append(f"{' and '.join(names)} both {kind.value}; one of them may have no effect")
         return tuple(notes)
 
     def _refuse_lost(self, ceilings: Sequence[ScalePlan]) -> None:

@@ -73,7 +73,7 @@ def typed(kind: Any, value: object) -> Any:  # noqa: ANN401 - as above
 
     Raises:
         ValueError: There is none.
-        FoveateError: The type is none that a field can have.
+        FoveateError: A field cannot have this type.
     """
     origin, inside = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):

@@ -1,4 +1,4 @@
-"""Weights are numbers: no NaN, no infinity, and nothing beyond the dtype that they are converted to.
+"""Checks weights: no NaN, no infinity, and nothing beyond the dtype that they are converted to.
 
 One such number spoils every image without any error, so what reads or converts weights asks here behind its copy. The
 smallest and the largest value say it in one pass, as both are NaN where any value is; that takes as long as the copy.
@@ -16,7 +16,7 @@ class BrokenWeightError(CheckpointError):
     """A weight holds NaN, an infinity, or more than its dtype can; `name` is the weight's."""
 
     def __init__(self, name: str, complaint: str) -> None:
-        """Says the complaint behind the name."""
+        """Puts the name in front of the message."""
         super().__init__(f"{name} {complaint}")
         self.name = name
 
@@ -27,7 +27,7 @@ def names_of_broken(weights: Iterable[tuple[str, Tensor]]) -> list[str]:
     Waits for a device once, not once a weight.
     """
     asked = [(name, weight.detach()) for name, weight in weights if weight.is_floating_point() and weight.numel()]
-    # Formats of eight bits have no minimum of their own.
+    # 8-bit dtypes have no minimum of their own.
     ends = [torch.aminmax(weight.float() if weight.element_size() == 1 else weight) for _, weight in asked]
     broken: list[int] = []
     for group in {(low.device, low.dtype) for low, _ in ends}:

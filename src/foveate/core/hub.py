@@ -1,4 +1,4 @@
-"""What a name means: a repository on the hub, or a path on this disk; and which revisions cannot change."""
+"""Tells hub repositories from local paths, and pinned revisions from moving ones."""
 
 import re
 from pathlib import Path

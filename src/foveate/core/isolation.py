@@ -1,4 +1,4 @@
-"""What a caller may have switched on in its thread, switched off while foveate computes."""
+"""Isolates foveate from the caller's thread: autocast and gradients are off while it computes."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,7 +10,7 @@ import torch
 def inference(device: torch.device) -> Iterator[None]:
     """Computes without gradients and in the dtypes that the code says, whatever the caller's thread has set.
 
-    Autocast would change products, and a caller's settings are restored behind. Default dtypes and devices need no
+    Autocast would change matmuls, and a caller's settings are restored behind. Default dtypes and devices need no
     guard, as every tensor that foveate makes says its own.
     """
     with ExitStack() as stack:

@@ -51,7 +51,7 @@ def empty_module(build: Callable[[], M], dtype: torch.dtype, device: torch.devic
 
 
 def _kept(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype, for what is no floating-point number its own."""
+    """The dtype for floating-point tensors; others keep their own."""
     return dtype if tensor.is_floating_point() else tensor.dtype
 
 

@@ -1,4 +1,4 @@
-"""The plan: which part of the cube (block x branch x token) of a scale runs, as data.
+"""The plan: which blocks, branches and tokens of a scale run, as data.
 
 Plans form a lattice: token masks intersect, block sets intersect, branches intersect, weights multiply. Only two
 different non-zero bases, two different fills or two narrow dtypes of one block conflict.
@@ -283,7 +283,7 @@ def _refuse_two_dtypes(ours: Sequence[BlockDtype], theirs: Sequence[BlockDtype])
 
 
 def _cheaper_difference(a: ScalePlan, b: ScalePlan) -> CachedDifference | None:
-    """Both branches > cached difference > conditional branch alone: the cheaper word of two that stop the branch."""
+    """The cheaper of two rules for the branch: both branches > cached difference > conditional branch alone."""
     # A branch that stops by content (`guided_B`) leaves a kept difference of zero behind, so it need not say more.
     if not (a.stops_branch and b.stops_branch):
         return a.difference if a.stops_branch else b.difference

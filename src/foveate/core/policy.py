@@ -21,7 +21,7 @@ P = TypeVar("P", bound="Policy")
 
 
 class Directive(Enum):
-    """What a policy promises to reduce; one that never happened is reported as a policy with no effect."""
+    """What a policy says it reduces; what never happened is reported as a policy with no effect."""
 
     SCALES = "skip scales"
     BRANCH = "stop the unconditional branch"
@@ -45,7 +45,7 @@ class Bound(ABC):
 
     @property
     def label(self) -> str:
-        """How errors name it."""
+        """The name used in errors."""
         return type(self).__name__.removeprefix("Bound")
 
     def record(self, scale: int) -> frozenset[Record]:
@@ -65,7 +65,7 @@ class Bound(ABC):
         """Plans a scale, given what the latest scale that ran left behind (None before scale 0)."""
 
     def ceiling(self, scale: int) -> ScalePlan:
-        """The most that `plan` can return for one image: same counts if static, an upper bound otherwise.
+        """Upper bound of what `plan` can return for one image; exact counts if static.
 
         Tokens of smaller index count as the ones that run most, so that ceilings of several policies nest.
         """

@@ -14,17 +14,17 @@ STDIN = Path("-")
 """Stands for stdin; a file of this name is read through its absolute path."""
 
 _ESCAPED = re.compile(r"\\(\\*#)")
-"""The beginning of a line whose first backslash says that it is no comment."""
+"""The beginning of a line whose first backslash says that it is not a comment."""
 
 
 def read_prompt_file(path: str | Path) -> list[str]:
-    """The prompts of a file, without blanks around them; never none.
+    """The prompts of a file, stripped; at least one.
 
     Args:
         path: UTF-8, with or without a byte order mark, or UTF-16 with one; `-` reads stdin to its end.
 
     Raises:
-        FoveateError: The file cannot be read, is no text, or has no prompt.
+        FoveateError: The file cannot be read, is not text, or has no prompt.
     """
     is_stdin = Path(path) == STDIN
     name = "stdin" if is_stdin else str(path)

@@ -1,4 +1,4 @@
-"""What the engine asks of a transformer and a tokenizer, and what it offers to a block.
+"""Interfaces: what the engine needs of a transformer and a tokenizer, and what it passes to a block.
 
 The engine packs the tokens of all rows into one list (`core.rows`), so a block sees `x_nC` and never a batch. A block
 is a short list of sublayers; sublayer j returns its *change*, which the engine adds. The only thing a block needs
@@ -43,7 +43,7 @@ class Prepared(Protocol):
         ...
 
     def join(self, others: Sequence["Prepared"]) -> "Prepared":
-        """These rows and those of other requests behind them, so that one product serves all."""
+        """These rows and those of other requests behind them, so that one matmul serves all."""
         ...
 
 
@@ -96,7 +96,7 @@ class PrefixTokens:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RefineInput:
-    """What a family's `refine` reads of one image: the tokens that ran, before the head, and what they drew.
+    """What a family's `refine` reads of one image: the tokens that ran, before the head, and what they sampled.
 
     `weight` is that of guidance; `index_k` are the tokens' places in the grid, None for all in order.
     """

@@ -127,7 +127,7 @@ def parse_ratio(text: str) -> float:
     """Template key (height / width) of an aspect ratio written W:H.
 
     Raises:
-        FoveateError: The ratio is none of the 15; they are listed.
+        FoveateError: The ratio is not one of the 15; they are listed.
     """
     for key, name in _RATIO_NAMES.items():
         if text == name:

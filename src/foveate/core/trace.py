@@ -1,4 +1,4 @@
-"""What really ran, per scale, branch and block; JSON in and out.
+"""What ran, per scale, branch and block; reads and writes JSON.
 
 The engine counts while it runs, from the shapes of what it computes, and never from the plan.
 """
@@ -38,7 +38,7 @@ class ScaleTrace:
 
 @dataclass(kw_only=True, slots=True)
 class Trace:
-    """All scales of a request, the text lengths of its rows, and what the policy promised but never did.
+    """All scales of a request, the text lengths of its rows, and which directives of the policy had no effect.
 
     `peak_cache_bytes` is what was kept between scales beside keys and values: text keys and values, modulation, and the
     blocks' changes that a policy reads again. `stopped` holds the images whose unconditional branch a plan stopped (not
@@ -67,7 +67,7 @@ class Trace:
         return request_cost([s.work for s in self.scales], self.shape, self.text_tokens, self.bytes_per_element)
 
     def fired(self) -> set[Directive]:
-        """Which kinds of saving a plan brought about somewhere."""
+        """The directives that took effect in some plan."""
         found: set[Directive] = set()
         images = {image for image, _ in self.text_tokens}
         for s in self.scales:
@@ -80,7 +80,7 @@ class Trace:
         return found
 
     def _fired_inside(self, s: ScaleTrace, images: set[int]) -> set[Directive]:
-        """The savings within a scale that ran."""
+        """The directives that took effect within a scale that ran."""
         rows = s.work.rows
         conditional = [rows[(image, True)] for image in images]
         pairs = [(rows[(i, True)], rows[(i, False)]) for i in images if (i, False) in rows]
@@ -180,5 +180,5 @@ class Trace:
 
 
 def unfired(trace: Trace, directives: Sequence[Directive]) -> tuple[str, ...]:
-    """Promises that never came true, as text."""
+    """Directives that had no effect, as text."""
     return tuple(d.value for d in directives if d not in trace.fired())

@@ -1,4 +1,4 @@
-"""What a call did otherwise than one would expect, without being wrong: for report, JSON and image metadata."""
+"""Warnings of a call, for its report, JSON and image metadata."""
 
 import logging
 from collections.abc import Iterable

@@ -90,7 +90,7 @@ class BoundFastVAR(Bound):
             return ScalePlan(runs=False), state
         if not self.is_pruning or scale not in self.places.keep_ratios:
             return ScalePlan(), state
-        # Less than a rounding error of the product is no token more.
+        # Less than a rounding error of the product adds no token.
         count = math.ceil(self.places.keep_ratios[scale] * self.schedule.scales[scale].num_tokens - 1e-9)
         selection = SublayerSelection(blocks=self.blocks, count=max(count, 1), scorer=distance_to_mean)
         return ScalePlan(sublayers=(selection,), fill=self.fill), state

@@ -255,7 +255,7 @@ class LDPruning(Policy):
         left = sum(scale.num_tokens for scale in schedule.scales[: len(schedule) - self.skip_last])
         if 3 * left < schedule.num_tokens:
             _LOG.warning(
-                "ld-pruning: skip_last=%d leaves %d of %d tokens on this schedule; expect a blurred picture",
+                "ld-pruning: skip_last=%d leaves %d of %d tokens on this schedule; expect blurred images",
                 self.skip_last,
                 left,
                 schedule.num_tokens,

@@ -56,9 +56,9 @@ REGISTRY: dict[str, type[Policy]] = {
 
 PRESETS: dict[str, tuple[str, str]] = {
     "ld-pruning-draft": ("ld-pruning:skip_last=2", "LD-Pruning with the last two scales left out, as its fastest rows"),
-    "preset-faithful": ("ld-pruning:energy_share=0.9", "little is lost, little is saved"),
+    "preset-faithful": ("ld-pruning:energy_share=0.9", "small loss, small saving"),
     "preset-balanced": ("ld-pruning", "LD-Pruning as published, every scale runs"),
-    "preset-draft": ("ld-pruning:skip_last=1", "for a first look: the last scale does not run"),
+    "preset-draft": ("ld-pruning:skip_last=1", "for previews: the last scale does not run"),
 }
 """Names for settings: (spec, what it is for)."""
 
@@ -75,14 +75,14 @@ def all_policies() -> dict[str, type[Policy]]:
 def plug_ins() -> dict[str, type[Policy]]:
     """Policies of installed packages by name; callers leave them as they are.
 
-    A plug-in that cannot be imported, or is no policy, is named in one warning and left out.
+    A plug-in that cannot be imported, or is not a policy, is named in one warning and left out.
     """
     found, broken = {}, []
     for entry in entry_points(group="foveate.policies"):
         try:
             policy = entry.load()
             if not (isinstance(policy, type) and issubclass(policy, Policy)):
-                raise TypeError(f"it is no subclass of foveate.core.policy.Policy: {policy!r}")
+                raise TypeError(f"it is not a subclass of foveate.core.policy.Policy: {policy!r}")
             found[policy.name] = policy
         except Exception as error:  # a broken plug-in must not stop the rest
             broken.append(f"policy plug-in {entry.name} ({entry.value}) was left out: {error}")

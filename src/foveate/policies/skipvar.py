@@ -1,13 +1,13 @@
 """SkipVAR: each image chooses how many final scales do not run, else how many run without guidance (arXiv 2506.08908).
 
 After two scales the latent, resized to 8x8, is decoded. Two features tell how much an image still changes: the mean
-absolute difference of the two pictures' Sobel magnitudes, and the share of the later one's spectral energy at more than
+absolute difference of the two images' Sobel magnitudes, and the share of the later one's spectral energy at more than
 0.4 of the Nyquist radius. One logistic model chooses how many final scales do not run; where it says none, a second one
 chooses on how many the unconditional branch does not run.
 
 Where our source is silent we chose: gray is the mean of the channels; both features enter as logarithms; both models
 are multinomial over the counts from 0 to n, read as "at least this many with probability `confidence`"; the two
-pictures are those after the last two scales before the n that may go. A scale runs for a whole request, so of several
+images are those after the last two scales before the n that may go. A scale runs for a whole request, so of several
 images in one the most careful decides. The models are JSON and belong to the network that they were fitted on
 (`benchmarks/fit_skipvar.py`). Deciding waits for the device once per request.
 Axes: B images, (Y, X) pixels, F features, K counts.
@@ -58,7 +58,7 @@ def high_frequency_share(gray_BYX: Float[Tensor, "B Y X"]) -> Float[Tensor, " B"
 
 
 def features(before_B3YX: Float[Tensor, "B 3 Y X"], after_B3YX: Float[Tensor, "B 3 Y X"]) -> Float[Tensor, "B F"]:
-    """Logarithms of the features of two successive pictures of the same size, in the order of `FEATURES`."""
+    """Logarithms of the features of two successive images of the same size, in the order of `FEATURES`."""
     before_BYX, after_BYX = before_B3YX.mean(1), after_B3YX.mean(1)
     difference_B = (sobel_magnitude(after_BYX) - sobel_magnitude(before_BYX)).abs().mean((1, 2))
     return torch.stack((difference_B, high_frequency_share(after_BYX)), dim=1).clamp_min(1e-9).log()
@@ -102,7 +102,7 @@ class SkipModel:
         """Reads a JSON file; an empty path is the shipped one, fitted on the bundled model.
 
         Raises:
-            FoveateError: The file cannot be read or is no such model.
+            FoveateError: The file cannot be read or does not hold such a model.
         """
         try:
             source = Path(path) if path else files("foveate") / "data" / "skipvar.json"
@@ -143,7 +143,7 @@ def _count_model(data: dict[str, Any]) -> CountModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _State:
-    """The earlier picture, then the decision: final scales that do not run, and per image those without guidance."""
+    """The earlier image, then the decision: final scales that do not run, and per image those without guidance."""
 
     before_B3YX: Tensor | None = None
     num_skipped: int = 0
@@ -163,7 +163,7 @@ class BoundSkipVAR(Bound):
         self.is_static = not self.is_on
 
     def record(self, scale: int) -> frozenset[Record]:
-        """A small picture after each of the two scales before the first that may go."""
+        """A small image after each of the two scales before the first that may go."""
         is_read = self.is_on and self.first - 2 <= scale < self.first
         return frozenset({Decoded(side=SIDE)}) if is_read else frozenset()
 
@@ -225,6 +225,6 @@ class SkipVAR(Policy):
         """Reads the models; they say how many of the last scales may go, and at least two scales run before those.
 
         Raises:
-            FoveateError: The model file cannot be read or is no such model.
+            FoveateError: The model file cannot be read or does not hold such a model.
         """
         return BoundSkipVAR(self, schedule)

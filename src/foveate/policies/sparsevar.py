@@ -9,7 +9,7 @@ Where the paper is silent we chose: all blocks as the range; the changes of that
 the tokens of every pruned scale; anchors stand at multiples of the stride, and the four are the corners of a token's
 lattice cell (fewer beyond the last anchor); the logits of a token are those at its place in the previous grid, nearest,
 conditional branch, before guidance. Where that place did not run a token is like no anchor and no anchor like it.
-We differ in one point: the paper copies the last hidden state, which then draws by itself; we copy the code drawn.
+We differ in one point: the paper copies the last hidden state, which then samples by itself; we copy the sampled code.
 Axes: B images, l tokens, k tokens that ran at the previous scale, V outputs, c corners.
 """
 

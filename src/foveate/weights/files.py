@@ -43,8 +43,8 @@ def read_weights(path: str | Path) -> Stored:
             without its ending, as `save_sharded` was given.
 
     Raises:
-        CheckpointError: There is no such file, or it is empty, damaged, of an unknown kind, or a stand-in for the real
-            one (`core.stand_in`).
+        CheckpointError: There is no such file, or it is empty, damaged, of an unknown format, or a stand-in
+            (`core.stand_in`).
     """
     path = _locate(Path(path))
     if path.name.endswith(".index.json"):
@@ -56,7 +56,7 @@ def weights_sha256(paths: Iterable[Path]) -> str:
     """Hash over the names and bytes of files, in the given order.
 
     Of a file above 1 GiB it takes the size, 64 samples spread over it and its two ends, 1 MiB each: reading dozens of
-    gigabytes at every start would take longer than drawing.
+    gigabytes at every start would take longer than generating.
     """
     digest = hashlib.sha256()
     for path in paths:

@@ -2,7 +2,7 @@
 
 - config.json: `format`, the version of this layout; shapes, sizes trained on, defaults (`families.spec.ModelSpec`)
 - transformer*.safetensors, autoencoder*.safetensors: float16 unless asked otherwise, in shards below 15 MiB
-- text_encoder.safetensors, tokenizer.json; text_places.safetensors if the encoder marks places. Models that lie side
+- text_encoder.safetensors, tokenizer.json; text_places.safetensors if it has a position tagger. Models that lie side
   by side may share these three: config.json then says where, as in `"text_encoder": "../minilm"`
 - NOTICE, MODEL_CARD.md
 """
@@ -174,7 +174,7 @@ def read_text_encoder(folder: Path, text_tokens: int, device: torch.device, *, h
         folder: The folder of the model, which holds the encoder or names the folder that does.
         text_tokens: What the transformer takes at most.
         device: Where it computes.
-        has_places: Whether the transformer was taught with marks of places; without them it would draw at random.
+        has_places: Whether the transformer was trained with a position tagger and needs one.
 
     Raises:
         CheckpointError: A file is missing, damaged or too many.
@@ -194,7 +194,7 @@ def read_text_encoder(folder: Path, text_tokens: int, device: torch.device, *, h
 
 
 def _check_numbers(path: Path, module: nn.Module) -> None:
-    """Refuses a module that was read from a file and holds what is no number."""
+    """Refuses a module that was read from a file and holds NaN or infinite values."""
     own = module.state_dict()
     broken = names_of_broken(own.items())
     if broken:

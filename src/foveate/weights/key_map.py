@@ -1,4 +1,4 @@
-"""What all families share when published weights become ours: shapes, whose weights they are, and the checked copy.
+"""Loads published weights, shared by all families: shapes, weight kinds, and the checked copy.
 
 Nothing is copied before every key and every shape fits, and the numbers are checked behind; each weight is named.
 """
@@ -22,12 +22,12 @@ KINDS: dict[str, "WeightKind"] = {}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightKind:
-    """One kind of weights, as its key map declares it.
+    """A weight kind, as its key map declares it.
 
     Attributes:
         name: In manifests and messages.
         role: What a file of such weights is, in messages.
-        marks: Keys of which weights of this kind hold one, and others none.
+        marks: Keys, one of which only weights of this kind hold.
         unless: Keys that weights of this kind do not hold beside a mark.
         is_autoencoder: Whether they are an autoencoder; where a file holds both, the transformer decides.
     """
@@ -39,28 +39,28 @@ class WeightKind:
     is_autoencoder: bool = False
 
     def marks_in(self, state: State) -> bool:
-        """Whether weights hold a mark of this kind."""
+        """Whether weights hold one of the keys in `marks`."""
         return any(mark in state for mark in self.marks) and not any(key in state for key in self.unless)
 
 
 def declare(kind: WeightKind) -> WeightKind:
-    """Makes a kind known to all key maps, which refuse each other's weights by its role."""
+    """Makes a weight kind known to all key maps, which refuse each other's weights by its role."""
     KINDS[kind.name] = kind
     return kind
 
 
 def kind_names() -> list[str]:
-    """Every declared kind, the transformers first."""
+    """Every declared weight kind, the transformers first."""
     return [kind.name for kind in sorted(KINDS.values(), key=lambda kind: kind.is_autoencoder)]
 
 
 def kind_of(state: State) -> str | None:
-    """Whose weights these are, the name of a declared kind; None if nobody knows."""
+    """The weight kind of these weights; None if no declared one fits."""
     return next((name for name in kind_names() if KINDS[name].marks_in(state)), None)
 
 
 def refuse_foreign(state: State, kind: str) -> None:
-    """Refuses weights that are clearly of another kind.
+    """Refuses weights that are clearly of another weight kind.
 
     Raises:
         CheckpointError: Says whose they are.
@@ -134,7 +134,7 @@ def check_fit(module: nn.Module, tensors: State, what: str) -> None:
 
 
 def check_floats(tensors: State, what: str) -> None:
-    """Refuses weights that are no floating-point numbers, as quantised ones are: a plain copy would lose their scales.
+    """Refuses weights that are not floating-point, such as quantised ones: a plain copy would lose their scales.
 
     Raises:
         CheckpointError: Names the first one.

@@ -31,13 +31,13 @@ _AVERAGE_COUNT = "n_averaged"
 
 
 def kind_within(state: State) -> str | None:
-    """Whose weights these are, the name of a declared kind, whatever is around them; None if nobody knows."""
+    """The weight kind of these weights, also inside containers; None if no declared one fits."""
     kinds = {kind_of(group) for group in _groups(state).values()}
     return next((kind for kind in kind_names() if kind in kinds), None)
 
 
 def plain_state(state: State, kind: str, constants: Sequence[str] = ()) -> Stored:
-    """The weights of one kind without nesting and constant buffers; nothing is read.
+    """The weights of one weight kind without nesting and constant buffers; nothing is read.
 
     Args:
         state: The weights under whatever names a file has.
@@ -53,7 +53,7 @@ def plain_state(state: State, kind: str, constants: Sequence[str] = ()) -> Store
 
 
 def plain_names(state: State, kind: str) -> State:
-    """The weights of one kind without wrappers and containers; nothing is read.
+    """The weights of one weight kind without wrappers and containers; nothing is read.
 
     Of several containers that hold the kind, those of moving averages are left.
 

@@ -1,4 +1,4 @@
-"""Weights of the blocks' linear layers in eight bits, through torchao, which is an extra.
+"""Int8 and fp8 weights of the blocks' linear layers, through torchao, which is an extra.
 
 Weights alone are quantised, one scale per output; a layer widens them for every call and computes in its own dtype, so
 this saves memory and no time. Head, embeddings, norms and modulation keep their dtype.
@@ -21,10 +21,10 @@ _MODULATION = "ada_lin"
 
 
 def check_quantization(kind: str) -> None:
-    """Says what is wrong before anything is loaded.
+    """Refuses a quantisation that cannot work, before anything is loaded.
 
     Raises:
-        FoveateError: There is no such kind, or torchao is not installed.
+        FoveateError: There is no such quantisation, or torchao is not installed.
     """
     if kind not in QUANTIZATIONS:
         raise unknown("quantization", kind, tuple(QUANTIZATIONS))
@@ -65,7 +65,7 @@ def quantize_blocks(blocks: Iterable[nn.Module], kind: str) -> None:
 
 
 def _torchao(kind: str) -> tuple[Any, Any]:
-    """The configuration of a kind, and what applies it; imported here, as it takes a second and is an extra."""
+    """The torchao configuration, and what applies it; imported here, as it takes a second and is an extra."""
     level = logging.root.manager.disable
     # It warns of every kernel for a GPU that this build of torch has no use for.
     logging.disable(logging.WARNING)

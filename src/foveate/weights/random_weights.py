@@ -1,6 +1,6 @@
-"""Random weights that keep activations sane, so that any size can be timed.
+"""Random weights that keep activations finite, so that any size can be timed.
 
-Random weights draw noise, not pictures; what they cost is what trained ones cost.
+Random weights generate noise, not images; what they cost is what trained ones cost.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Weights that stay in their files: a tensor is mapped when it is asked for, and its pages go when it does.
+"""Lazy weights: a tensor is memory-mapped when it is asked for, and freed with it.
 
 Names, shapes and dtypes are read once and at once, so that checks of them open no file; a copy out of a file holds one
 tensor at a time beside what it fills. A mapping that stayed open would count every page that was ever read as memory of
