@@ -382,7 +382,7 @@ def test_steps_come_one_per_scale_and_the_trace_grows():
 
 
 def test_model_sees_each_prompt_and_level():
-    """Another prompt, another prompt length, another seed: each changes the picture."""
+    """Another prompt, another prompt length, another seed: each changes the image."""
     subject = toy("square")
     base = run(subject, load_policy("full"), make_request(subject.schedule, [3], [5])).f_hat
     for seed, length, key in ((4, 5, 3), (3, 6, 3), (3, 5, 4)):

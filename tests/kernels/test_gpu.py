@@ -81,7 +81,7 @@ def test_kernels_compile_for_ampere_and_hopper(tmp_path: Path):
 
 
 def test_the_cpu_never_imports_triton():
-    """Neither the library nor a drawn picture does, and the kernels do not serve tensors on the CPU."""
+    """Neither the library nor a drawn image does, and the kernels do not serve tensors on the CPU."""
     code = (
         "import sys, torch, foveate.pipeline.pipeline, foveate.engine.executor, foveate.policies.registry\n"
         "from tests.toys import run, toy\n"

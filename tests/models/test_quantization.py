@@ -1,4 +1,4 @@
-"""Weights in eight bits: which layers, how far off, how many bytes; on the toys of every family."""
+"""Int8 and fp8 weights: which layers, how far off, how many bytes; on the toys of every family."""
 
 import copy
 from importlib import util

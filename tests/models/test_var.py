@@ -251,7 +251,7 @@ def test_soft_symbols_are_committed():
 
 
 def test_a_prompt_is_no_class():
-    with pytest.raises(TypeError, match="reads a ClassLabel, got Tensor"):
+    with pytest.raises(TypeError, match="needs a ClassLabel, got Tensor"):
         toy_var().model.prepare([text_features(1, 4)], False)
 
 

@@ -1,1 +1,1 @@
-"""Obeys plans; knows no policy, model or tokenizer by name."""
+"""Runs plans; independent of concrete policies, models and tokenizers."""

@@ -1,6 +1,6 @@
-"""How long every scale takes: the host's clock on a CPU, marks in the device's own queue on a GPU.
+"""Time of every scale: the host's clock on a CPU, CUDA events on a GPU.
 
-Marks cost the device microseconds and the host no wait; what lies between them is read once, when all scales have run.
+Events cost the device microseconds and the host no wait; the time between them is read once, when all scales have run.
 """
 
 import time
@@ -29,14 +29,14 @@ class Clock(ABC):
 
 
 class HostClock(Clock):
-    """The host's clock, for devices that are done when a call returns."""
+    """The host's clock, for devices without an asynchronous queue."""
 
     def __init__(self) -> None:
-        """Times nothing yet."""
+        """Starts without any times."""
         self._began, self._ms = 0.0, list[float]()
 
     def start(self) -> None:
-        """Looks at the clock."""
+        """Reads the clock."""
         self._began = time.perf_counter()
 
     def stop(self) -> float:
@@ -51,29 +51,29 @@ class HostClock(Clock):
 
 @runtime_checkable
 class Mark(Protocol):
-    """A place in a device's queue, as `torch.cuda.Event(enable_timing=True)`."""
+    """An event in a device's stream, as `torch.cuda.Event(enable_timing=True)`."""
 
-    def record(self, stream: Any) -> None:  # noqa: ANN401 - of a kind that belongs to the mark
-        """Puts the mark at the end of a queue."""
+    def record(self, stream: Any) -> None:  # noqa: ANN401 - of the event's own type
+        """Records the event at the end of a stream."""
         ...
 
     def synchronize(self) -> None:
-        """Waits until the device has reached the mark."""
+        """Waits until the device has reached the event."""
         ...
 
     def elapsed_time(self, end_event: Any) -> float:  # noqa: ANN401 - as above
-        """Milliseconds from this mark to a later one; both must have been reached."""
+        """Milliseconds from this event to a later one; both must have been reached."""
         ...
 
 
 class DeviceClock(Clock):
-    """Marks in the queue of a device."""
+    """Events in the stream of a device."""
 
     def __init__(self, make_mark: Callable[[], Mark], stream: object, waits: bool) -> None:
-        """Times nothing yet.
+        """Starts without any times.
 
         Args:
-            make_mark: Makes a mark that was not recorded yet.
+            make_mark: Makes an event that was not recorded yet.
             stream: The queue.
             waits: Whether every `stop` waits for the device, so that it knows.
         """
@@ -82,12 +82,12 @@ class DeviceClock(Clock):
         self._scales: list[tuple[Mark, Mark]] = []
 
     def start(self) -> None:
-        """Puts a mark into the queue."""
+        """Records an event in the stream."""
         self._began = self._make_mark()
         self._began.record(self._stream)
 
     def stop(self) -> float:
-        """Puts a mark into the queue; waits for it if asked to."""
+        """Records an event in the stream; waits for it if asked to."""
         end = self._make_mark()
         end.record(self._stream)
         self._scales.append((self._began, end))
@@ -97,7 +97,7 @@ class DeviceClock(Clock):
         return self._began.elapsed_time(end)
 
     def read(self) -> list[float]:
-        """Waits for the last mark."""
+        """Waits for the last event."""
         if self._scales:
             self._scales[-1][1].synchronize()
         return [begin.elapsed_time(end) for begin, end in self._scales]

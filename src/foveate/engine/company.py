@@ -1,4 +1,4 @@
-"""Several requests at their next scale, packed into one list: one product serves all of them.
+"""Several requests at their next scale, packed into one batch: one matmul serves all of them.
 
 Linear layers, norms and the head compute each token by itself, so what stands beside it does not matter; attention and
 everything that a policy decides stay with each request.
@@ -22,7 +22,7 @@ from foveate.kernels.residual import add_gated_, gated
 
 
 class Company:
-    """Runs that share their products; all of them narrow the same blocks to the same dtypes."""
+    """Runs that share their matmuls; all of them narrow the same blocks to the same dtypes."""
 
     def __init__(self, runs: Sequence[ScaleRun]) -> None:
         self.runs = tuple(runs)
@@ -203,7 +203,7 @@ def _interleaved(prefix: Tensor, counts: Sequence[int], own: Tensor, places: Seq
 
 
 def _joined_prepared(runs: Sequence[ScaleRun]) -> Prepared:
-    """What was prepared for all rows of the runs; joined anew only when the company has changed."""
+    """What was prepared for all rows of the runs; joined anew only when the batch has changed."""
     parts = tuple(run.prepared for run in runs)
     if len(parts) == 1:
         return parts[0]

@@ -1,4 +1,4 @@
-"""What a scale ran, as the trace keeps it: counted from the lists of tokens that its blocks were given.
+"""The trace of a scale, counted from the token lists that its blocks ran.
 
 Axes: B images, l tokens of the scale.
 """

@@ -1,4 +1,4 @@
-"""THE scale loop: decide, embed, blocks, sample, commit; it knows no policy, model or tokenizer by name.
+"""The scale loop: plan, embed, blocks, sample, commit; independent of concrete policies, models and tokenizers.
 
 Axes: B images, n packed tokens, k tokens that reach the head, C width, V outputs, Z latent channels.
 """
@@ -67,7 +67,7 @@ class _Outcome:
 
 
 class Engine:
-    """A model and a tokenizer that obey bound policies; holds no state of any request."""
+    """Runs a model and a tokenizer under bound policies; holds no state of any request."""
 
     def __init__(
         self,
@@ -79,12 +79,12 @@ class Engine:
         obeys_autocast: bool = False,
         uses_triton: bool = False,
     ) -> None:
-        """Takes the parts.
+        """Stores the model and the tokenizer.
 
         Args:
             model: On its device; with graphs it stays there.
             tokenizer: Of the same family.
-            graphs: Replays the first scales of requests that run alone; None launches everything.
+            graphs: Replays the first scales of requests that run alone; None launches every kernel.
             refiner: The family's step between sampling and commit; None where it has none.
             obeys_autocast: Whether autocast of the caller reaches the model, as for a model of the caller's own.
             uses_triton: Whether Triton kernels run on a GPU (`kernels.gpu.launch`).
@@ -132,9 +132,9 @@ class Engine:
                 state.release()
 
     def step(self, states: Sequence[RequestState]) -> list[ScaleStep | Exception]:
-        """Runs the next scale of each request, all in one company: different scales, sizes and policies go together.
+        """Runs the next scale of each request, all in one batch: different scales, sizes and policies go together.
 
-        A scale is a transaction: where it fails, the request is as it was before. If the company fails, each member is
+        A scale is a transaction: where it fails, the request is as it was before. If the batch fails, each member is
         tried alone, and only one that fails again is answered with its error.
 
         Args:
@@ -194,7 +194,7 @@ class Engine:
     def _forward(
         self, company: Company, x_nC: Float[Tensor, "n C"], rotation_nD: Float[Tensor, "n D"]
     ) -> Sequence[_Heads]:
-        """Blocks and head of a company; `x_nC` is changed."""
+        """Blocks and head of a batch; `x_nC` is changed."""
         dtype_of = company.runs[0].plan.dtype_of
         blocks = [partial(self._block, index, dtype_of(index)) for index in range(self.model.shape.num_blocks)]
         company.blocks(x_nC, rotation_nD, blocks)
@@ -267,7 +267,7 @@ class Engine:
     def _signals(
         self, run: ScaleRun, logits: tuple[BranchLogits, ...], residual_BZhw: Tensor, f_hat_BZHW: Tensor
     ) -> Signals:
-        """What the policy asked to know of this scale."""
+        """The signals of this scale that the policy asked for."""
         decoded: dict[Record, Tensor] = {}
         for record in run.records:
             if isinstance(record, Decoded):
@@ -305,7 +305,7 @@ class Engine:
 
 
 def _companies(runs: Sequence[ScaleRun]) -> list[Company]:
-    """Runs that go together: all that narrow the same blocks to the same dtypes."""
+    """Batches of runs that narrow the same blocks to the same dtypes."""
     groups: dict[tuple[BlockDtype, ...], list[ScaleRun]] = {}
     for run in runs:
         if run.plan.runs:
@@ -354,7 +354,7 @@ def _committed(outcome: _Outcome, share: int) -> ScaleStep:
 
 
 def _refuse_equal_branches(bound: Bound, request: Request) -> None:
-    """What reads both branches' outputs has nothing to compare where hidden states were combined before."""
+    """Refuses a policy that compares both branches' logits where guidance combines them inside the blocks."""
     scales = range(len(request.schedule))
     reads = any(Signal.LOGITS in bound.record(s) or KeepDifference() in bound.keeps(s) for s in scales)
     if reads and request.guidance.hidden_blocks:

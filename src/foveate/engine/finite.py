@@ -63,7 +63,7 @@ def broken_numbers(state: RequestState, finite: Tensor | None) -> BrokenNumbersE
 
 
 def check_pixels(pixels_B3YX: Float[Tensor, "B 3 Y X"]) -> None:
-    """Refuses pictures with broken pixels, which would be black or white ones.
+    """Refuses images with pixels that are NaN or infinite.
 
     Raises:
         BrokenNumbersError: Pixels are NaN or infinite.

@@ -1,4 +1,4 @@
-"""The first scales of a request as captured graphs: there the host's launches take longer than what they start.
+"""The first scales of a request as captured graphs: there launching kernels takes longer than running them.
 
 A prefix is the run of scales from the first on in which all tokens of all rows run all blocks. For one shape it always
 does the same, so it is captured once and replayed, one launch per scale; what it reads lies in buffers of its own.
@@ -28,7 +28,7 @@ from foveate.engine.kv_cache import KVCache
 T = TypeVar("T")
 
 MOST_TOKENS = 512
-"""Packed tokens of a scale above which products are expected to take longer than launches (docs/gpu.md)."""
+"""Packed tokens of a scale above which matmuls are expected to take longer than kernel launches (docs/gpu.md)."""
 TOLERANCE = 1e-5
 """Largest difference between a replay and the plain loop, over the largest value of the latter if that is above 1."""
 MOST_SHAPES = 16
@@ -49,7 +49,7 @@ class Captured(Protocol):
         ...
 
     def replay(self) -> None:
-        """Does the work."""
+        """Runs the captured work."""
         ...
 
 
@@ -61,7 +61,7 @@ _CAPTURING = threading.Lock()
 
 
 class DeviceCapture:
-    """Captures on a GPU. All graphs share one pool of memory, as they never run at the same time.
+    """Captures CUDA graphs. All graphs share one pool of memory, as they never run at the same time.
 
     Work runs once before it is recorded, as kernels are compiled at the first time, and on another stream: libraries
     keep a workspace per stream, and that of the recording one must lie in the pool.
@@ -103,13 +103,13 @@ class _DeviceGraph:
     out: Tensor
 
     def replay(self) -> None:
-        """Starts everything with one launch."""
+        """Replays the graph: one launch."""
         self.graph.replay()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefixShape:
-    """What two requests have in common whose prefixes are the same work.
+    """The key of a prefix: requests with equal shapes share its graphs.
 
     Attributes:
         schedule: Grids decide token counts, and the last one the positions.
@@ -287,7 +287,7 @@ class Graphs:
                 self._leased = None
 
     def note(self, problem: str) -> None:
-        """Says once, and in every report from now on, that a shape takes the plain loop."""
+        """Logs once, and adds to every later report, that a shape takes the plain loop."""
         warning = CallWarning(code="graphs_plain", message=f"one shape runs without captured graphs: {problem}")
         if warning not in self._warnings:
             self._warnings.append(warning)

@@ -11,7 +11,7 @@ from foveate.engine.state import Request, bounds_of
 
 
 def without_effect(policy: str, trace: Trace) -> tuple[CallWarning, ...]:
-    """A warning for each saving that a policy promised and that never happened."""
+    """A warning for each saving of the policy that never happened in this run."""
     return tuple(
         CallWarning(code="policy_without_effect", message=f"policy {policy} did not {promise} in this run")
         for promise in trace.unfired
@@ -33,7 +33,7 @@ class Report:
     """What a call cost, counted while it ran; text encoder and decoder are not part of the FLOPs.
 
     `full` stands for the same request with nothing left out; `cache_bytes_peak` is what was kept between scales beside
-    keys and values. `unfired` names savings that the policy promised and that never happened; `notes` says what its
+    keys and values. `unfired` names the policy's directives that had no effect; `notes` says what its
     settings imply, `warnings` what the call did otherwise than one would expect.
     """
 

@@ -210,7 +210,7 @@ class ReferenceSampler(Sampler):
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class SmoothSampler(Sampler):
-    """Mixes codes by a sharp Gumbel softmax instead of choosing one: softer pictures, for demonstrations.
+    """Mixes codes by a sharp Gumbel softmax instead of choosing one: softer images, for demonstrations.
 
     Scales outside of `first` up to `end` choose as `inner` does. Where `is_after_draw` ids are drawn first and filters
     act on the mixture too (VAR), elsewhere neither (Switti). Returns weights (k, V) of all codes.

@@ -82,7 +82,7 @@ class ScaleRun:
         """Asks for the plan of the next scale and lays out what it lets run; reads the device once at most.
 
         Raises:
-            PlanConflictError: The plan is no plan for this scale, or asks for what cannot be done.
+            PlanConflictError: The plan does not fit this scale, or asks for what cannot be done.
         """
         request, scale = state.request, state.request.schedule.scales[state.scale]
         plan, policy = state.bound.plan(scale.index, state.signals, state.policy)

@@ -1,4 +1,4 @@
-"""All state of one request; it dies with the request, also after an exception or a cancel.
+"""All state of one request; freed with the request, also after an exception or a cancel.
 
 Axes: B images, R rows, Z latent channels, (H, W) the last latent grid.
 """
@@ -30,7 +30,7 @@ from foveate.engine.sample import Filter, Sampler
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Request:
-    """What shall be generated: B images of one size.
+    """What is to be generated: B images of one size.
 
     `conditions` has one entry per image, followed by as many negative ones if there are any. One temperature and one
     filter per scale. Without `times_scales` a GPU is not waited for after every scale, and the times of its scales are

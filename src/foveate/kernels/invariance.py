@@ -1,7 +1,7 @@
-"""A probe of linear layers: whether a row of a product has the same bits alone and among others.
+"""A probe of linear layers: whether a row of a matmul has the same bits alone and in a batch.
 
-An image in a batch is packed with the tokens of others, so it is the same as alone only if every product computes each
-row by itself. Whether it does follows from the library, the processor, the threads and the shape; nobody promises it.
+An image in a batch is packed with the tokens of others, so it is the same as alone only if every matmul computes each
+row by itself. Whether it does depends on the library, the processor, the threads and the shape: no guarantee.
 Axes: n rows, i inputs, o outputs.
 """
 
@@ -18,7 +18,7 @@ from foveate.kernels.linear import linear, takes_onednn
 COUNTS = (1, 2, 3, 16, 65)
 """Rows that are multiplied alone: few, where libraries change their code, and more than a tile."""
 TOGETHER = 520
-"""Rows of the product that they are compared with."""
+"""Rows of the matmul that they are compared with."""
 TILE_ROWS = 64
 """Rows of a tile, for layers that fail."""
 

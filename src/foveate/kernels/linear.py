@@ -2,7 +2,7 @@
 
 A row shall not depend on the rows beside it. A library multiplies few rows by other code than many, with sums in
 another order: a single row runs as two, and where that is not enough (`invariance` finds out) all rows run in tiles.
-`FOVEATE_ONEDNN=0` leaves every product to torch. Axes: n tokens, i inputs, o outputs.
+`FOVEATE_ONEDNN=0` leaves every matmul to torch. Axes: n tokens, i inputs, o outputs.
 """
 
 import functools
@@ -43,7 +43,7 @@ def linear(
         x: Tokens.
         weight: Of the layer.
         bias: Of the layer.
-        tile_rows: Rows of one product, at least 1, so that a row never sees how many there are; None for all at once.
+        tile_rows: Rows of one matmul, at least 1, so that no row depends on how many there are; None for all at once.
             Ignored where gradients are wanted.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -75,7 +75,7 @@ def takes_onednn(dtype: torch.dtype) -> bool:
 
 
 def describe_products() -> str:
-    """Who multiplies plain weights on this CPU, for people: `onednn`, or `torch` and why, by dtype if they differ."""
+    """The library for matmuls of plain weights on this CPU: `onednn`, or `torch` and why, by dtype if they differ."""
     if not native.allows_onednn():
         is_built = switches.is_on("FOVEATE_ONEDNN")
         return f"torch ({'it was built without oneDNN' if is_built else 'switched off by FOVEATE_ONEDNN=0'})"
@@ -87,14 +87,14 @@ def describe_products() -> str:
 
 @functools.cache
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has products of this dtype for this processor, asked once: by its own word, and by a product.
+    """Whether oneDNN has matmuls of this dtype for this processor; asked once, and checked by a matmul.
 
     It has none in bfloat16 without AVX-512, and raises where it is asked for one.
     """
     try:
         if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
-        # Whatever counts or pretends in this thread shall not see the probe, nor the probe what it pretends.
+        # FLOP counters and fake tensors of this thread must not see the probe, nor the probe them.
         with _disable_current_modes(), torch.inference_mode():
             ones_ni = torch.ones(3, 16, dtype=dtype, device="cpu")
             return bool((_onednn(ones_ni, ones_ni, None) == ones_ni.shape[1]).all())
@@ -106,7 +106,7 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
 def _product(
     x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None
 ) -> Float[Tensor, "*n o"]:
-    """All rows at once, by the library that suits the weights; no gradients are wanted."""
+    """All rows at once, by the library that suits the weights; without gradients."""
     is_ours = not torch.is_autocast_enabled("cpu") and x.dtype == weight.dtype
     if not is_ours or weight.device.type != "cpu" or not takes_onednn(weight.dtype):
         return F.linear(x, weight, bias)
@@ -125,7 +125,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _tiled(
     x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None, tile_rows: int
 ) -> Float[Tensor, "*n o"]:
-    """Products of `tile_rows` rows each; the last tile is filled up with repeats of its last row."""
+    """Matmuls of `tile_rows` rows each; the last tile is filled up with repeats of its last row."""
     x_ni = x.reshape(-1, x.shape[-1])
     num_rows = len(x_ni)
     if not num_rows:

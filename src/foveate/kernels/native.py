@@ -222,7 +222,7 @@ def _cache_folder() -> Path:
         # A library that somebody else could have put there is not loaded.
         if os.access(folder, os.W_OK) and folder.stat().st_uid == _user():
             return folder
-    raise PermissionError(f"{given or 'neither the home nor the temporary folder'} cannot be written")
+    raise PermissionError(f"{given or 'the home and the temporary folder'} cannot be written")
 
 
 def _user() -> int:

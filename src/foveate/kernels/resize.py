@@ -35,7 +35,7 @@ def resize_matrix(size: int, source: int, device: torch.device) -> Float[Tensor,
 
 
 def resize_tokens(tokens_RlC: Float[Tensor, "R l C"], source: Grid, grid: Grid) -> Float[Tensor, "R m C"]:
-    """Resizes token maps; elsewhere than in C with two small matrix products, in the maps' dtype."""
+    """Resizes token maps; elsewhere than in C with two small matmuls, in the maps' dtype."""
     if source == grid:
         return tokens_RlC
     num_rows, _, width = tokens_RlC.shape

@@ -137,7 +137,7 @@ class CrossAttention(nn.Module):
         self.proj = Linear(width, width)
 
     def init_own_weights(self) -> None:
-        """Draws the learned queries, where there are any."""
+        """Initialises the learned queries, where there are any."""
         if not self.norms_width and isinstance(self.mat_q, nn.Parameter):
             self.mat_q.normal_(std=(3 * self.mat_q[0].numel()) ** -0.5)
 

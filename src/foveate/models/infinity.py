@@ -80,7 +80,7 @@ class InfinityBlock(TransformerBlock):
         self.ffn = FeedForward(config.width, config.hidden)
 
     def init_own_weights(self) -> None:
-        """Draws what the block adds to the shared modulation."""
+        """Initialises what the block adds to the shared modulation."""
         self.ada_gss.normal_(std=self.ada_gss.shape[-1] ** -0.5)
 
     @property
@@ -153,7 +153,7 @@ class Infinity(Transformer):
         )
 
     def init_own_weights(self) -> None:
-        """Draws the text of the unconditional branch and the start position."""
+        """Initialises the text of the unconditional branch and the start position."""
         self.cfg_uncond.normal_(std=self.config.text_width**-0.5)
         self.pos_start.normal_(std=(3 * self.config.width) ** -0.5)
 

@@ -141,7 +141,7 @@ class CropEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width // 8))
 
     def init_own_weights(self) -> None:
-        """Draws the frequencies."""
+        """Initialises the frequencies."""
         self.weight.normal_()
 
     def forward(self, numbers: Sequence[float]) -> Float[Tensor, " C"]:
@@ -183,7 +183,7 @@ class Switti(Transformer):
         )
 
     def init_own_weights(self) -> None:
-        """Draws the start position."""
+        """Initialises the start position."""
         self.pos_start.normal_(std=(3 * self.config.width) ** -0.5)
 
     def block(self, index: int) -> SwittiBlock:

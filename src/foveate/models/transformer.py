@@ -81,7 +81,7 @@ def own(prepared: Prepared) -> PreparedConditions:
     """Narrows what the engine hands back, which knows no model by name.
 
     Raises:
-        TypeError: It is none of ours.
+        TypeError: It does not come from this model.
     """
     if not isinstance(prepared, PreparedConditions):
         raise TypeError(f"a block needs what its model's prepare returned, got {type(prepared).__name__}")

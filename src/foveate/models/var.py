@@ -86,7 +86,7 @@ class VARBlock(TransformerBlock):
         self.ffn = FeedForward(config.width, config.hidden)
 
     def init_own_weights(self) -> None:
-        """Draws what the block adds to the shared modulation, where there is one."""
+        """Initialises what the block adds to the shared modulation, where there is one."""
         if self.has_shared_aln:
             self.ada_gss.normal_(std=self.ada_gss.shape[-1] ** -0.5)
 
@@ -132,7 +132,7 @@ class VAR(Transformer):
         )
 
     def init_own_weights(self) -> None:
-        """Draws the start position and those of all tokens."""
+        """Initialises the start position and those of all tokens."""
         for positions in (self.pos_start, self.pos_1LC):
             positions.normal_(std=(3 * self.config.width) ** -0.5)
 
@@ -164,7 +164,7 @@ class VAR(Transformer):
     def _index(self, condition: Condition) -> int:
         """Row of a class in the embedding; the one behind the last class stands for none."""
         if not isinstance(condition, ClassLabel):
-            raise TypeError(f"VAR draws classes and reads a ClassLabel, got {type(condition).__name__}")
+            raise TypeError(f"VAR generates classes and needs a ClassLabel, got {type(condition).__name__}")
         if not 0 <= condition.index <= self.config.num_classes:
             last = self.config.num_classes - 1
             raise FoveateError(f"class must be 0 to {last}, or {last + 1} for none, got {condition.index}")

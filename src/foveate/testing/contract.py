@@ -1,4 +1,4 @@
-"""What a policy owes: a frozen record, pure plans below its ceiling, costs known before, no effect on its neighbours.
+"""The contract of a policy: a frozen record, pure plans below its ceiling, known costs, no effect on batch mates.
 
 Axes: B images, l tokens of a scale, P blocks.
 """
@@ -45,7 +45,7 @@ def check_policy(kind: type[Policy], settings: Sequence[Policy]) -> None:
     Raises:
         AssertionError: Names what does not hold.
     """
-    assert settings, f"{kind.__name__}: give at least one setting that does something"
+    assert settings, f"{kind.__name__}: give at least one setting that has an effect"
     check_record(kind)
     for policy in (kind.neutral(), *settings):
         for schedule in SCHEDULES:
@@ -160,7 +160,7 @@ def _counts(plan: ScalePlan, num_tokens: int, num_blocks: int) -> list[list[int]
 
 
 def check_runs(policy: Policy, *, is_neutral: bool = False) -> None:
-    """On tiny real models: effects happen or are reported, costs are known before, company changes nothing."""
+    """On tiny real models: effects happen or are reported, costs are known before, batching changes nothing."""
     has_effect = False
     for name in TINY_GRIDS:
         engine, schedule = tiny_engine(name)
@@ -171,7 +171,7 @@ def check_runs(policy: Policy, *, is_neutral: bool = False) -> None:
         where = f"{policy.spec} on the {name} model"
         assert bool(torch.isfinite(latent).all()), f"{where}: numbers that are not finite"
         is_same = torch.equal(latent, full)
-        assert is_same or not is_neutral, f"{where}: neutral, but other bits than full"
+        assert is_same or not is_neutral, f"{where}: neutral, but not bitwise equal to full"
         has_effect |= not is_same
         _check_cost(bound, request, engine, trace, where)
         fired = {directive.value for directive in trace.fired()}
@@ -197,7 +197,7 @@ def _check_cost(bound: Bound, request: Request, engine: Engine, trace: Trace, wh
 
 
 def _check_company(policy: Policy) -> None:
-    """Three images in one company, each starting one scale later than the one before, equal each one alone."""
+    """Three images in one batch, each starting one scale later than the one before, equal each one alone."""
     engine, schedule = tiny_engine("square")
     requests = [tiny_request(schedule, (seed,)) for seed in (3, 7, 11)]
     bounds = [policy.bind(schedule, engine.model.shape) for _ in requests]
@@ -210,4 +210,4 @@ def _check_company(policy: Policy) -> None:
             if isinstance(outcome, Exception):
                 raise outcome
     for state, latent in zip(states, alone, strict=True):
-        assert torch.equal(state.f_hat_BZHW, latent), f"{policy.spec}: an image is another one in company"
+        assert torch.equal(state.f_hat_BZHW, latent), f"{policy.spec}: an image changes with its batch"

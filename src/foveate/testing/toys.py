@@ -1,4 +1,4 @@
-"""Tiny real models with loud random weights, and requests for them.
+"""Tiny real models with large random weights, and requests for them.
 
 Axes: T text tokens, E text width.
 """
@@ -32,7 +32,7 @@ TINY_GRIDS: dict[str, tuple[tuple[Grid, ...], int]] = {
 
 
 def randomise(module: nn.Module, seed: int) -> None:
-    """Fills every parameter with noise, biases and norms too, so that none can be forgotten unseen."""
+    """Fills every parameter with noise, biases and norms too, so that a forgotten one shows."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         parameter.data.normal_(generator=generator)

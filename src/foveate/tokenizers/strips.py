@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 CPU_VALUES, GPU_VALUES = 2**20, 2**25
-"""Of a strip. On a CPU it stays in the caches (4 MiB in float32); a GPU wants more work per launch."""
+"""Of a strip. On a CPU it stays in the caches (4 MiB in float32); a GPU wants more work per kernel launch."""
 
 Rows = tuple[int, int]
 """First row of a strip, and the one behind it."""

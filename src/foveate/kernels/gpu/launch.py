@@ -1,7 +1,7 @@
 """Whether the Triton kernels run, and how they are launched: fixed settings per width, nothing is tried at run time.
 
-They have never run on a device, so they are asked for (`enabled`), and at its first use on inputs of some kind each one
-is compared with plain torch on those very inputs: one that fails or disagrees is left alone from then on.
+They have never run on a device, so they are opt-in (`enabled`). At its first use with a shape and dtype each one is
+compared with plain torch on the same inputs; one that fails or disagrees is not used again.
 With `TRITON_INTERPRET=1` triton computes them on the CPU, slowly: that is how they are tested.
 A launcher makes the device of its tensors the current one, which is where triton launches.
 """
@@ -113,7 +113,7 @@ def _message(name: str, reason: str | None) -> str:
 
 
 def _difference(kernel: Callable[..., T], twin: Callable[..., T], arguments: tuple[object, ...]) -> str | None:
-    """What is wrong with a kernel on these inputs, which stay as they are; None if nothing is."""
+    """The fault of a kernel on these inputs, None if it agrees; the inputs stay as they are."""
     expected = _parts(twin(*_copies(arguments)))
     try:
         found = _parts(kernel(*_copies(arguments)))
