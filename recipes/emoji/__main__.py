@@ -44,7 +44,7 @@ class TrainOptions:
     stop_after: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuses minutes that are none."""
+        """Refuses minutes that are not above 0."""
         if not self.minutes_scale > 0:
             raise FoveateError(f"--minutes-scale must be above 0, got {self.minutes_scale}")
         if self.stop_after is not None and not self.stop_after > 0:

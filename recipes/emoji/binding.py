@@ -1,12 +1,12 @@
-"""Whether a text-to-image model knows which of two things belongs where: loss under false captions, and pictures.
+"""Position binding of a text-to-image model: loss under false captions, and generated images.
 
     python -m recipes.emoji.binding --corpus RUN/corpus
 
-Pictures of two things are encoded, and the true bits of every scale are read back under three captions: the true one,
-the same with "left" and "right" (or "above" and "below") exchanged, and that of another picture of the kind, nearly
+Images of two things are encoded, and the true bits of every scale are read back under three captions: the true one,
+the same with "left" and "right" (or "above" and "below") exchanged, and that of another image of the kind, nearly
 always on the same background. A model that binds things to places loses more under the exchanged caption; one that only
 knows which things there are does not notice. The first row is the loss per bit in nats, the others are what a false
-caption adds. Below stands how many pictures, drawn from the true captions, lie nearer to the scene than to the same
+caption adds. Below stands how many images, generated from the true captions, lie nearer to the scene than to the same
 scene with its two things exchanged, pixel by pixel: half of them by chance.
 """
 
@@ -76,14 +76,14 @@ def turned(scene: Scene) -> Scene:
 
 
 def draw(pipe: Pipeline, scenes: Sequence[Scene], seed: int) -> Tensor:
-    """Pictures of the captions in [0, 1], shape (scenes, 3, height, width)."""
+    """Images of the captions in [0, 1], shape (scenes, 3, height, width)."""
     images = pipe([scene.caption for scene in scenes], seed=seed, output_type="pt").images
     assert isinstance(images, Tensor)
     return images
 
 
 def in_order(drawn_BcYX: Tensor, scenes: Sequence[Scene], images_NYXc: Tensor) -> int:
-    """How many pictures in [0, 1] lie nearer to their scene than to the turned one, by mean squared error."""
+    """How many images in [0, 1] lie nearer to their scene than to the turned one, by mean squared error."""
     true_B, false_B = (
         (render(given, images_NYXc, drawn_BcYX.shape[-1]).add(1).div(2) - drawn_BcYX).square().mean((1, 2, 3))
         for given in (scenes, [turned(scene) for scene in scenes])
@@ -132,7 +132,7 @@ def main() -> None:
         for name, own in false.items():
             print(f"| {name} | " + " | ".join(f"{x:+.4f}" for x in loss(own) - true) + " |", flush=True)
         right = sum(in_order(draw(pipe, part, given.seed), part, images_NYXc) for part in batches)
-        print(f"\nin order as drawn: {right / len(scenes):.0%} of {len(scenes)}", flush=True)
+        print(f"\nin order as generated: {right / len(scenes):.0%} of {len(scenes)}", flush=True)
 
 
 if __name__ == "__main__":

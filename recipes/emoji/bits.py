@@ -1,4 +1,4 @@
-"""How well a binary tokenizer uses its bits: which of them vary, and how much each can say.
+"""Bit usage of a binary tokenizer: which bits vary, and their entropy.
 
 A bit that is always the same carries nothing, yet costs the transformer a prediction at every token.
 

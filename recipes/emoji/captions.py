@@ -37,7 +37,7 @@ SMALL = ("small", "little", "tiny", "mini")
 SIZE_WORDS = frozenset({*BIG, *SMALL, "medium", "medium-small"})
 """A name that holds one of them gets no other size."""
 SIDES = {"left": (0, -1), "right": (0, 1), "top": (-1, 0), "bottom": (1, 0)}
-"""Which way (y, x) each side of a picture lies."""
+"""Which way (y, x) each side of an image lies."""
 _FRAMES = (
     "{}", "a picture of {}", "a drawing of {}", "an icon of {}", "{} on a white background", "{} in the distance",
     "{} on the table", "{} in the garden", "{} at home", "{} outside", "{} by the sea", "{} in the city", "this is {}",

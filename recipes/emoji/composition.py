@@ -1,6 +1,6 @@
-"""Checks of composed pictures that need no judge: background colour, number, order, size and side of things.
+"""Checks of composed images that need no judge: background colour, number, order, size and side of things.
 
-Every check takes what any picture of the kind must show, so it can be run on real composites too: what it says of
+Every check takes what any image of the kind must show, so it can be run on real composites too: what it says of
 those is its ceiling. Axes: Y = X pixels; y = x pixels after shrinking to `_SIDE`.
 """
 
@@ -21,14 +21,14 @@ _BORDER = 4
 _CONTRAST = 16.0
 """CIELAB distance from the background at which a pixel belongs to a thing."""
 _LEAST_AREA = 0.002
-"""Of the picture; what is smaller is a speck."""
+"""Of the image; what is smaller is a speck."""
 _LEAST_SHARE = 0.25
 """Of the largest thing's area; what is smaller is a piece of another thing."""
 
 _BIG, _SMALL = 0.55, 0.45
-"""Shares of the picture's side that a big thing reaches and a small one does not."""
+"""Shares of the image's side that a big thing reaches and a small one does not."""
 _LEAST_SHIFT = 0.1
-"""Of the picture's side; what lies nearer to the middle is at no side."""
+"""Of the image's side; what lies nearer to the middle is at no side."""
 
 Axis = Literal["x", "y"]
 Size = Literal["big", "small"]
@@ -40,9 +40,9 @@ class Thing:
     """A connected region that stands out from the background.
 
     Attributes:
-        centre: Its centroid (y, x), as shares of the picture's side.
-        area: Its pixels, as a share of the picture.
-        box: Top, left, bottom and right, as shares of the picture's side.
+        centre: Its centroid (y, x), as shares of the image's side.
+        area: Its pixels, as a share of the image.
+        box: Top, left, bottom and right, as shares of the image's side.
     """
 
     centre: tuple[float, float]
@@ -58,7 +58,7 @@ def background_of(image: UInt8[np.ndarray, "Y X 3"]) -> str:
 
 
 def things_of(image: UInt8[np.ndarray, "Y X 3"]) -> list[Thing]:
-    """Finds the things of a picture, largest first; specks and loose pieces of a thing are left out."""
+    """Finds the things of an image, largest first; specks and loose pieces of a thing are left out."""
     seen_yxc = _shrink(image)
     is_thing_yx = np.linalg.norm(cielab(seen_yxc) - _border_colour(seen_yxc), axis=-1) > _CONTRAST
     label_yx = connected(is_thing_yx)
@@ -77,7 +77,7 @@ def things_of(image: UInt8[np.ndarray, "Y X 3"]) -> list[Thing]:
 
 
 def crop(image: UInt8[np.ndarray, "Y X 3"], thing: Thing) -> UInt8[np.ndarray, "e e 3"]:
-    """Cuts out the square around a thing, a tenth wider than it; outside of the picture is background."""
+    """Cuts out the square around a thing, a tenth wider than it; outside of the image is background."""
     side = image.shape[0]
     top, left, bottom, right = (round(edge * side) for edge in thing.box)
     extent = max(8, round(1.1 * max(bottom - top, right - left)))
@@ -125,7 +125,7 @@ def side_of(image: UInt8[np.ndarray, "Y X 3"]) -> Side | None:
 
 
 def side_at(centre: tuple[float, float]) -> Side | None:
-    """Names the side where a centre (y, x) lies, in shares of the picture's side; None is about the middle."""
+    """Names the side where a centre (y, x) lies, in shares of the image's side; None is about the middle."""
     y, x = centre[0] - 0.5, centre[1] - 0.5
     if max(abs(y), abs(x)) < _LEAST_SHIFT:
         return None

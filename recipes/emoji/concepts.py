@@ -90,7 +90,7 @@ _EXTRA_SYNONYMS: dict[str, tuple[str, ...]] = {
     "camera": ("photo camera",),
 }
 
-# Shortcodes that are no name of what is drawn.
+# Shortcodes that do not name what is drawn.
 _POOR_NAMES = frozenset(
     {
         "android",

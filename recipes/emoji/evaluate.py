@@ -1,4 +1,4 @@
-"""Measures how good a model is, figure by figure, with the art it was trained on as its ceiling."""
+"""Evaluates a model, figure by figure, with its training art as the ceiling."""
 
 import json
 import sys

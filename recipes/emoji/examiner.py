@@ -1,7 +1,7 @@
-"""How good a trained model is: every figure of a model card, measured on the model, its corpus and fixed seeds.
+"""Quality of a trained model: every figure of a model card, measured on the model, its corpus and fixed seeds.
 
-Each figure is measured on what the model drew and, where it can be, on real art under the same check: that is its
-ceiling. Axes: n pictures, F features, E text width, Y = X pixels.
+Each figure is measured on what the model generated and, where it can be, on real art under the same check: that is its
+ceiling. Axes: n images, F features, E text width, Y = X pixels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -55,13 +55,13 @@ NUM_WAYS = 500
 
 @dataclass(kw_only=True)
 class Examiner:
-    """Draws with a model and measures; everything follows from the seed.
+    """Generates with a model and measures; everything follows from the seed.
 
     Attributes:
         pipe: The model, of the Infinity family.
         corpus: What it was trained on.
-        num_prompts: Pictures per figure.
-        seed: Of prompts and pictures.
+        num_prompts: Images per figure.
+        seed: Of prompts and images.
         log: Receives a line before each figure.
         texts: The text encoder of the scorer.
     """
@@ -85,7 +85,7 @@ class Examiner:
         if self.num_prompts < MIN_PROMPTS:
             raise FoveateError(f"--prompts must be at least {MIN_PROMPTS}, got {self.num_prompts}")
         if not isinstance(self.pipe.model.tokenizer, BSQTokenizer):
-            raise FoveateError("this report is about models that this recipe trained; this one is of another family")
+            raise FoveateError("this report is for Infinity models; this one is of another family")
         self._tokens = self.pipe.model.tokenizer
         self._network = load_network()
 
@@ -109,7 +109,7 @@ class Examiner:
     def draw(
         self, prompts: Sequence[str], guidance_scale: PerScale | None = None, temperature: PerScale | None = None
     ) -> Images:
-        """Pictures of prompts, in batches; that of prompt i on has the seed `seed + i`. None is the model's default."""
+        """Images of prompts, in batches; that of prompt i on has the seed `seed + i`. None is the model's default."""
         parts = [
             self.pipe(
                 list(prompts[i : i + BATCH]),
@@ -131,7 +131,7 @@ class Examiner:
         return [draw_scene(cast, rng, config, kind=kind, contrast_NK=self._contrast) for _ in range(count)]
 
     def real(self, scenes: Sequence[Scene]) -> Images:
-        """What a perfect drawer makes of scenes."""
+        """Rendered real scenes, as the ceiling of each figure."""
         images_NYXc = torch.from_numpy(self.corpus.images_NYXc)
         side = self.corpus.images_NYXc.shape[1]
         return np.concatenate(
@@ -172,7 +172,7 @@ class Examiner:
         return len({one.style for one in self.corpus.drawings}) > 1
 
     def features(self, images: Images) -> Float[np.ndarray, "n F"]:
-        """What the scorer's network sees in pictures."""
+        """EfficientNet features of images."""
         return features(images, network=self._network)
 
     def on_white(self, drawings: Sequence[Drawing]) -> Images:
@@ -200,7 +200,7 @@ class Examiner:
         for split, name in (("train", "drawings trained on"), ("test", "drawings held out")):
             drawings = _spread(self.corpus.split(split), self.num_prompts)
             if not drawings:
-                yield Figure(name=f"tokenizer, {name}", value=None, note="the corpus holds none out")
+                yield Figure(name=f"tokenizer, {name}", value=None, note="the corpus has no held-out split")
                 continue
             images = self.on_white(drawings)
             again = self._rebuilt(images)
@@ -291,7 +291,7 @@ class Examiner:
         known = {one.label for one in self.train}
         pairs = [one for one in self.corpus.split("test") if one.label in known]
         if not self._is_multi_style or not pairs:
-            note = "the corpus holds none out" if self._is_multi_style else "one style: there are none"
+            note = "the corpus has no held-out split" if self._is_multi_style else "one style: there are none"
             yield Figure(name="held-out pairs of concept and style", value=None, note=note)
             return
         asked = _spread(pairs, self.num_prompts)
@@ -346,7 +346,7 @@ class Examiner:
                 ceiling=best,
                 is_share=False,
                 lower_is_better=True,
-                note="what the tokenizer alone costs: no transformer draws better than its reconstructions",
+                note="what the tokenizer alone costs: no transformer can score better than its reconstructions",
             )
 
     def _composition(self) -> Iterator[Figure]:

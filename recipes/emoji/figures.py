@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 MIN_PROMPTS = 8
-"""Pictures that a figure takes at least."""
+"""Images that a figure takes at least."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -60,7 +60,7 @@ class TextMatch:
             The heads in float32.
 
         Raises:
-            FoveateError: If the file is missing, is no safetensors file, or holds something else.
+            FoveateError: If the file is missing, is not a safetensors file, or holds something else.
         """
         try:
             tensors = load_file(path)

@@ -133,7 +133,7 @@ class Run:
 
 
 def flops_of(forward: Callable[[], object]) -> int:
-    """FLOPs of the matrix products and convolutions that a call runs, counted on it once."""
+    """FLOPs of the matmuls and convolutions of a call, counted once."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward()
     return counter.get_total_flops()

@@ -1,10 +1,10 @@
-"""How near pictures come to the drawings that a model was trained on.
+"""Memorisation: similarity of images to the drawings that a model was trained on.
 
-A picture is looked up by the cosine of its features, and held against the drawing found, pixel by pixel, at a size
+An image is looked up by the cosine of its features, and held against the drawing found, pixel by pixel, at a size
 where fine texture no longer counts. The yardstick is real art under the same look-up: how near a drawing comes to the
 nearest *other* one.
 
-Axes: n pictures, c drawings, F features, Y = X pixels.
+Axes: n images, c drawings, F features, Y = X pixels.
 """
 
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from recipes.emoji.quality import unit_rows
 
 THUMBNAIL = 64
 COPY_DB = 20.0
-"""From this PSNR at `THUMBNAIL` pixels on a picture counts as a copy: an error of a tenth of the range, RMS."""
+"""From this PSNR at `THUMBNAIL` pixels on an image counts as a copy: an error of a tenth of the range, RMS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Neighbours:
-    """The nearest training drawing of each picture.
+    """The nearest training drawing of each image.
 
     Attributes:
         index: Its row.
@@ -40,12 +40,12 @@ def nearest_neighbours(
     drawings_cF: Float[np.ndarray, "c F"],
     own_n: Int[np.ndarray, " n"] | None = None,
 ) -> Neighbours:
-    """Finds the nearest drawing of each picture by cosine.
+    """Finds the nearest drawing of each image by cosine.
 
     Args:
-        features_nF: Of the pictures.
+        features_nF: Of the images.
         drawings_cF: Of the drawings.
-        own_n: Row that each picture must not find, as it is that drawing itself; None excludes nothing.
+        own_n: Row that each image must not find, as it is that drawing itself; None excludes nothing.
 
     Raises:
         FoveateError: If no drawing is left to find.
@@ -62,7 +62,7 @@ def nearest_neighbours(
 def thumbnail_psnr(
     images: UInt8[np.ndarray, "n Y X 3"], drawings: UInt8[np.ndarray, "n V U 3"]
 ) -> Float[np.ndarray, " n"]:
-    """PSNR of each picture to its drawing, in dB, both averaged down to `THUMBNAIL` pixels a side.
+    """PSNR of each image to its drawing, in dB, both averaged down to `THUMBNAIL` pixels a side.
 
     Raises:
         FoveateError: If they do not pair up, or torchmetrics is missing.
@@ -71,7 +71,7 @@ def thumbnail_psnr(
 
 
 def copied_share(psnr_n: Float[np.ndarray, " n"]) -> float:
-    """Share of the pictures that reach `COPY_DB`."""
+    """Share of the images that reach `COPY_DB`."""
     return float((psnr_n >= COPY_DB).mean())
 
 

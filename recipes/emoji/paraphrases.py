@@ -25,7 +25,7 @@ def unseen(paraphrases: tuple[Paraphrase, ...], labels: Set[str], captions: Set[
 
     Args:
         paraphrases: All of them.
-        labels: What the model was trained to draw; a paraphrase of anything else is left out.
+        labels: What the model was trained to generate; a paraphrase of anything else is left out.
         captions: What it was trained to read, in lower case; a paraphrase among them is left out.
     """
     return tuple(one for one in paraphrases if one.label in labels and one.text.lower() not in captions)

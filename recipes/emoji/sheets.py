@@ -1,4 +1,4 @@
-"""Contact sheets of unselected pictures, each over its prompt."""
+"""Contact sheets of unselected images, each over its prompt."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ _PADDING = 3
 
 
 def contact_sheet(images: UInt8[np.ndarray, "n Y X 3"], captions: Sequence[str], columns: int = COLUMNS) -> Image.Image:
-    """Puts pictures in rows, each over its caption in at most two lines."""
+    """Puts images in rows, each over its caption in at most two lines."""
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * _CELL, rows * (_CELL + _TEXT)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
@@ -28,7 +28,7 @@ def contact_sheet(images: UInt8[np.ndarray, "n Y X 3"], captions: Sequence[str],
 
 
 def single_sheet(examiner: Examiner) -> Image.Image:
-    """One thing per picture: labels evenly spread over the training split."""
+    """One thing per image: labels evenly spread over the training split."""
     drawings = examiner.spread(COLUMNS * ROWS)
     prompts = [examiner.prompt_of(one) for one in drawings]
     return contact_sheet(examiner.draw(prompts), prompts)

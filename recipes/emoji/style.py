@@ -1,6 +1,6 @@
-"""Which style a picture is drawn in: a linear probe on frozen features, fitted on real art.
+"""Which style an image is drawn in: a linear probe on frozen features, fitted on real art.
 
-Axes: n pictures, F features, s styles.
+Axes: n images, F features, s styles.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ class StyleProbe:
     bias_s: Float[np.ndarray, " s"]
 
     def predict(self, features_nF: Float[np.ndarray, "n F"]) -> list[str]:
-        """Names the style of each picture."""
+        """Names the style of each image."""
         scores_ns = (features_nF - self.mean_F) @ self.weight_Fs + self.bias_s
         return [self.styles[i] for i in scores_ns.argmax(1)]
 
     def accuracy(self, features_nF: Float[np.ndarray, "n F"], styles: Sequence[str]) -> float:
-        """Share of the pictures whose style is recognised."""
+        """Share of the images whose style is recognised."""
         return float(np.mean([a == b for a, b in zip(self.predict(features_nF), styles, strict=True)]))
 
 

@@ -29,8 +29,8 @@ PREVIEW_STEPS = 2000
 class TokenizerRecipe:
     """The tokenizer's shape, its schedule and how it is trained.
 
-    Without `trains_encoder` only the decoder learns, and every picture keeps its codes: a transformer that was trained
-    on them forgets what it can draw where they move.
+    Without `trains_encoder` only the decoder learns, and every image keeps its codes: a transformer that was trained
+    on them forgets what it can generate where they move.
     """
 
     shape: AutoencoderConfig

@@ -42,7 +42,7 @@ class Length:
 class TransformerRecipe:
     """The transformer's shape, its schedule and how it is trained.
 
-    `flip_rate` is the largest share of flipped bits. What a picture shows is decided on the first scales, which cost a
+    `flip_rate` is the largest share of flipped bits. What an image shows is decided on the first scales, which cost a
     fraction of the last: `lengths` says how many examples stop after which scale; the shares add up to 1, and the last
     one runs all scales. A token of a scale with n tokens weighs n ** -`scale_power`. Of all texts `altered_share` are
     made harder: they lose some of their tokens, never the sentence embedding, and get noise of at most `text_noise`
@@ -126,7 +126,7 @@ def _batch(recipe: TransformerRecipe, window: Window, model: Infinity, step: int
 
 
 def alter_text(text_TE: Float[Tensor, "T E"], noise: float, rng: np.random.Generator) -> Float[Tensor, "_ E"]:
-    """Drops a random share of the tokens behind the first and adds noise, so that near meanings draw the same."""
+    """Drops a random share of the tokens behind the first and adds noise, so that similar texts give the same image."""
     share = rng.random()
     kept = [0, *(t for t in range(1, text_TE.shape[0]) if rng.random() >= share)]
     text_TE = text_TE[kept]

@@ -1,4 +1,4 @@
-"""How often a trainer draws each drawing: symbols and flags less, skin tones never more than a share of all draws."""
+"""Sampling probability of each drawing: symbols and flags less, skin tones never more than a share of all draws."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ class DrawWeights:
         """Makes weights from parsed YAML: `{groups: {flags: 0.3}, subgroups: {food-fruit: 2}}`.
 
         Raises:
-            FoveateError: If a key is unknown, a value is no number or out of range.
+            FoveateError: If a key is unknown, a value is not a number or out of range.
         """
         made: dict[str, Any] = {}
         for key, value in values.items():

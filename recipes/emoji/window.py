@@ -1,7 +1,7 @@
 """The training examples: an endless numbered sequence of scenes, of which a window is encoded at any time.
 
 Scene k follows from the seed and k alone, and the window from the number of the step: a run that was stopped goes on
-with the same examples. A scene stays for a while, as a CPU encodes pictures more slowly than it wants them: it is used
+with the same examples. A scene stays for a while, as a CPU encodes images more slowly than it wants them: it is used
 several times, each time with other flipped bits and another alteration of its text.
 Axes: B images, N images of the corpus, Z latent channels, K backgrounds.
 """
@@ -32,7 +32,7 @@ class SceneSequence:
         config: Shares of kinds and colours.
         weights: How often each of `drawings` is chosen.
         contrast_NK: See `contrast.rim_contrast`.
-        image_size: Height and width of the pictures in pixels.
+        image_size: Height and width of the images in pixels.
         seed: Where the sequence begins.
     """
 

@@ -1,4 +1,4 @@
-"""Teaching places: captions know where their things are, and a reader that was taught finds it."""
+"""The position tagger: captions know where their things are, and a trained tagger finds it."""
 
 import re
 from dataclasses import replace
@@ -121,5 +121,5 @@ def test_a_reader_learns_and_the_same_recipe_gives_the_same_one() -> None:
 
 
 def test_an_encoder_without_places_cannot_be_judged() -> None:
-    with pytest.raises(FoveateError, match="must have places"):
+    with pytest.raises(FoveateError, match="must have a position tagger"):
         places_right(replace(bundled_encoder(), places=None), [PlacedCaption(text="a cat", spans=())])

@@ -84,4 +84,4 @@ def test_pairs_need_styles_and_drawings_held_out(toy_pipe: Pipeline) -> None:
     assert (figure.value, figure.note) == (None, "one style: there are none")
     two = (replace(one.drawings[0], style="twemoji"), *one.drawings[1:])
     (figure,) = examiner(toy_pipe, replace(one, drawings=two))._pairs()
-    assert (figure.value, figure.note) == (None, "the corpus holds none out")
+    assert (figure.value, figure.note) == (None, "the corpus has no held-out split")

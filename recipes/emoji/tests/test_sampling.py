@@ -74,7 +74,7 @@ def test_a_search_that_was_stopped_draws_nothing_twice(tmp_path: Path) -> None:
     assert len(drawn) == len(set(drawn)) == 3
     left[0] = 3
     search(book("b").kept(score, "x"), START, options, silent)
-    assert len(drawn) == 6, "other weights draw anew"
+    assert len(drawn) == 6, "other weights generate anew"
     left[0] = 3
     search(book("b").kept(score, "y"), START, options, silent)
     assert len(drawn) == 9, "and so do other scenes"
