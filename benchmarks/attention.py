@@ -1,4 +1,4 @@
-"""Which of torch's attention kernels is the fastest for the shapes of a model, scale by scale, on this device.
+"""Compares torch's attention kernels on the shapes of a model, scale by scale, on this device.
 
     python benchmarks/attention.py --model infinity-2b --size 1M --device cuda --dtype bfloat16
 

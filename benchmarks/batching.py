@@ -1,4 +1,4 @@
-"""What a batch is worth: images per second one at a time and together, and whether every image has the same bytes.
+"""Throughput of batching: images per second at batch 1 and batched, and whether every image has the same bytes.
 
 Eight prompts, one seed each, in turns: one call per image, and one call for all. On a CPU the images of a call are
 requests of their own that share their products, so the bytes must be equal: exit code 1 if not.

@@ -1,4 +1,4 @@
-"""Whether `torch.compile` pays for what lies between the attentions: against our kernels and plain torch, in turns.
+"""`torch.compile` for the layers between the attentions, against our kernels and plain torch, in turns.
 
 One feed-forward sublayer of an Infinity block with its norm, modulation, gate and residual, random weights. Compiled
 code is what Inductor makes of the plain torch that the kernels equal; compiling itself is not counted.
@@ -43,7 +43,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def row_of(tokens: int, width: int, dtype: torch.dtype, runs: int) -> str:
-    """One line of the table: both rows of one picture, `tokens` in all."""
+    """One line of the table: both rows of one image, `tokens` in all."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     rows = Rows((tokens // 2,) * 2)

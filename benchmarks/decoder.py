@@ -1,4 +1,4 @@
-"""Time, peak memory and error of the decoder: the plain one, channels last, and in strips as pictures are decoded.
+"""Time, peak memory and error of the decoder: the plain one, channels last, and in strips as images are decoded.
 
     python benchmarks/decoder.py --model infinity-125m --size 512x512 --dtype float32
 

@@ -1,4 +1,4 @@
-"""Draws four pictures with the full model, two methods and two trivial controls; says what each saved and cost.
+"""Generates four images with the full model, two methods and two trivial controls; says what each saved and cost.
 
 Everything runs on the bundled model and the CPU; nothing is downloaded. Times are medians of a few rounds in which the
 policies take turns, after a warm-up, so that a machine that slows down slows all of them. Fidelity is the resemblance
@@ -32,7 +32,7 @@ MARGIN = 28
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Drawn:
-    """All rounds of one policy; the pictures of every round are the same."""
+    """All rounds of one policy; the images of every round are the same."""
 
     policy: str
     rounds: tuple[PipelineOutput, ...]
@@ -44,7 +44,7 @@ class Drawn:
 
     @property
     def pictures(self) -> list[Image.Image]:
-        """One picture per prompt."""
+        """One image per prompt."""
         return list(self.output.images)
 
     def ms(self, part: str) -> float:
@@ -53,7 +53,7 @@ class Drawn:
 
 
 def draw(pipe: Pipeline, policies: tuple[str, ...], rounds: int) -> list[Drawn]:
-    """Draws all prompts as one batch with every policy in turn, once to warm up and then `rounds` times."""
+    """Generates all prompts as one batch with every policy in turn, once to warm up and then `rounds` times."""
     found: dict[str, list[PipelineOutput]] = {policy: [] for policy in policies}
     for _ in range(rounds + 1):
         for policy in policies:
@@ -80,7 +80,7 @@ def contact_sheet(drawn: list[Drawn]) -> Image.Image:
 
 def summary(drawn: list[Drawn], comparisons: dict[str, ComparisonReport]) -> Table:
     """What every policy ran, how long it took and how near it came."""
-    table = Table(title=f"{len(PROMPTS)} pictures, seed {SEED}, medians of {len(drawn[0].rounds)} rounds")
+    table = Table(title=f"{len(PROMPTS)} images, seed {SEED}, medians of {len(drawn[0].rounds)} rounds")
     for name in ("policy", "transformer", "decoder", "total", "speedup", "FLOPs", "tokens", "PSNR", "SSIM"):
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     full_ms = drawn[0].ms("total")
@@ -97,12 +97,12 @@ def summary(drawn: list[Drawn], comparisons: dict[str, ComparisonReport]) -> Tab
         )
     if comparisons:
         yardstick = next(iter(comparisons.values())).yardstick_psnr
-        table.caption = f"Yardstick: two seeds of the full run are {yardstick:.1f} dB alike."
+        table.caption = f"Yardstick: {yardstick:.1f} dB PSNR between two seeds of the full run."
     return table
 
 
 def save(drawn: list[Drawn], comparisons: dict[str, ComparisonReport], folder: Path) -> list[Path]:
-    """Writes the pictures (each can be drawn again with `foveate generate --from`), the sheet and the reports."""
+    """Writes the images (each can be generated again with `foveate generate --from`), the sheet and the reports."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for side in drawn:
@@ -118,8 +118,8 @@ def save(drawn: list[Drawn], comparisons: dict[str, ComparisonReport], folder: P
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Draws four pictures with five policies and compares them.")
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for pictures and reports")
+    parser = argparse.ArgumentParser(description="Generates four images with five policies and compares them.")
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for images and reports")
     parser.add_argument("--model", default="emoji", help="a bundled model, or a folder")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="timed rounds per policy")
     arguments = parser.parse_args()

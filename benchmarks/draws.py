@@ -1,4 +1,4 @@
-"""What a keyed draw costs on this machine, in nanoseconds: the formula of the contract, plain numpy, and C.
+"""Cost of a keyed random number on this machine, in nanoseconds: the formula of the contract, plain numpy, and C.
 
     python benchmarks/draws.py --threads 1
 
@@ -95,7 +95,11 @@ def table(count: int, is_exponential: bool, runs: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--count", type=int, nargs="+", default=[4096, 131072, 1048576], help="draws of a call: h * w * bits, or V"
+        "--count",
+        type=int,
+        nargs="+",
+        default=[4096, 131072, 1048576],
+        help="numbers of a call: h * w * bits, or V",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--runs", type=int, default=30, help="rounds that count")

@@ -1,4 +1,4 @@
-"""What every method costs and loses on the bundled model: the tables and the plot of the README and the policy pages.
+"""Speedup and fidelity of every method on the bundled model: tables and plot of the README and the policy pages.
 
     python benchmarks/frontier.py                   # measures, prints, and writes into out/frontier
     python benchmarks/frontier.py --update-pages    # writes into docs/results, and fills the tables of README and docs
@@ -121,7 +121,7 @@ HEADLINE = (
 
 
 def draw(pipe: Pipeline, prompts: Sequence[str], spec: str, seed: int) -> tuple[np.ndarray, float]:
-    """All prompts in batches; uint8 pictures and run / full FLOPs."""
+    """All prompts in batches; uint8 images and run / full FLOPs."""
     images, run, full = [], 0, 0
     for i in range(0, len(prompts), BATCH):
         out = pipe(prompts[i : i + BATCH], seed=seed, policy=load_policy(spec), output_type="np")
@@ -146,7 +146,7 @@ def clock(pipe: Pipeline, prompts: Sequence[str], spec: str) -> tuple[Spread, Sp
 
 
 class Matcher:
-    """Text match: is a picture's own label the nearest of all labels?"""
+    """Text match: is an image's own label the nearest of all labels?"""
 
     def __init__(self, model: str, labels: Sequence[str]) -> None:
         # A script finds only its own folder; the recipe that trained the heads stands beside it.
@@ -159,7 +159,7 @@ class Matcher:
         self.texts = TextEncoder.from_folder(folder).pooled(self.labels).numpy()
 
     def score(self, images: np.ndarray, prompts: Sequence[str]) -> float:
-        """Share of pictures whose label comes first."""
+        """Share of images whose label comes first."""
         from recipes.emoji.features import features  # noqa: PLC0415
 
         similarity = self.heads.similarity(features(images), self.texts)
@@ -262,10 +262,11 @@ def page(data: dict[str, Any], table: str) -> str:
 - model: {data["model"]}, {data["size"]}, {data["tokens"]} tokens, {data["dtype"]}, CPU
 - machine: {cpu["name"]}, {cpu["threads"]} threads; kernels: {cpu["kernels"]}
 - versions: foveate {versions["foveate"]}, python {versions["python"]}, torch {versions["torch"]}
-- fidelity: {data["prompts"]} prompts, seed 0, batches of {BATCH}, against the full run with the same draws; PSNR is a
-  mean, beside its tenth percentile; equal images get 100 dB; foreground PSNR leaves out pixels that are white in both
+- fidelity: {data["prompts"]} prompts, seed 0, batches of {BATCH}, against the full run with the same random numbers;
+  PSNR is a mean, beside its tenth percentile; equal images get 100 dB; foreground PSNR leaves out
+  pixels that are white in both
 - time: batch 1, the first {data["timed"]} prompts, each generated in full and with the setting, in changing order;
-  median and p10-p90 of full over setting. The row of `full` is `full` against itself: what noise alone gives
+  median and p10-p90 of full over setting. The row of `full` is `full` against itself: the noise of the timing
 - FLOPs: of the transformer, counted while it ran, as a share of the full run
 - text match: how often the label that was asked for is the nearest of all {data["labels"]} labels to the image
 

@@ -1,10 +1,10 @@
-"""Draws the pictures of the README and of the policy pages: docs/images.
+"""Generates the images of the README and of the policy pages: docs/images.
 
     python benchmarks/pictures.py
 
 Prompts are those of `forty.txt` and `composed.txt`, in order and unselected, seed 0; a policy page shows the full run
 above the policy, the first six prompts and the same draws, and the compute map of the first. Every setting shown stands
-in the tables of `frontier.py`, so that a picture has its figures.
+in the tables of `frontier.py`, so that an image has its figures.
 """
 
 import argparse
@@ -27,12 +27,12 @@ PAGES = {
     "uniform-depth": ("full", "uniform-depth:num_scales=1", "depthvar:reference_scale=-2"),
     "composition": ("full", "drop-branch:count=1|depthvar:reference_scale=-2", "drop-branch"),
 }
-"""Rows of every page's picture; the compute map is that of the second one."""
+"""Rows of every page's image; the compute map is that of the second one."""
 CELL, TEXT = 128, 16
 
 
 def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], labels: Sequence[str]) -> Image.Image:
-    """Pictures in rows, each row under its name, columns under the prompts."""
+    """Images in rows, each row under its name, columns under the prompts."""
     width = CELL * max(len(images) for _, images in rows)
     sheet = Image.new("RGB", (width, TEXT + len(rows) * (CELL + TEXT)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
@@ -47,7 +47,7 @@ def grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], labels: Sequence[str
 
 
 def main() -> None:
-    """Draws everything."""
+    """Generates everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "images")

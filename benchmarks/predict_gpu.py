@@ -39,7 +39,7 @@ LAUNCHES = {"kernels": 22, "torch": 60}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """What the device reaches: dense bfloat16 FLOP/s, bytes/s, seconds per launch, and per kernel of a graph."""
+    """What the device reaches: dense bfloat16 FLOP/s, bytes/s, seconds per kernel launch, and per kernel of a graph."""
 
     flops_per_s: float
     bytes_per_s: float
@@ -121,7 +121,7 @@ def predict(model: str, size: str, batch: int, text_tokens: int, path: str, gpu:
 
 
 def handed_over_s(model: str, size: str, batch: int, found: list[Prediction], gpu: Gpu) -> float:
-    """Seconds for moving keys and values of the captured scales: read and written, two launches per block."""
+    """Seconds for moving keys and values of the captured scales: read and written, two kernel launches per block."""
     spec = PUBLISHED[model].spec
     assert isinstance(spec.transformer, InfinityConfig), f"{model} is no Infinity model"
     shape, _ = shape_of(spec.transformer)
@@ -136,7 +136,7 @@ def handed_over_s(model: str, size: str, batch: int, found: list[Prediction], gp
 def table(model: str, found: list[Prediction], other: list[Prediction], handed_over: float) -> str:
     """A markdown table; the last column is plain torch, without the kernels and without graphs."""
     lines = [
-        f"| {model}, *predicted* | products ms | weights, K/V ms | between ms | launches ms | scale ms | bound by | "
+        f"| {model}, *predicted* | matmul ms | weights, K/V ms | between ms | launches ms | scale ms | bound by | "
         "with graphs ms | plain torch ms |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -160,10 +160,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--text-tokens", type=int, default=32)
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="of the datasheet, dense bfloat16")
-    parser.add_argument("--reached", type=float, default=0.6, help="share of the peak that matrix products reach")
+    parser.add_argument("--reached", type=float, default=0.6, help="share of the peak that matmuls reach")
     parser.add_argument("--bandwidth-tb", type=float, default=3.35, help="terabytes per second of the datasheet")
     parser.add_argument("--read-share", type=float, default=0.85, help="share of the bandwidth that is reached")
-    parser.add_argument("--launch-us", type=float, default=5.0, help="microseconds of the host per launch")
+    parser.add_argument("--launch-us", type=float, default=5.0, help="host microseconds per kernel launch")
     parser.add_argument("--node-us", type=float, default=1.0, help="microseconds of a graph per kernel")
     args = parser.parse_args()
     gpu = Gpu(

@@ -1,4 +1,4 @@
-"""What dtypes cost and save: a decoder in bfloat16, weights of the blocks in eight bits.
+"""Cost and savings of dtypes: a decoder in bfloat16, weights of the blocks in int8 and fp8.
 
     python benchmarks/quantization.py --dtype float32
 
@@ -30,7 +30,7 @@ SIDES: dict[str, dict[str, Any]] = {
 
 
 def pictures(pipe: Pipeline, prompts: list[str], batch: int) -> np.ndarray:
-    """One picture of every prompt; the seed is the prompt's number."""
+    """One image of every prompt; the seed is the prompt's number."""
     parts = []
     for first in range(0, len(prompts), batch):
         group = prompts[first : first + batch]

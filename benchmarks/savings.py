@@ -1,7 +1,7 @@
-"""What each exact saving is worth: the full run against the same run with one saving taken back, in turns.
+"""Ablation of the exact savings: the full run against the same run without one of them, in turns.
 
-A saving is taken back by putting the usual way of the published code, or of plain torch, in its place for one call; the
-library itself has one way only. Transformer alone, without the decoder. Pictures stay the same up to rounding.
+For one call a saving is replaced by what the published code or plain torch does; the library has no switch for it.
+Transformer alone, without the decoder. Images stay the same up to rounding.
 
     python benchmarks/savings.py --model infinity-125m --size 0.25M --dtype bfloat16 --runs 5
 """
@@ -115,7 +115,7 @@ def general_sampling() -> Generator[None, None, None]:
 
 @contextmanager
 def everything() -> Generator[None, None, None]:
-    """All of it taken back."""
+    """All savings off."""
     with ExitStack() as stack:
         stack.enter_context(in_torch(attention, linear, norm, residual, heads, activation))
         for undo in (text_every_scale, cache_by_concatenation, general_sampling):
@@ -125,7 +125,7 @@ def everything() -> Generator[None, None, None]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Saving:
-    """One exact saving, and how it is taken back."""
+    """One exact saving, and how it is switched off."""
 
     name: str
     undo: Callable[[], AbstractContextManager[None]]
