@@ -30,6 +30,9 @@ SHARED = [
     (["--model", "emojy"], "did you mean emoji"),
     (["--threads", "0"], "--threads must be 1 or more"),
     (["--device", "abacus"], "device must be"),
+    (["--cuda-graphs"], "--cuda-graphs needs a GPU; add --device cuda, or leave --cuda-graphs out"),
+    (["--offload", "--device", "cpu"], "--offload needs a GPU; add --device cuda, or leave --offload out"),
+    (["--cuda-graphs", "--offload", "--device", "cuda"], "leave --offload or --cuda-graphs out"),
 ]
 SAMPLING = [
     (["--temperature", "0"], "temperature must be above"),

@@ -53,6 +53,7 @@ def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
         if options.threads < 1:
             raise FoveateError(f"--threads must be 1 or more, got {options.threads}")
         torch.set_num_threads(options.threads)
+    _refuse_without_gpu(options)
     pipe = Pipeline.from_pretrained(
         options.model,
         autoencoder=options.autoencoder,
@@ -72,3 +73,17 @@ def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
     if is_quiet:
         pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _refuse_without_gpu(options: ModelOptions) -> None:
+    """Refuses flags for a GPU on a CPU, and those that exclude each other.
+
+    Raises:
+        FoveateError: It names the flag.
+    """
+    flags = {"--offload": options.offload, "--cuda-graphs": options.cuda_graphs}
+    given = [flag for flag, is_given in flags.items() if is_given]
+    if given and options.device in (None, "cpu"):
+        raise FoveateError(f"{given[0]} needs a GPU; add --device cuda, or leave {given[0]} out")
+    if len(given) == len(flags):
+        raise FoveateError("--cuda-graphs needs weights that stay on the GPU; leave --offload or --cuda-graphs out")
