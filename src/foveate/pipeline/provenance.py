@@ -18,6 +18,7 @@ from PIL import Image
 from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
 from foveate.families.loading import model_names
+from foveate.families.packaged import refuse_missing_demo
 from foveate.pipeline.bulk import refuse_too_many
 from foveate.pipeline.call import resolve
 from foveate.pipeline.encoding import Encoder, read_text, text_of
@@ -254,11 +255,13 @@ def registered_name(path: str | Path, config: Mapping[str, Any]) -> str:
     """The name of the model that made an image.
 
     Raises:
-        FoveateError: It has none, as it was loaded from a folder.
+        FoveateError: It has none, as it was loaded from a folder, or the package of that name is not installed.
     """
-    if config["model"] not in model_names():
-        raise FoveateError(f"{path} was made with a local model, {config['model']}; load it and pass it as pipe")
-    return str(config["model"])
+    name = str(config["model"])
+    if name not in model_names():
+        refuse_missing_demo(name)
+        raise FoveateError(f"{path} was made with a local model, {name}; pass it as pipe, or as --model")
+    return name
 
 
 def loading_options(config: Mapping[str, Any]) -> dict[str, Any]:
