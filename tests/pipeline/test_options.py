@@ -1,10 +1,12 @@
 """Options are declared once: what follows from a declaration, and that a user's own script is typed."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +70,29 @@ def test_what_is_given_is_completed_with_defaults_and_aliases_are_resolved() -> 
     assert (call["guidance_scale"], call["temperature"], call["seed"], call["rng"]) == (3.0, [1.0], 4, "keyed")
     with pytest.raises(FoveateError, match="^give temperature or its alias tau, not both$"):
         checked({"tau": 1.0, "temperature": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"more_smooth": "no"}, "more_smooth must be True, False or None, got 'no'"),
+        ({"more_smooth": 0}, "more_smooth must be True, False or None, got 0"),
+        ({"trace": "no"}, "trace must be True or False, got 'no'"),
+        ({"batch_invariant": None}, "batch_invariant must be True or False, got None"),
+        ({"batch_invariant": np.ones(2, bool)}, "batch_invariant must be True or False, got array"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end must be a function, or None, got 3"),
+    ],
+)
+def test_switches_and_callbacks_are_what_they_are_declared_as(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(FoveateError, match=f"^{re.escape(message)}"):
+        checked(cast(Options, given))
+
+
+def test_switches_of_numpy_do() -> None:
+    given = cast(Options, {"trace": np.True_, "more_smooth": np.False_, "batch_invariant": False})
+    call = checked(given)
+    assert (call["trace"], call["more_smooth"], call["batch_invariant"]) == (True, False, False)
+    assert type(call["trace"]) is type(call["more_smooth"]) is bool
 
 
 def test_an_option_of_a_later_version_is_left_out_of_older_files(toy_pipe: Pipeline, tmp_path: Path) -> None:

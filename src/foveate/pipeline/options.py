@@ -70,7 +70,8 @@ class Option:
     Attributes:
         help: What it does; `--help` shows it.
         default: Where a call does not say; None stands for the model's own.
-        rule: What a value must be, or every value of those that are given per scale. Choices and aliases need none.
+        rule: What a value must be, or every value of those that are given per scale. Choices, switches and aliases need
+            none.
         per_scale: Whether it may be one value per scale; its default is that of the same name in `Defaults`.
         commands: Which commands have it as a flag.
         flags: Names of the flag; empty for the option's own, `--top-k`.
@@ -131,6 +132,7 @@ _TEMPERATURE = Rule(
     remedy="; top_k=1 always takes the likeliest",
 )
 _SHARE = Rule(holds=lambda value: 0 <= value <= 1, words="in [0, 1]")
+_CALLBACK = Rule(holds=lambda value: value is None or callable(value), words="a function, or None")
 _TOP_K = Rule(holds=lambda value: value >= 0 and value == int(value), words="a whole number, 0 or more")
 
 
@@ -253,7 +255,8 @@ class CallOptions(TypedDict, total=False):
         ),
     ]
     callback_on_step_end: Annotated[
-        StepCallback | None, Option(help="Called after every scale; may raise Cancelled to stop.")
+        StepCallback | None,
+        Option(help="Called after every scale; may raise Cancelled to stop.", rule=_CALLBACK),
     ]
 
 
@@ -294,10 +297,10 @@ def checked(options: Options) -> Options:
     found: dict[str, Any] = {name: option.default for name, option in OPTIONS.items()} | dict(options)
     for name, option in OPTIONS.items():
         value = found[name]
-        if option.choices:
-            _choice(option).refuse(name, value)
-        elif option.rule is not None and not option.per_scale:
-            option.rule.refuse(name, value)
+        if (rule := _rule_of(option)) is not None:
+            rule.refuse(name, value)
+        if option.reads is bool and value is not None:
+            found[name] = bool(value)
         if option.alias_of is not None and found.pop(name) is not None:
             if found[option.alias_of] is not None:
                 raise FoveateError(f"give {option.alias_of} or its alias {name}, not both")
@@ -307,9 +310,31 @@ def checked(options: Options) -> Options:
     return call
 
 
+def _rule_of(option: Option) -> Rule | None:
+    """The rule of a whole value; those of single scales need the model's schedule."""
+    if option.choices:
+        return _choice(option)
+    if option.reads is bool:
+        return _switch(option)
+    return None if option.per_scale else option.rule
+
+
 def _choice(option: Option) -> Rule:
     words = " or ".join(option.choices) if len(option.choices) == 2 else f"one of {', '.join(option.choices)}"  # noqa: PLR2004
     return Rule(holds=lambda value: isinstance(value, str) and value in option.choices, words=words)
+
+
+def _switch(option: Option) -> Rule:
+    words = "True or False" if option.default is not None else "True, False or None"
+    return Rule(
+        holds=lambda value: _is_switch(value) or (value is None and option.default is None),
+        words=words,
+    )
+
+
+def _is_switch(value: object) -> bool:
+    """Whether it is a bool, or one of NumPy's, which is no subclass."""
+    return isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_"))
 
 
 def _refuse_contradictions(call: Options) -> None:
