@@ -32,6 +32,7 @@ SHARED = [
     (["--device", "abacus"], "device must be"),
     (["--cuda-graphs"], "--cuda-graphs needs a GPU; add --device cuda, or leave --cuda-graphs out"),
     (["--offload", "--device", "cpu"], "--offload needs a GPU; add --device cuda, or leave --offload out"),
+    (["--kernels", "triton"], "--kernels triton needs a GPU; add --device cuda, or leave --kernels triton out"),
     (["--cuda-graphs", "--offload", "--device", "cuda"], "leave --offload or --cuda-graphs out"),
 ]
 SAMPLING = [

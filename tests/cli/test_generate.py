@@ -364,6 +364,27 @@ def test_from_draws_on_another_device_and_says_so(run: Callable[..., Any], toy_f
     assert (again.code, again.data["differences"]) == (0, ["device: cuda then, cpu now"])
 
 
+def test_from_asks_for_the_kernels_again_where_a_gpu_runs_them(
+    run: Callable[..., Any], toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("generate", "a cat", "-m", toy_folder, "-o", "cpu.png")
+    config = read_image_config(tmp_path / "cpu.png")
+    with Image.open(tmp_path / "cpu.png") as image:
+        save_image(image, tmp_path / "triton.png", config | {"device": "cuda", "kernels": "triton"})
+        save_image(image, tmp_path / "cuda.png", config | {"device": "cuda", "kernels": "torch"})
+    loaded: list[tuple[Any, Any]] = []
+
+    def load(*_: object, **options: object) -> None:
+        loaded.append((options["device"], options["kernels"]))
+        raise FoveateError("loaded")
+
+    monkeypatch.setattr(Pipeline, "from_pretrained", load)
+    for name, flags in (("triton.png", []), ("triton.png", ["--device", "cpu"]), ("cuda.png", [])):
+        run("generate", "--from", name, "-m", toy_folder, *flags).assert_refused("loaded")
+    run("generate", "a cat", "-m", toy_folder, "--device", "cuda", "--kernels", "triton").assert_refused("loaded")
+    assert loaded == [("cuda", "triton"), ("cpu", None), ("cuda", None), ("cuda", "triton")]
+
+
 def test_from_makes_the_same_pixels_again(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
     first = run("generate", "a cat", "a dog", "-m", toy_folder, "-p", "ld-pruning", "--temperature", "0.7", "--json")
     source = first.data["images"][1]["path"]

@@ -241,7 +241,7 @@ def _redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
     with Staging(place.folder, [place.file] if place.file else []) as staging:
         with provenance.naming_damage(source):
             then = config["device"]
-            stored = provenance.loading_options(config) | ({"device": model.device} if model.device else {})
+            stored = provenance.loading_options(config, device=model.device)
             name = model.model if model.model != _MODEL.model else provenance.registered_name(source, config)
             asked = replace(model, model=name, threads=provenance.stored_threads(config), **stored)
             rerun = provenance.stored_call(source, config)

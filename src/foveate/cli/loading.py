@@ -63,6 +63,7 @@ def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
         decoder_dtype=options.decoder_dtype,
         quantization=options.quantization,
         device=options.device or "cpu",
+        kernels=options.kernels,
         revision=options.revision,
         local_files_only=options.local_files_only,
         offload=options.offload,
@@ -81,9 +82,13 @@ def _refuse_without_gpu(options: ModelOptions) -> None:
     Raises:
         FoveateError: It names the flag.
     """
-    flags = {"--offload": options.offload, "--cuda-graphs": options.cuda_graphs}
+    flags = {
+        "--offload": options.offload,
+        "--cuda-graphs": options.cuda_graphs,
+        f"--kernels {options.kernels}": options.kernels is not None,
+    }
     given = [flag for flag, is_given in flags.items() if is_given]
     if given and options.device in (None, "cpu"):
         raise FoveateError(f"{given[0]} needs a GPU; add --device cuda, or leave {given[0]} out")
-    if len(given) == len(flags):
+    if options.offload and options.cuda_graphs:
         raise FoveateError("--cuda-graphs needs weights that stay on the GPU; leave --offload or --cuda-graphs out")

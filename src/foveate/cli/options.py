@@ -51,6 +51,7 @@ class ModelOptions:
         offload: Keep only the module in use on the device, the others in main memory.
         release_text_encoder: Hold the text encoder in memory only while prompts are encoded.
         cuda_graphs: Capture the first scales as CUDA graphs; untested on a GPU.
+        kernels: triton runs Triton kernels on a GPU, plain torch where they fail; untested on a GPU.
     """
 
     model: Annotated[str, Parameter(name=["--model", "-m"])] = "emoji"
@@ -67,6 +68,7 @@ class ModelOptions:
     offload: Annotated[bool, Parameter(group=MACHINE)] = False
     release_text_encoder: Annotated[bool, Parameter(group=MACHINE)] = False
     cuda_graphs: Annotated[bool, Parameter(group=MACHINE)] = False
+    kernels: Annotated[Literal["triton"] | None, Parameter(group=MACHINE)] = None
 
 
 @Parameter(name="*", group=PICTURE)

@@ -264,14 +264,22 @@ def registered_name(path: str | Path, config: Mapping[str, Any]) -> str:
     return name
 
 
-def loading_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How the model of an image was loaded: weights, dtypes and device, in the words of `from_pretrained`."""
+def loading_options(config: Mapping[str, Any], *, device: str | None = None) -> dict[str, Any]:
+    """How the model of an image was loaded: weights, dtypes, device and kernels, in the words of `from_pretrained`.
+
+    Args:
+        config: Of the image.
+        device: Where it is made again; None takes the device that made it. On a CPU no kernels of a GPU are asked for.
+    """
+    device = device or config["device"]
+    has_triton = config.get("kernels") == "triton" and device != "cpu"
     return {
         "weights": config["weights"]["kind"],
         "dtype": config["dtype"],
         "decoder_dtype": config.get("decoder_dtype"),
         "quantization": config.get("quantization"),
-        "device": config["device"],
+        "device": device,
+        "kernels": "triton" if has_triton else None,
     }
 
 
