@@ -43,8 +43,9 @@ def text_in(path: Path) -> str:
     return path.read_bytes().decode("latin-1")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def output(toy_pipe: Pipeline) -> PipelineOutput:
+    """Four images; tests leave them as they are."""
     return draw(toy_pipe, seed=[3, 5])
 
 
