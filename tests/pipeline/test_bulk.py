@@ -19,7 +19,7 @@ from foveate.core.warnings import CallWarning
 from foveate.engine.report import Report
 from foveate.families import available
 from foveate.families.available import available_bytes
-from foveate.families.memory import largest_batch, memory_need, resident_bytes
+from foveate.families.memory import MemoryNeed, largest_batch, memory_need, resident_bytes
 from foveate.families.published import PUBLISHED
 from foveate.families.residency import Residency
 from foveate.pipeline import bulk
@@ -325,22 +325,25 @@ def test_reports_add_up(toy_pipe: Pipeline) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "policy"), [("infinity-2b", "depthvar"), ("var-d16", "full"), ("switti-1024", "cached-guidance")]
+    ("name", "policy", "residency"),
+    [
+        ("infinity-2b", "depthvar", Residency()),
+        ("var-d16", "full", Residency(offload=True)),
+        ("switti-1024", "cached-guidance", Residency(release_text_encoder=True)),
+    ],
 )
-def test_the_largest_batch_is_the_last_one_below_the_limit(name: str, policy: str) -> None:
+def test_the_largest_batch_is_the_last_one_below_the_limit(name: str, policy: str, residency: Residency) -> None:
     spec = PUBLISHED[name].spec
-    for residency in (Residency(), Residency(offload=True), Residency(release_text_encoder=True)):
-        options: dict[str, Any] = {"residency": residency, "quantization": None}
 
-        def need(number: int, options: dict[str, Any] = options) -> int:
-            return memory_need(spec, torch.bfloat16, load_policy(policy), number, **options).peak
+    def need(number: int = 1) -> MemoryNeed:
+        return memory_need(spec, torch.bfloat16, load_policy(policy), number, residency=residency, quantization=None)
 
-        resident = resident_bytes(spec, torch.bfloat16, None, residency)
-        one = memory_need(spec, torch.bfloat16, load_policy(policy), **options)
-        for room in (one.peak - 1, one.peak, 3 * one.peak):
-            largest = largest_batch(one, resident, room - resident)
-            assert largest == 0 or need(largest) <= room
-            assert need(largest + 1) > room
+    resident = resident_bytes(spec, torch.bfloat16, None, residency)
+    one = need()
+    for room in (one.peak - 1, one.peak, 3 * one.peak):
+        largest = largest_batch(one, resident, room - resident)
+        assert largest == 0 or need(largest).peak <= room
+        assert need(largest + 1).peak > room
 
 
 def test_resident_weights_are_those_that_stay() -> None:
