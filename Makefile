@@ -25,7 +25,8 @@ LOWEST = .venv-lowest/bin/python
 bounds:
 	rm -rf .venv-lowest && $(PYTHON) -m venv .venv-lowest
 	$(LOWEST) -m pip install "$$(grep '^torch==' constraints-lowest.txt)"
-	$(LOWEST) -m pip install -c constraints-lowest.txt -e ".[eval]"
+	$(LOWEST) -m pip install -e packages/foveate-emoji
+	$(LOWEST) -m pip install -c constraints-lowest.txt -e ".[demo,eval]"
 	$(LOWEST) -m pip install $$(grep -E '^(beartype|hypothesis|pytest)==' constraints.txt)
 	OMP_NUM_THREADS=1 $(LOWEST) -m pytest -o addopts= --import-mode=importlib -m "not soak" \
 		tests/core tests/tokenizers tests/engine/test_engine.py tests/models/test_checkpoint.py \
