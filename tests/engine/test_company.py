@@ -74,6 +74,9 @@ def probed(dtype: torch.dtype, kernels: str) -> Toy:
     return replace(subject, model=model)
 
 
+ONCE = [0, *(pytest.param(group, marks=pytest.mark.soak) for group in (1, 2))]
+"""One of the companies; every policy has company in `test_an_image_is_the_same_alone_and_in_company`."""
+
 SOAKED = ((torch.float32, 1), (torch.bfloat16, 2))
 """Float32 on one thread runs where members fail and other families have company."""
 
@@ -167,16 +170,22 @@ def test_an_image_is_the_same_alone_and_in_company(group: int, dtype: torch.dtyp
 @pytest.mark.usefixtures("plain_torch")
 @pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("group", range(3))
+@pytest.mark.parametrize("group", ONCE)
 def test_an_image_is_the_same_in_plain_torch(group: int, dtype: torch.dtype, threads: int):
     with threads_of(threads):
         assert_company(GROUPS[group], dtype, f"plain, {threads} threads")
 
 
-@pytest.mark.parametrize("family", ["patches", "var", "switti"])
-@pytest.mark.parametrize("group", range(3))
-def test_every_family_has_company(group: int, family: str):
-    """2x2 latents a token; codebooks; and a model that keeps no keys: every policy on each."""
+@pytest.mark.parametrize(
+    ("family", "group"),
+    [
+        pytest.param(family, group, marks=() if first == group else pytest.mark.soak)
+        for first, family in enumerate(("patches", "var", "switti"))
+        for group in range(3)
+    ],
+)
+def test_every_family_has_company(family: str, group: int):
+    """2x2 latents a token; codebooks; and a model that keeps no keys: every policy on one of them, the rest soak."""
     seeds = range(len(GROUPS[group]))
     if family == "switti":
         # As published, a width of which vectors leave no rest: torch computes those by other code.
@@ -192,7 +201,7 @@ def test_every_family_has_company(group: int, family: str):
     assert_same_in_company(Engine(subject.model, subject.tokenizer), subject, members)
 
 
-@pytest.mark.parametrize("group", range(3))
+@pytest.mark.parametrize("group", ONCE)
 def test_neighbours_that_fail_or_are_cancelled_change_nothing(group: int):
     """Only the one that fails is answered with its error; it is as it was and goes on when the cause is gone."""
     assert_company(GROUPS[group], torch.float32, f"native, {torch.get_num_threads()} threads", fails=True)

@@ -61,7 +61,8 @@ print(json.dumps([run, decoder]))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux's account of a process's memory")
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_model_says_what_a_process_takes(dtype: torch.dtype) -> None:
     spec = PUBLISHED["infinity-125m"].spec
     spec = replace(spec, transformer=replace(spec.transformer, depth=2, chunks=1), budgets=("0.06M",))
