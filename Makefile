@@ -1,6 +1,8 @@
 # Every target works from a bare clone with python3 (3.11 or newer, with venv) and make; the first one installs.
 PYTHON ?= python3
 BIN := .venv/bin
+# Programs that tests start, and the next run, read compiled modules, also where the environment says to write none.
+export PYTHONDONTWRITEBYTECODE :=
 PIP := $(BIN)/python -m pip
 
 # One worker per core with one thread each: threads of several workers would wait for each other.
