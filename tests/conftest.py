@@ -60,8 +60,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_configure(config: pytest.Config) -> None:
     """Examples of hypothesis follow from the seed of the suite, unless they have one of their own."""
+    config.addinivalue_line("markers", "in_turn(one, other): values of two parameters meet in turn; other pairs soak")
     if config.getoption("--hypothesis-seed") is None:
         hypothesis.core.global_force_seed = randomness.BASE
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks pairs that `in_turn` leaves to `make soak`: every value still runs, with one of the other's."""
+    tests: dict[tuple[Path, str], list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("in_turn") is not None:
+            tests.setdefault((item.path, item.originalname), []).append(item)
+    for cases in tests.values():
+        places = [_places(cases, name) for name in cases[0].get_closest_marker("in_turn").args]  # type: ignore[union-attr]
+        turn = 1 + min(map(max, places))
+        for case, *pair in zip(cases, *places, strict=True):
+            if (pair[0] - pair[1]) % turn:
+                case.add_marker(pytest.mark.soak)
+
+
+def _places(cases: list[pytest.Function], name: str) -> list[int]:
+    """Which of the values of a parameter each case has, in the order in which they first occur."""
+    values = [id(case.callspec.params[name]) for case in cases]
+    return [list(dict.fromkeys(values)).index(value) for value in values]
 
 
 def pytest_report_header() -> str:

@@ -131,6 +131,7 @@ def test_codebook_and_latent_do_not_follow_the_decoder(small: ModelSpec) -> None
 # Weights in int8 and fp8
 
 
+@pytest.mark.in_turn("kind", "dtype")
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_by_the_memory_model_are_the_loaded_ones(small: ModelSpec, kind: str, dtype: torch.dtype) -> None:
@@ -197,7 +198,8 @@ print(json.dumps([peak, sum(weights_bytes(pipe.model).values())]))
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's account of peak memory")
-@pytest.mark.parametrize("kind", ["int8", pytest.param("fp8", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_loading_peaks_at_the_unquantised_weights(kind: str) -> None:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(

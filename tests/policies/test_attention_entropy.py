@@ -30,6 +30,7 @@ def scores(seen: Seen, block: int, polarity: str) -> list[float]:
     return [highest - entropies[token] if token in seen.kept else 0.0 for token in range(len(entropies))]
 
 
+@pytest.mark.in_turn("spec", "name")
 @pytest.mark.parametrize("name", ["square", "wide", "odd", "patches"])
 @pytest.mark.parametrize(("spec", "block", "polarity", "share", "num_scales", "base"), SETTINGS)
 def test_tokens_are_kept_by_the_entropy_of_their_attention(

@@ -103,6 +103,7 @@ def steps_of(subject: Toy, policy: CachedGuidance):
     return steps
 
 
+@pytest.mark.in_turn("policy", "name")
 @pytest.mark.parametrize("name", SUBJECTS)
 @pytest.mark.parametrize(
     "policy",

@@ -255,6 +255,7 @@ def test_wrong_settings_are_refused_by_name(field: str, value: object):
 # In the engine
 
 
+@pytest.mark.in_turn("policy", "name")
 @pytest.mark.parametrize("name", ["square", "wide", "odd", "patches"])
 @pytest.mark.parametrize("policy", [DepthVAR(), DepthVAR(reference_scale=2, curve="linear", blend="depth")])
 def test_filled_tokens_add_the_resized_change_of_the_same_block(policy: DepthVAR, name: str):

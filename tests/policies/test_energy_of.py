@@ -64,6 +64,7 @@ def assert_decided(result: Result, name: str, policy: LDPruning) -> int:
     return others
 
 
+@pytest.mark.in_turn("policy", "name")
 @pytest.mark.parametrize("name", ["square", "wide", "odd", "patches"])
 @pytest.mark.parametrize("policy", [BOTH, BOTH.replace(energy_share=0.8, fill="zero")], ids=lambda policy: policy.spec)
 def test_decisions_equal_the_loops(policy: LDPruning, name: str):

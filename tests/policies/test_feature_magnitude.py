@@ -25,6 +25,7 @@ def norms(seen: Seen, block: int) -> list[float]:
     return [math.sqrt(sum(x * x for x in row)) for row in seen.inputs[block].tolist()]
 
 
+@pytest.mark.in_turn("spec", "name")
 @pytest.mark.parametrize("name", ["square", "wide", "odd", "patches"])
 @pytest.mark.parametrize(("spec", "block", "share", "num_scales", "base"), SETTINGS)
 def test_longest_hidden_states_are_kept(spec: str, block: int, share: float, num_scales: int, base: Base, name: str):

@@ -39,6 +39,7 @@ def steps_of(subject, policy: KVEviction):
 # Which keys
 
 
+@pytest.mark.in_turn("policy", "name")
 @pytest.mark.parametrize("name", ["odd", "patches"])
 @spec
 def test_run_equals_attention_over_listed_scales(policy: KVEviction, name: str):

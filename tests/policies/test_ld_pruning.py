@@ -217,6 +217,7 @@ def assert_same_but_ties(kept: list[int], energy: list[float], share: float):
     assert True in ties
 
 
+@pytest.mark.in_turn("policy", "name")
 @pytest.mark.parametrize("name", ["square", "wide", "odd", "patches"])
 @pytest.mark.parametrize(
     "policy",

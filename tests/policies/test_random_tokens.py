@@ -61,6 +61,7 @@ def replayed(result: Result, name: str, policy: RandomTokens) -> int:
     return lent
 
 
+@pytest.mark.in_turn("policy", "name")
 @pytest.mark.parametrize("name", ["square", "wide", "odd", "patches"])
 @pytest.mark.parametrize(
     "policy",

@@ -70,6 +70,7 @@ def candidates(seen: Seen, grid: tuple[int, int], stride: int, token: int) -> di
 # In the engine
 
 
+@pytest.mark.in_turn("policy", "name")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("policy", POLICIES, ids=["strict", "always alike"])
 def test_choices_copies_and_commits_replay(policy: SparseVAR, name: str):

@@ -30,6 +30,7 @@ def distances(seen: Seen, block: int) -> list[float]:
     ]
 
 
+@pytest.mark.in_turn("spec", "name")
 @pytest.mark.parametrize("name", ["square", "wide", "odd", "patches"])
 @pytest.mark.parametrize(("spec", "block", "share", "num_scales", "base"), SETTINGS)
 def test_tokens_far_from_the_mean_are_kept(spec: str, block: int, share: float, num_scales: int, base: Base, name: str):
