@@ -74,6 +74,9 @@ ACTIVE = (
 )
 """Settings at which every registered policy really does something on a toy."""
 
+FIRST = tuple({spec.partition(":")[0]: spec for spec in reversed(ACTIVE)}.values())
+"""One setting of each policy, and of each composition."""
+
 IN_TURN = [(spec, TOYS[i % len(TOYS)]) for i, spec in enumerate(ACTIVE)]
 """Every setting on one of the toys; what must hold on each of them is run on two."""
 
@@ -95,6 +98,7 @@ def test_every_registered_policy_is_among_the_active_ones():
 # 1. The plain loop
 
 
+@pytest.mark.in_turn("rule", "name")
 @pytest.mark.parametrize("rule", [Filter(top_k=0, top_p=0.0), Filter(top_k=0, top_p=0.8), Filter(top_k=1, top_p=0.0)])
 @pytest.mark.parametrize("name", TOYS)
 def test_full_equals_the_plain_loop(name: str, rule: Filter):
@@ -248,7 +252,7 @@ def attributes(model: Infinity) -> list[dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("spec", ACTIVE)
+@pytest.mark.parametrize("spec", few(ACTIVE, *FIRST, more=0))
 def test_broken_request_leaves_nothing(spec: str):
     """One request raises in the middle, one is cancelled; the next one runs as on a model that nobody used."""
     subject, policy = toy("wide"), load_policy(spec)
@@ -311,6 +315,7 @@ def test_cost_is_known_before_and_counted_after(spec: str, name: str):
     result = cached_run(spec, name)
     counted = total_after(result.trace)
     assert counted == result.trace.cost
+    assert result.trace.peak_kv_bytes == bounds_of(bound, request, subject.model.shape).kv_bytes(64, 4)
     assert counted.tokens == sum(len(part) for choice in result.choices.values() for part in choice.symbols)
     if bound.is_static:
         assert before == counted
@@ -341,13 +346,23 @@ def test_policies_that_look_at_content_say_so():
 
 
 @pytest.mark.usefixtures("plain_torch")
-@pytest.mark.parametrize(("spec", "name"), [*((spec, "wide") for spec in ACTIVE), ("ld-pruning|depthvar", "patches")])
-def test_flops_agree_with_those_that_torch_counts(spec: str, name: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "case",
+    few(
+        [*(f"{spec} on wide" for spec in ACTIVE), "ld-pruning|depthvar on patches"],
+        *(f"{spec} on wide" for spec in ("full", "ld-pruning", "depthvar", "fastvar:skip_last=1,reference_scale=-4")),
+        *("cached-guidance:count=2,keep_ratio=0.3 on wide", "sparsevar:threshold=0.995,stride=3 on wide"),
+        *("kv-eviction:keep_first=1,window=1 on wide", "skipvar on wide", "ld-pruning|depthvar on patches"),
+        more=2,
+    ),
+)
+def test_flops_agree_with_those_that_torch_counts(case: str, monkeypatch: pytest.MonkeyPatch):
     """Exactly, but for the resizing of what is kept, which contracts leave out and torch sees as matrix products.
 
     A single row is computed as two; the second one is no useful work and is not counted.
     """
     monkeypatch.setattr("foveate.kernels.linear.LEAST_ROWS", 1)
+    spec, name = case.split(" on ")
     subject = toy(name)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={flash: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
@@ -391,8 +406,11 @@ def held_bytes(others: list[int]) -> int:
     return sum(cache.num_bytes for cache in caches)
 
 
-@pytest.mark.parametrize("spec", ACTIVE)
+@pytest.mark.parametrize(
+    "spec", few(ACTIVE, "full", "ld-pruning", "drop-branch:count=3", "kv-eviction:keep_first=1,window=1", more=1)
+)
 def test_cache_bound_is_known_before_and_never_exceeded(spec: str):
+    """Of what is really held; that the bound is the peak that a trace tells is asked of every setting above."""
     subject, policy = toy("wide"), load_policy(spec)
     request = make_request(subject.schedule)
     bound = policy.bind(subject.schedule, subject.model.shape)

@@ -89,9 +89,10 @@ def one_image(name: str) -> Request:
     return make_request(toy(name).schedule, SEEDS[:1], LENGTHS[:1])
 
 
+@pytest.mark.parametrize("turn", [0, *(pytest.param(turn, marks=pytest.mark.soak) for turn in (1, 2))])
 @pytest.mark.parametrize("first", NAMES)
-def test_every_ordered_pair_goes_together_and_runs_or_is_refused(first: str):
-    """Both orders are bound, and refused with the reason of the table; each pair runs in one order."""
+def test_every_ordered_pair_goes_together_and_runs_or_is_refused(first: str, turn: int):
+    """Both orders are bound, and refused with the reason of the table; of each three pairs one runs, in one order."""
     for index, second in enumerate(NAMES):
         verdict, policy, name = TABLE[first][index], load_policy(f"{first}|{second}"), SCHEDULES[index % 2]
         if verdict != "o":
@@ -100,7 +101,7 @@ def test_every_ordered_pair_goes_together_and_runs_or_is_refused(first: str):
                     policy.bind(subject.schedule, subject.model.shape)
             continue
         policy.bind(toy(name).schedule, SHAPE)
-        if NAMES.index(first) > index:
+        if NAMES.index(first) > index or (NAMES.index(first) + index) % 3 != turn:
             continue
         result = run(toy(name), policy, one_image(name))
         # Content decides anew where another policy changed the image, so a small surplus over the parts is possible.
