@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers  # its parts are imported when a test asks for them
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from foveate.conditioning.clip import ClipPair, ClipText
 from foveate.conditioning.text import Conditioner
@@ -36,8 +36,8 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_config(width: int, end: int, max_tokens: int = 77) -> CLIPTextConfig:
-    return CLIPTextConfig(
+def make_config(width: int, end: int, max_tokens: int = 77) -> "transformers.CLIPTextConfig":
+    return transformers.CLIPTextConfig(
         vocab_size=len(VOCAB),
         hidden_size=width,
         intermediate_size=2 * width,
@@ -55,7 +55,7 @@ def make_config(width: int, end: int, max_tokens: int = 77) -> CLIPTextConfig:
 
 def make_encoder(width: int, end: int, max_tokens: int = 77) -> ClipText:
     torch.manual_seed(width)
-    model = CLIPTextModel(make_config(width, end, max_tokens))
+    model = transformers.CLIPTextModel(make_config(width, end, max_tokens))
     for parameter in model.parameters():
         # Biases and norms away from 0 and 1, so that leaving one out shows.
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -73,7 +73,9 @@ def published(pair: ClipPair, prompt: str) -> tuple[Tensor, Tensor]:
     outputs, masks = [], []
     for encoder in (pair.first, pair.second):
         # Both published tokenizers pad with the end token.
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), pad_token=END, eos_token=END)
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=make_tokenizer(), pad_token=END, eos_token=END
+        )
         tokens = tokenizer(
             [prompt], max_length=encoder.max_tokens, padding="max_length", truncation=True, return_tensors="pt"
         )
@@ -130,13 +132,13 @@ def test_prompt_that_just_fits_is_read_whole(pair: ClipPair) -> None:
 @pytest.fixture
 def folders(tmp_path: Path, pair: ClipPair) -> tuple[Path, Path]:
     """The first as a whole CLIP, image encoder and all, like the published ones; the second with its text part only."""
-    both = CLIPConfig(
+    both = transformers.CLIPConfig(
         text_config=pair.first.model.config.to_dict(),
         vision_config={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         | {"image_size": 8, "patch_size": 4},
         projection_dim=8,
     )
-    whole = CLIPModel(both)
+    whole = transformers.CLIPModel(both)
     whole.text_model.load_state_dict(pair.first.model.state_dict())
     whole.save_pretrained(tmp_path / "whole")
     pair.second.model.save_pretrained(tmp_path / "text")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers  # its parts are imported when a test asks for them
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from foveate.conditioning.t5 import T5Text
 from foveate.conditioning.text import Conditioner
@@ -38,9 +38,9 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_config() -> T5Config:
+def make_config() -> "transformers.T5Config":
     # Dropout, so that a model left in training mode shows.
-    return T5Config(
+    return transformers.T5Config(
         vocab_size=64,
         d_model=32,
         d_kv=8,
@@ -58,14 +58,14 @@ def make_config() -> T5Config:
 @pytest.fixture
 def text() -> T5Text:
     torch.manual_seed(3)
-    return T5Text(model=T5EncoderModel(make_config()), tokenizer=make_tokenizer())
+    return T5Text(model=transformers.T5EncoderModel(make_config()), tokenizer=make_tokenizer())
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkpoint like the published ones: the decoder and the head are in it, too."""
     torch.manual_seed(4)
-    T5ForConditionalGeneration(make_config()).save_pretrained(tmp_path)
+    transformers.T5ForConditionalGeneration(make_config()).save_pretrained(tmp_path)
     make_tokenizer().save(str(tmp_path / "tokenizer.json"))
     return tmp_path
 
@@ -73,7 +73,9 @@ def folder(tmp_path: Path) -> Path:
 @torch.no_grad()
 def published(model: nn.Module, prompt: str, max_tokens: int = 512) -> Tensor:
     """Padded to `max_tokens`, masked, and cut to the real length."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=make_tokenizer(), pad_token="<pad>", eos_token="</s>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=make_tokenizer(), pad_token="<pad>", eos_token="</s>"
+    )
     tokens = tokenizer([prompt], max_length=max_tokens, padding="max_length", truncation=True, return_tensors="pt")
     assert tokens.input_ids.shape == (1, max_tokens)
     out = model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state.float()
@@ -122,7 +124,7 @@ def test_from_pretrained_takes_the_encoder_of_a_full_checkpoint(
         text = T5Text.from_pretrained(folder, local_files_only=True)
     assert not caplog.records
     assert "UNEXPECTED" not in "".join(capfd.readouterr())
-    encoder = T5ForConditionalGeneration.from_pretrained(folder).eval().get_encoder()
+    encoder = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval().get_encoder()
     for prompt, x_TE in zip(PROMPTS, text.encode(PROMPTS), strict=True):
         torch.testing.assert_close(x_TE, published(encoder, prompt), rtol=1e-4, atol=1e-5)
     assert not any("decoder" in name for name, _ in text.model.named_parameters())
