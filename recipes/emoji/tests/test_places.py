@@ -108,11 +108,12 @@ def test_a_reader_learns_and_the_same_recipe_gives_the_same_one() -> None:
     encoder = replace(bundled_encoder(), places=None)
     recipe = PlacesRecipe(steps=60, batch=16, rate=2e-3, warmup_steps=10)
     lines: list[str] = []
-    few = replace(encoder, places=teach_places(replace(recipe, steps=1), encoder, drawings(), lines.append))
+    few = replace(encoder, places=teach_places(replace(recipe, steps=5), encoder, drawings(), lines.append))
     taught = replace(encoder, places=teach_places(recipe, encoder, drawings(), lines.append))
-    again = teach_places(recipe, encoder, drawings(), lines.append)
+    again = teach_places(replace(recipe, steps=5), encoder, drawings(), lines.append)
     assert taught.places is not None
-    assert all((w == again.state_dict()[name]).all() for name, w in taught.places.state_dict().items())
+    assert few.places is not None
+    assert all((w == again.state_dict()[name]).all() for name, w in few.places.state_dict().items())
     assert placed_share(taught, drawings(), count=64) > placed_share(few, drawings(), count=64)
     length = taught.places.direction_AE.square().mean(1).sqrt()
     rms = encoder.encode(["a cat to the left of a dog"])[0][1:].square().mean().sqrt()
