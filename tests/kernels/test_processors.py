@@ -28,7 +28,6 @@ SLICE = (
     "tests/kernels/test_invariance.py::test_activations_of_tokens_alone",
     "tests/kernels/test_invariance.py::test_attention_of_rows_alone",
     "tests/kernels/test_kernels.py::test_linear_equals_plain_arithmetic",
-    "tests/engine/test_company.py::test_an_image_is_the_same_alone_and_in_company[0-dtype1-1]",
 )
 LEAST = 150
 """Cases of the slice, or it has lost some."""

@@ -27,6 +27,8 @@ FASTVAR = {
     "fastvar_infinity_published_wide": FastVAR(match="width"),
 }
 """The policy that each case names by its widths."""
+QUICK = ("fastvar_infinity", "fastvar_infinity_tall")
+"""That of the published widths waits for `make soak`."""
 VAR_CASES = ("argmax", "sampled", "shared_aln")
 
 
@@ -63,7 +65,9 @@ def test_reproduces_the_published_path(name: str) -> None:
     assert "continue over the scales" in result.reason
 
 
-@pytest.mark.parametrize("name", list(FASTVAR))
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(n, marks=pytest.mark.soak) for n in FASTVAR if n not in QUICK)]
+)
 def test_reproduces_fastvar(name: str) -> None:
     """The older case is judged before its first cut that is not clear, or in full if that cut fell as recorded."""
     result = parity.run_case(DATA / f"{name}.json")
