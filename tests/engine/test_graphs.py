@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.core.held import copy_held_, held_bytes, held_copy
+from foveate.core.held import copy_held_, held_bytes, held_copy, zero_held_
 from foveate.engine.executor import Engine
 from foveate.engine.graphs import DeviceCapture, Graphs
 from foveate.engine.state import Request
@@ -142,8 +142,10 @@ def test_what_cannot_be_captured_runs_without_graphs(fails_at: int, caplog: pyte
     assert warning.endswith("when stream is capturing")
 
 
-def test_what_a_graph_reads_lives_as_long_as_the_graph():
+def test_what_a_graph_reads_lives_as_long_as_the_graph(monkeypatch: pytest.MonkeyPatch):
     """A device's graph holds no tensor: what only the recorded function held would be somebody else's memory."""
+    monkeypatch.setattr("foveate.engine.graphs._spoil_", lambda over, expected: None)
+    monkeypatch.setattr("foveate.engine.graphs._agree", lambda found, expected: True)
     subject = toy("square")
     kept: list[weakref.ref[Tensor]] = []
 
@@ -302,3 +304,8 @@ def test_records_are_copied_tensor_by_tensor():
     assert copied.first is not record.first
     with pytest.raises(ValueError, match="shorter|longer"):
         copy_held_(copied, record.first)
+    places = torch.arange(2)
+    zero_held_((copied, places))
+    assert not copied.first.any()
+    assert not copied.rest[0]["a"].any()
+    assert places[1] == 1, "an index stays"

@@ -35,6 +35,13 @@ def copy_held_(target: object, source: object) -> None:
     torch._foreach_copy_([over for over, _ in pairs], [tensor for _, tensor in pairs])
 
 
+def zero_held_(target: object) -> None:
+    """Fills every tensor of a record that holds real numbers with zeros; indices stay."""
+    for tensor in _tensors(target):
+        if tensor.is_floating_point():
+            tensor.zero_()
+
+
 def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from foveate.core.cost import Row
 from foveate.core.errors import is_out_of_memory
-from foveate.core.held import copy_held_, held_copy
+from foveate.core.held import copy_held_, held_copy, zero_held_
 from foveate.core.protocols import NextScaleModel, Prepared
 from foveate.core.schedule import Scale, ScaleSchedule
 from foveate.core.warnings import CallWarning, log_warnings
@@ -187,11 +187,12 @@ class Prefix:
         """Runs a scale plainly, then captures it and replays it once: only what agrees is ever replayed again."""
         scale = key[0]
         out_kV = run(x_nC.clone(), rotation_nD, self.prepared, self.cache)
-        expected = [part.clone() for part in (out_kV, *self.cache.k_RNMD, *self.cache.v_RNMD)]
+        expected = [part.clone() for part in (out_kV, *self._stored(scale + 1))]
         problem = None
         try:
             self.graphs[key] = self._captured(scale, x_nC, rotation_nD, run)
-            found = (self._replayed(key, x_nC), *self.cache.k_RNMD, *self.cache.v_RNMD)
+            self._prepare_check(scale, self.graphs[key].captured.out, expected)
+            found = (self._replayed(key, x_nC), *self._stored(scale + 1))
             if not all(_agree(ours, theirs) for ours, theirs in zip(found, expected, strict=True)):
                 problem = f"a replay differs from the plain loop by more than {TOLERANCE:g}"
         except RuntimeError as error:
@@ -199,18 +200,33 @@ class Prefix:
         if problem is not None:
             self.is_broken = True
             self.owner.note(problem)
-            for over, part in zip((*self.cache.k_RNMD, *self.cache.v_RNMD), expected[1:], strict=True):
+            for over, part in zip(self._stored(scale + 1), expected[1:], strict=True):
                 over.copy_(part)
         return expected[0]
 
     def _captured(self, scale: int, x_nC: Tensor, rotation_nD: Tensor, run: Blocks) -> Recorded:
-        own_x_nC, own_rotation_nD = x_nC.clone(), rotation_nD.clone()
+        """Records a scale on zeros: a graph that keeps what it read then cannot agree on a request's own values."""
+        own_x_nC, own_rotation_nD = torch.zeros_like(x_nC), rotation_nD.clone()
 
         def work() -> Tensor:
             self._fill(scale)
             return run(own_x_nC, own_rotation_nD, self.prepared, self.cache)
 
-        return Recorded(x_nC=own_x_nC, rotation_nD=own_rotation_nD, captured=self.owner.capture(work))
+        kept = held_copy(self.prepared)
+        zero_held_(self.prepared)
+        zero_held_(self._stored(scale + 1))
+        try:
+            return Recorded(x_nC=own_x_nC, rotation_nD=own_rotation_nD, captured=self.owner.capture(work))
+        finally:
+            copy_held_(self.prepared, kept)
+
+    def _prepare_check(self, scale: int, out_kV: Tensor, expected: list[Tensor]) -> None:
+        """Puts back what the scale reads, and values that cannot agree wherever its replay has to write."""
+        _spoil_(out_kV, expected[0])
+        held = self._num_stored(scale)
+        for over, part in zip(self._stored(scale + 1), expected[1:], strict=True):
+            over[:, :, :held] = part[:, :, :held]
+            _spoil_(over[:, :, held:], part[:, :, held:])
 
     def hand_over(self, cache: KVCache) -> None:
         """Moves keys and values of the scales that ran into a request's own, empty cache, and ends the prefix."""
@@ -231,9 +247,17 @@ class Prefix:
 
     def _fill(self, scale: int) -> None:
         """Says how much the cache holds in front of a scale; the device does not know."""
-        stored = self.shape.schedule.scales[: min(scale, self.shape.num_stored)]
-        filled = sum(part.num_tokens for part in stored)
+        filled = self._num_stored(scale)
         self.cache.lengths = [[filled] * len(self.shape.rows) for _ in self.cache.lengths]
+
+    def _num_stored(self, scale: int) -> int:
+        """Tokens of a row that the cache holds in front of a scale."""
+        return sum(part.num_tokens for part in self.shape.schedule.scales[: min(scale, self.shape.num_stored)])
+
+    def _stored(self, scale: int) -> list[Tensor]:
+        """Keys and values in front of a scale, as views: what lies behind them was never written."""
+        filled = self._num_stored(scale)
+        return [part[:, :, :filled] for part in (*self.cache.k_RNMD, *self.cache.v_RNMD)]
 
 
 class Graphs:
@@ -329,7 +353,14 @@ def _remember(shapes: "OrderedDict[PrefixShape, T]", shape: PrefixShape, value: 
         shapes.popitem(last=False)
 
 
+def _spoil_(over: Tensor, expected: Tensor) -> None:
+    """Overwrites with NaN, and with zeros where NaN is expected: nothing of it passes for the result."""
+    over.copy_(torch.where(expected.isnan(), 0.0, torch.nan))
+
+
 def _agree(found: Tensor, expected: Tensor) -> bool:
     """Whether a replay is the plain loop within `TOLERANCE`; numbers that are broken must be so in both."""
+    if not expected.numel():
+        return True
     largest = expected.double().nan_to_num(0.0, 0.0, 0.0).abs().max().clamp_min(1.0)
     return torch.allclose(found.double(), expected.double(), rtol=0.0, atol=TOLERANCE * float(largest), equal_nan=True)
