@@ -138,6 +138,8 @@ def test_rows_say_their_own(toy_pipe: Pipeline) -> None:
             draw_rows(toy_pipe, rows(1), BulkSettings(), **{name: value})  # type: ignore[arg-type]
     with pytest.raises(FoveateError, match="leave generator out"):
         rows_of("a", toy_pipe.model.spec, rng="reference", generator=torch.Generator())
+    with pytest.raises(FoveateError, match="rows come as PIL images; leave output_type out"):
+        draw_rows(toy_pipe, rows(1), BulkSettings(), output_type="np")  # type: ignore[call-arg]
     with pytest.raises(FoveateError, match="no rows to generate"):
         draw_rows(toy_pipe, iter(()), BulkSettings())
     with pytest.raises(FoveateError, match="1 image or more, got 0"):

@@ -35,22 +35,39 @@ assert_type(pipe(["a", "b"], output_type="pil", seed=[1, 2], top_k=np.int64(3)).
 array = pipe("a", output_type="np", guidance_scale=[1.0] * 7, policy=fv.SkipScales()).images
 print(array.shape, out.report.flops_ratio, out.seeds)
 assert_type(pipe("a", output_type="latent").images, Tensor)
+for event in pipe.stream("a"):
+    assert_type(event.images, list[Image.Image] | None)
+    assert_type(event.image, Image.Image | None)
+    if event.output is not None:
+        out = event.output
+for arrays in pipe.stream("a", 0, output_type="np"):
+    assert_type(arrays.images, np.ndarray | None)
+for tensors in pipe.stream("a", output_type="pt", seed=1):
+    assert_type(tensors.image, Tensor | None)
 kept: Options = {"seed": 1, "output_type": "pt"}
 assert_type(pipe("a", **kept).images, list[Image.Image] | np.ndarray | Tensor)
+for either in pipe.stream("a", **kept):
+    assert_type(either.images, list[Image.Image] | np.ndarray | Tensor | None)
+    print(either.image)
 pipe("a", sed=1)  # error
 pipe("a", seed="1")  # error
 pipe("a", rng="dice")  # error
 pipe("a", return_dict=False)  # error
 """
 
+PAGE = Path(__file__).parents[2] / "docs/python.md"
+DOCUMENTED = "".join(re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE))
+"""The examples of the page, one behind the other as a reader types them."""
+
 
 @pytest.mark.soak
-def test_a_users_script_is_typed(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(USER_SCRIPT)
-    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(script)]
+@pytest.mark.parametrize("script", [pytest.param(USER_SCRIPT, id="here"), pytest.param(DOCUMENTED, id="docs")])
+def test_a_users_script_is_typed(tmp_path: Path, script: str) -> None:
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "script.py"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    wrong = [number for number, line in enumerate(USER_SCRIPT.splitlines(), start=1) if line.endswith("# error")]
+    assert ran.stdout.endswith(("no issues found in 1 source file\n", "(checked 1 source file)\n")), ran.stderr
+    wrong = [number for number, line in enumerate(script.splitlines(), start=1) if line.endswith("# error")]
     found = {int(line.split(":")[1]) for line in ran.stdout.splitlines() if ": error:" in line}
     assert found == set(wrong), ran.stdout
 

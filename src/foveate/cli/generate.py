@@ -26,7 +26,7 @@ from foveate.cli.place import Place
 from foveate.core.errors import FoveateError
 from foveate.core.prompt_file import read_prompt_file
 from foveate.core.suffixes import SUFFIXES
-from foveate.pipeline.options import OPTIONS, Options
+from foveate.pipeline.options import OPTIONS, CallOptions, Options
 
 _NUMBER = re.compile(r"[\d.,]*\d[\d.,]*")
 
@@ -215,10 +215,10 @@ def _draw(
     return 0
 
 
-def _of_all_rows(call: Options) -> Options:
+def _of_all_rows(call: Options) -> CallOptions:
     """The options that all rows share."""
     own = ("seed", "num_images_per_prompt", "negative_prompt")
-    return cast(Options, {name: value for name, value in call.items() if name not in own})
+    return cast(CallOptions, {name: value for name, value in call.items() if name not in own})
 
 
 def _redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
@@ -245,7 +245,7 @@ def _redraw(source: Path, model: ModelOptions, options: GenerateOptions) -> int:
             name = model.model if model.model != _MODEL.model else provenance.registered_name(source, config)
             asked = replace(model, model=name, threads=provenance.stored_threads(config), **stored)
             rerun = provenance.stored_call(source, config)
-            check_call(rerun.prompts, rerun.options, [], spec_of(asked))
+            check_call(rerun.prompts, {**rerun.options, "output_type": "pil"}, [], spec_of(asked))
         again = provenance.regenerate(source, open_pipeline(asked, is_quiet=options.quiet))
         file = place.file or staging.free_stem(f"{source.stem}-again", [suffix]) + suffix
         own = Encoder.for_file(file)

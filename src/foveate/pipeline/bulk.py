@@ -22,8 +22,8 @@ from foveate.families.memory import MemoryNeed, largest_batch, memory_need, resi
 from foveate.families.residency import Residency
 from foveate.families.spec import ModelSpec
 from foveate.pipeline.call import MAX_SEED, Job, Prompts, resolve
-from foveate.pipeline.options import Options, checked
-from foveate.pipeline.output import Images, PipelineOutput
+from foveate.pipeline.options import CallOptions, Options, checked
+from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline
 
 LARGEST_BATCH = 16
@@ -89,7 +89,7 @@ class DrawnBatch:
     rows: tuple[ImageRow, ...]
     images: list[Image.Image]
     previews: tuple[list[Image.Image], ...]
-    output: PipelineOutput
+    output: PipelineOutput[list[Image.Image]]
 
 
 def rows_of(prompts: Prompts, spec: ModelSpec, **options: Unpack[Options]) -> Iterator[ImageRow]:
@@ -117,7 +117,7 @@ def rows_of(prompts: Prompts, spec: ModelSpec, **options: Unpack[Options]) -> It
 
 
 def draw_rows(
-    pipe: Pipeline, rows: Iterable[ImageRow], how: BulkSettings, **options: Unpack[Options]
+    pipe: Pipeline, rows: Iterable[ImageRow], how: BulkSettings, **options: Unpack[CallOptions]
 ) -> Generator[DrawnBatch, None, None]:
     """Generates rows batch by batch; a batch is generated when it is asked for. Closing the iterator cancels.
 
@@ -134,12 +134,19 @@ def draw_rows(
     for name in _OF_ROWS:
         if name in options:
             raise FoveateError(f"rows say {name} themselves; leave it out")
+    if "output_type" in options:
+        raise FoveateError("rows come as PIL images; leave output_type out")
     source = iter(rows)
     first = next(source, None)
     if first is None:
         raise FoveateError("there are no rows to generate; give one or more")
     source = chain((first,), source)
-    own: Options = {**options, "seed": first.seed, "negative_prompt": first.negative_prompt}
+    own: Options = {
+        **options,
+        "seed": first.seed,
+        "negative_prompt": first.negative_prompt,
+        "output_type": "pil",
+    }
     job = resolve(first.prompt, own, pipe.model.spec)
     if job.options["rng"] == "reference":
         batches: Iterator[tuple[ImageRow, ...]] = iter((_one_batch(pipe, job, source, how),))
@@ -260,7 +267,7 @@ def _batches(rows: Iterator[ImageRow], size: int) -> Iterator[tuple[ImageRow, ..
 
 
 def _draw(
-    pipe: Pipeline, batches: Iterator[tuple[ImageRow, ...]], how: BulkSettings, options: Options
+    pipe: Pipeline, batches: Iterator[tuple[ImageRow, ...]], how: BulkSettings, options: CallOptions
 ) -> Generator[DrawnBatch, None, None]:
     """Generates the batches; with several, a bar counts images and says how long the rest will take."""
     once, bar, num_drawn = _Once(), None, 0
@@ -282,7 +289,7 @@ def _draw(
 
 
 def _draw_whole(
-    pipe: Pipeline, rows: Sequence[ImageRow], first: int, how: BulkSettings, options: Options
+    pipe: Pipeline, rows: Sequence[ImageRow], first: int, how: BulkSettings, options: CallOptions
 ) -> tuple[DrawnBatch, BrokenNumbersError | None]:
     """Generates a batch without the images whose numbers break, and returns the error that names those.
 
@@ -309,29 +316,22 @@ def _draw_whole(
                 raise broken from None
 
 
-def _draw_batch(pipe: Pipeline, rows: Sequence[ImageRow], how: BulkSettings, options: Options) -> DrawnBatch:
+def _draw_batch(pipe: Pipeline, rows: Sequence[ImageRow], how: BulkSettings, options: CallOptions) -> DrawnBatch:
     negatives = [row.negative_prompt for row in rows if row.negative_prompt is not None]
-    call: Options = {
+    call: CallOptions = {
         **options,
         "seed": rows[0].seed if options.get("rng") == "reference" else [row.seed for row in rows],
         "negative_prompt": negatives or None,
-        "output_type": "pil",
     }
     previews: list[list[Image.Image]] = []
     with closing(pipe.stream([row.prompt for row in rows], previews=how.previews, **call)) as events:
         for event in events:
             if event.output is not None:
-                images = _pictures(event.output.images)
-                return DrawnBatch(rows=tuple(rows), images=images, previews=tuple(previews), output=event.output)
+                output = event.output
+                return DrawnBatch(rows=tuple(rows), images=output.images, previews=tuple(previews), output=output)
             if event.images is not None:
-                previews.append(_pictures(event.images))
+                previews.append(event.images)
     raise AssertionError("the last event of a stream carries the output")
-
-
-def _pictures(images: Images) -> list[Image.Image]:
-    """The same images, typed as PIL."""
-    assert isinstance(images, list), "rows are generated as PIL images"
-    return images
 
 
 def _in_megabytes(count: int) -> str:

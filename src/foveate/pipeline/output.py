@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, Protocol
 
 import numpy as np
 import torch
@@ -31,8 +31,17 @@ from foveate.pipeline.call import Job
 Images = list[Image.Image] | np.ndarray | Tensor
 """As `output_type` asked."""
 
-ImagesT_co = TypeVar("ImagesT_co", bound=Images, covariant=True, default=Images)
+ImagesT_co = TypeVar("ImagesT_co", covariant=True, default=Images)
 """The one of them that a call with a known `output_type` returns."""
+
+ImageT_co = TypeVar("ImageT_co", covariant=True)
+
+
+class _Several(Protocol[ImageT_co]):
+    """Images of any form: one of them is one entry."""
+
+    def __getitem__(self, index: int, /) -> ImageT_co: ...
+
 
 _OF_CALLS = ("format", "prompts", "negative_prompts", "num_images_per_prompt", "seeds")
 """What a call's configuration holds of all its images, and that of one image does not."""
@@ -83,7 +92,7 @@ class PipelineOutput(Generic[ImagesT_co]):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ScaleEvent:
+class ScaleEvent(Generic[ImagesT_co]):
     """One finished scale of a stream.
 
     `tokens_run` and `tokens_full` count tokens of this scale over all images. `images` are decoded previews, None
@@ -95,11 +104,11 @@ class ScaleEvent:
     tokens_run: int
     tokens_full: int
     ms: float
-    images: Images | None = None
-    output: PipelineOutput | None = field(default=None, repr=False)
+    images: ImagesT_co | None = None
+    output: PipelineOutput[ImagesT_co] | None = field(default=None, repr=False)
 
     @property
-    def image(self) -> Image.Image | np.ndarray | Tensor | None:
+    def image(self: "ScaleEvent[_Several[ImageT_co]]") -> ImageT_co | None:
         """The first preview, or None."""
         return None if self.images is None else self.images[0]
 

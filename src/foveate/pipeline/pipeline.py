@@ -236,9 +236,39 @@ class Pipeline:
             assert step is not None, "a schedule has at least one scale"
             return self._finish(job, step, began)
 
+    @overload
+    def stream(
+        self,
+        prompts: Prompts,
+        previews: int = 3,
+        *,
+        output_type: Literal["pil"] = "pil",
+        **options: Unpack[CallOptions],
+    ) -> Generator[ScaleEvent[list[Image.Image]], None, None]: ...
+
+    @overload
+    def stream(
+        self, prompts: Prompts, previews: int = 3, *, output_type: Literal["np"], **options: Unpack[CallOptions]
+    ) -> Generator[ScaleEvent[np.ndarray], None, None]: ...
+
+    @overload
+    def stream(
+        self,
+        prompts: Prompts,
+        previews: int = 3,
+        *,
+        output_type: Literal["pt", "latent"],
+        **options: Unpack[CallOptions],
+    ) -> Generator[ScaleEvent[Tensor], None, None]: ...
+
+    @overload
     def stream(
         self, prompts: Prompts, previews: int = 3, **options: Unpack[Options]
-    ) -> Generator[ScaleEvent, None, None]:
+    ) -> Generator[ScaleEvent[Images], None, None]: ...
+
+    def stream(
+        self, prompts: Prompts, previews: int = 3, **options: Unpack[Options]
+    ) -> Generator[ScaleEvent[Any], None, None]:
         """Generates like the call and hands out every scale; the last event carries the call's output.
 
         Closing the iterator cancels.
@@ -273,7 +303,7 @@ class Pipeline:
     def _warnings_of(self, job: Job) -> tuple[CallWarning, ...]:
         return warnings_of(job, self.model.spec, is_trained=self.model.weights == "pretrained")
 
-    def _events(self, job: Job, previews: int) -> Generator[ScaleEvent, None, None]:
+    def _events(self, job: Job, previews: int) -> Generator[ScaleEvent[Any], None, None]:
         began = time.perf_counter()
         num_scales = len(job.schedule)
         with self._parts(), closing(self._steps(job, previews, times_scales=True)) as steps:

@@ -22,7 +22,7 @@ from foveate.families.packaged import refuse_missing_demo
 from foveate.pipeline.bulk import refuse_too_many
 from foveate.pipeline.call import resolve
 from foveate.pipeline.encoding import Encoder, read_text, text_of
-from foveate.pipeline.options import OPTIONS, Options
+from foveate.pipeline.options import OPTIONS, CallOptions
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import from_stored
@@ -52,7 +52,7 @@ class Regenerated:
     image: Image.Image
     is_identical: bool
     differences: tuple[str, ...]
-    output: PipelineOutput
+    output: PipelineOutput[list[Image.Image]]
     row: int
     encoder: Encoder
     config: dict[str, Any]
@@ -63,7 +63,7 @@ class StoredCall:
     """A call that makes a stored image again: its prompts, `copies` times over, and which of its images that is."""
 
     prompts: list[str]
-    options: Options
+    options: CallOptions
     row: int
     copies: int = 1
 
@@ -156,10 +156,9 @@ def regenerate(path: str | Path, pipe: Pipeline | None = None) -> Regenerated:
         rerun = stored_call(path, config)
         stored_threads(config)
         pipe = pipe or Pipeline.from_pretrained(registered_name(path, config), **loading_options(config))
-        job = resolve(rerun.prompts, rerun.options, pipe.model.spec)
+        job = resolve(rerun.prompts, {**rerun.options, "output_type": "pil"}, pipe.model.spec)
         refuse_too_many(pipe, job, job.num_images * rerun.copies)
     output = pipe(rerun.prompts * rerun.copies, **rerun.options)
-    assert isinstance(output.images, list), "the rerun asks for PIL images"
     image = output.images[rerun.row]
     with Image.open(path) as before:
         is_identical = np.array_equal(np.asarray(before.convert("RGB")), np.asarray(encoder.decoded(image)))
@@ -283,7 +282,7 @@ def loading_options(config: Mapping[str, Any], *, device: str | None = None) -> 
     }
 
 
-def _options(config: Mapping[str, Any]) -> Options:
+def _options(config: Mapping[str, Any]) -> CallOptions:
     """What both formats say of every image of the call."""
     found = {}
     for name, option in OPTIONS.items():
@@ -292,7 +291,7 @@ def _options(config: Mapping[str, Any]) -> Options:
     found["policy"] = from_stored(config["policy"]["parts"])
     # Width and height fix the size; ratio and budget are there for people.
     del found["aspect_ratio"], found["pixels"]
-    return cast(Options, found)
+    return cast(CallOptions, found)
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
