@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from foveate.core.errors import Cancelled as Cancelled
     from foveate.core.errors import FoveateError as FoveateError
     from foveate.eval.compare import compare as compare
+    from foveate.pipeline.options import CallOptions as CallOptions
+    from foveate.pipeline.options import Options as Options
     from foveate.pipeline.pipeline import Pipeline as Pipeline
     from foveate.policies.attention_entropy import AttentionEntropyTokens as AttentionEntropyTokens
     from foveate.policies.cached_guidance import CachedGuidance as CachedGuidance
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AttentionEntropyTokens": "foveate.policies.attention_entropy",
     "CachedGuidance": "foveate.policies.cached_guidance",
+    "CallOptions": "foveate.pipeline.options",
     "Cancelled": "foveate.core.errors",
     "DepthVAR": "foveate.policies.depthvar",
     "DropBranch": "foveate.policies.drop_branch",
@@ -45,6 +48,7 @@ _HOMES = {
     "KVEviction": "foveate.policies.kv_eviction",
     "LDPruning": "foveate.policies.ld_pruning",
     "LateBfloat16": "foveate.policies.late_bfloat16",
+    "Options": "foveate.pipeline.options",
     "Pipeline": "foveate.pipeline.pipeline",
     "RandomTokens": "foveate.policies.random_tokens",
     "SkipScales": "foveate.policies.skip_scales",

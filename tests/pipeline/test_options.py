@@ -25,7 +25,6 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import foveate as fv
-from foveate.pipeline.options import Options
 
 pipe = fv.Pipeline.from_pretrained("emoji-tiny")
 out = pipe("a", seed=1)
@@ -44,7 +43,9 @@ for arrays in pipe.stream("a", 0, output_type="np"):
     assert_type(arrays.images, np.ndarray | None)
 for tensors in pipe.stream("a", output_type="pt", seed=1):
     assert_type(tensors.image, Tensor | None)
-kept: Options = {"seed": 1, "output_type": "pt"}
+shared: fv.CallOptions = {"seed": 1, "top_k": 2}
+assert_type(pipe("a", **shared).images, list[Image.Image])
+kept: fv.Options = {"seed": 1, "output_type": "pt"}
 assert_type(pipe("a", **kept).images, list[Image.Image] | np.ndarray | Tensor)
 for either in pipe.stream("a", **kept):
     assert_type(either.images, list[Image.Image] | np.ndarray | Tensor | None)
