@@ -53,6 +53,7 @@ GENERATE = [
     (["-o", "in-the-way/out"], "cannot write to in-the-way/out"),
     (["--quality", "90"], "png is lossless"),
     (["8"], "is a number"),
+    ([" "], "prompt must not be empty"),
 ]
 COMPARE = [
     (["--against", "ful"], "did you mean full"),
@@ -82,6 +83,19 @@ def test_nothing_is_loaded_for_what_is_refused(
     model = [] if "--model" in flags else ["--model", "emoji-tiny"]
     run(*command.split(), *flags, *model).assert_refused(message)
     assert [path.name for path in tmp_path.iterdir()] == ["in-the-way"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rng", "reference", "--batch-invariant"], "batch_invariant needs"),
+        (["-n", "0"], "num_images_per_prompt must be"),
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_looked_for(
+    run: Callable[..., Any], flags: list[str], message: str
+) -> None:
+    run("generate", "a", "--model", "emojy", *flags).assert_refused(message)
 
 
 def test_a_damaged_picture_is_refused_before_its_model_is_loaded(

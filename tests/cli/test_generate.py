@@ -433,7 +433,7 @@ def test_from_makes_the_same_pixels_again(run: Callable[..., Any], toy_folder: P
     [
         ([], ["give at least one prompt"]),
         (["  "], ["must not be empty"]),
-        (["a", "-n", "0"], ["-n must be 1 or more, got 0"]),
+        (["a", "-n", "0"], ["num_images_per_prompt must be a whole number, 1 or more, got 0"]),
         (["a", "b", "-o", "x.png"], ["one image file, but 2"]),
         (["a", "--model", "emojy"], ["no model 'emojy'", "did you mean emoji"]),
         (["a", "--policy", "ld-prunning"], ["did you mean ld-pruning"]),

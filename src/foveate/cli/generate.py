@@ -26,7 +26,7 @@ from foveate.cli.place import Place
 from foveate.core.errors import FoveateError
 from foveate.core.prompt_file import read_prompt_file
 from foveate.core.suffixes import SUFFIXES
-from foveate.pipeline.options import OPTIONS, CallOptions, Options
+from foveate.pipeline.options import OPTIONS, CallOptions, Options, checked
 
 _NUMBER = re.compile(r"[\d.,]*\d[\d.,]*")
 
@@ -134,14 +134,14 @@ def _flag(name: str) -> str:
 
 
 def _check(prompts: list[str], call: Options, options: GenerateOptions) -> None:
-    """Checks that need no imports."""
+    """Checks that need no imports.
+
+    Raises:
+        FoveateError: An option of the call that no model could take, or a flag out of range.
+    """
+    num_images = int(checked(call)["num_images_per_prompt"])
     if not prompts:
         raise FoveateError('give at least one prompt, as in: foveate generate "a red apple"')
-    if any(not prompt.strip() for prompt in prompts):
-        raise FoveateError("a prompt must not be empty; say what to generate")
-    num_images = int(call["num_images_per_prompt"])
-    if num_images < 1:
-        raise FoveateError(f"-n must be 1 or more, got {num_images}")
     if options.batch_size is not None and options.batch_size < 1:
         raise FoveateError(f"--batch-size must be 1 or more, got {options.batch_size}")
     count = len(prompts) * num_images
