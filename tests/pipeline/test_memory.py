@@ -75,8 +75,8 @@ def test_the_model_says_what_a_process_takes(dtype: torch.dtype) -> None:
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     run, decoder = json.loads(done.stdout)
-    # Plain torch, where the C kernels do not run, holds up to a fifth more for a moment.
-    slack = 0.1 if native.library() is not None else 0.25
+    # Plain torch, where the C kernels do not run, holds more for a moment: copies in float32 of what is in bfloat16.
+    slack = 0.1 if native.library() is not None else {torch.float32: 0.25, torch.bfloat16: 0.45}[dtype]
     assert run == pytest.approx(need.text + need.kv + need.blocks, rel=slack)
     assert decoder == pytest.approx(need.decoder, rel=0.2)
 
