@@ -39,7 +39,7 @@ SAMPLING = [
     (["--temperature", "0"], "temperature must be above"),
     (["--guidance-scale", "1,2"], "one per scale, got 2"),
     (["--top-p", "2"], "top_p must be in [0, 1]"),
-    (["--top-k", "-1"], "top_k must be a whole number"),
+    (["--top-k", "-1"], "top_k must be a whole number, 0 or more, got -1\n"),
     (["--more-smooth"], "more_smooth is for VAR and Switti"),
     (["--negative-prompt", " "], "negative_prompt must not be empty"),
 ]
@@ -96,6 +96,13 @@ def test_what_needs_no_model_is_refused_before_one_is_looked_for(
     run: Callable[..., Any], flags: list[str], message: str
 ) -> None:
     run("generate", "a", "--model", "emojy", *flags).assert_refused(message)
+
+
+def test_an_image_that_cannot_be_read_is_named_once(run: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a file")
+    for name, why in (("none.png", "No such file or directory"), ("a.txt", "it is in no known format")):
+        ran = run("generate", "--from", name)
+        ran.assert_refused(f"cannot read {name} as an image: {why}\n")
 
 
 def test_a_damaged_picture_is_refused_before_its_model_is_loaded(

@@ -140,7 +140,7 @@ def test_what_people_write(tmp_path: Path) -> None:
         ("odd:pair=[1]", r"odd: pair must be a list \[int, text\], got \[1\]"),
         ("odd:level=9", "odd: level must be 1 or 2.5, got '9'"),
         ("odd:mode=of", 'odd: mode must be on or off or "null" or 3 or null, got .of.'),
-        ("odd:count=1.5", "odd: count must be a int or null, got '1.5'"),
+        ("odd:count=1.5", "odd: count must be an int or null, got '1.5'"),
         ("odd:is_wide=1", "odd: is_wide must be true or false or null, got '1'"),
         ("odd:shares=[1", "is not written as a list"),
         ('odd:label="a', "is not written as a list .* or a text in quotes"),
@@ -166,4 +166,4 @@ def test_true_is_no_number_and_one_is_no_switch() -> None:
 def test_separators_in_quotes_and_brackets_separate_nothing() -> None:
     assert split('a:b="x|\\"|y"|c:d=[1,[2|3]]|e', "|") == ['a:b="x|\\"|y"', "c:d=[1,[2|3]]", "e"]
     assert [parsed(text) for text in (" a b ", "null", '"null"', "[a, 1]")] == ["a b", None, "null", ["a", 1]]
-    assert (written(("a", None, True)), words(int | None)) == ('["a",null,true]', "a int or null")
+    assert (written(("a", None, True)), words(int | None)) == ('["a",null,true]', "an int or null")

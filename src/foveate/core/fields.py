@@ -125,8 +125,9 @@ def words(kind: Any) -> str:  # noqa: ANN401 - as above
     if origin in (Union, UnionType):
         return " or ".join(words(choice) for choice in inside)
     if origin is tuple:
-        return f"a list [{', '.join('...' if one is Ellipsis else words(one).removeprefix('a ') for one in inside)}]"
+        entries = ["..." if one is Ellipsis else re.sub("^an? ", "", words(one)) for one in inside]
+        return f"a list [{', '.join(entries)}]"
     choices = inside if origin is Literal else tuple(kind) if issubclass(kind, Enum) else ()
     if choices:
         return " or ".join(written(choice) for choice in choices)
-    return {bool: "true or false", NoneType: _NONE, str: "a text"}.get(kind, f"a {kind.__name__}")
+    return {bool: "true or false", NoneType: _NONE, str: "a text", int: "an int"}.get(kind, f"a {kind.__name__}")

@@ -265,8 +265,9 @@ def _per_scale(option: Option, value: object, defaults: Defaults, count: int) ->
     _require(len(values) == count, f"{name} needs one number or {count}, one per scale, got {len(values)}")
     numbers = [finite(name, entry) for entry in values]
     if option.rule is not None:
-        for number in numbers:
-            option.rule.refuse(name, number)
+        for number, entry in zip(numbers, values, strict=True):
+            if not option.rule.holds(number):
+                raise option.rule.error(name, entry)
     return tuple(int(number) if option.reads is int else number for number in numbers)
 
 

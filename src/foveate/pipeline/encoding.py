@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin, features
+from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 
 from foveate.core.errors import FoveateError
 from foveate.core.suffixes import SUFFIXES
@@ -148,13 +148,20 @@ def read_text(path: str | Path) -> str | None:
             chunk = image.info.get(CHUNK)
             comment = image.getexif().get_ifd(_EXIF_IFD).get(_USER_COMMENT)
     except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-        raise FoveateError(f"cannot read {path} as an image: {error}") from None
+        raise FoveateError(f"cannot read {path} as an image: {_reason(error)}") from None
     if isinstance(chunk, str):
         return chunk
     raw = comment if isinstance(comment, bytes) else str(comment or "").encode()
     mark = f"{CHUNK} ".encode()
     body = raw.removeprefix(_ASCII)
     return body.removeprefix(mark).decode("ascii", "replace") if body.startswith(mark) else None
+
+
+def _reason(error: Exception) -> str:
+    """Why a file is no image, without its name, which the caller says."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is in no known format"
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def text_of(config: Mapping[str, Any]) -> str:

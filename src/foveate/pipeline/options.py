@@ -60,7 +60,11 @@ class Rule:
             FoveateError: It breaks the rule.
         """
         if not self.holds(value):
-            raise FoveateError(f"{name} must be {self.words}, got {value!r}{self.remedy}")
+            raise self.error(name, value)
+
+    def error(self, name: str, value: object) -> FoveateError:
+        """What is said of a value that breaks the rule."""
+        return FoveateError(f"{name} must be {self.words}, got {value!r}{self.remedy}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
