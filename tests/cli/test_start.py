@@ -25,19 +25,22 @@ def write_one_and_fail(staging: Staging) -> None:
     staging.path("b").read_text()
 
 
-def test_help_is_quick() -> None:
-    arguments = ("-m", "foveate", "generate", "--help")
-    foveate(*arguments)
+def seconds_of(*arguments: str) -> float:
+    """Processor time of a program, the least of five runs, as other tests run beside this one."""
     seconds = []
     for _ in range(5):
         before = os.times()
-        ran = foveate(*arguments)
+        assert foveate(*arguments).returncode == 0
         after = os.times()
         seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-        assert ran.returncode == 0
-    assert "--guidance-scale" in ran.stdout
-    # Time of the processor, as other tests run beside this one.
-    assert min(seconds) < 0.3
+    return min(seconds)
+
+
+def test_help_is_quick() -> None:
+    """Processors differ by a factor of two, so the yardstick is the parser's own import."""
+    arguments = ("-m", "foveate", "generate", "--help")
+    assert "--guidance-scale" in foveate(*arguments).stdout
+    assert seconds_of(*arguments) < 5 * seconds_of("-c", "import cyclopts")
 
 
 def test_help_imports_neither_torch_nor_numpy() -> None:

@@ -284,7 +284,7 @@ def test_the_registered_model_is_loaded_as_it_was(
     save_image(Image.open(file), other, read_image_config(file) | {"model": "emoji", "device": "cuda"})
     assert "device: cuda then, cpu now" in regenerate(other).differences
     formats = {"dtype": "float32", "decoder_dtype": None, "quantization": None}
-    assert loaded == [("emoji", {"weights": "pretrained", "device": "cuda", **formats})]
+    assert loaded == [("emoji", {"weights": "pretrained", "device": "cuda", "kernels": None, **formats})]
 
 
 def test_a_cut_prompt_is_warned_of_in_its_own_files_alone(toy_pipe: Pipeline) -> None:
