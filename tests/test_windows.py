@@ -52,6 +52,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.soak
 def test_everything_runs_without_what_windows_lacks(tmp_path: Path) -> None:
     environment = {
         **os.environ,

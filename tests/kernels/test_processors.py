@@ -37,6 +37,9 @@ LEAST = 150
     not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"),
     reason="nothing holds oneDNN to instructions here",
 )
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "AVX2", reason="the whole suite runs on such a processor here"
+)
 def test_a_slice_of_the_suite_as_on_a_processor_with_avx2():
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "--import-mode=importlib", "-p"]
     done = subprocess.run(

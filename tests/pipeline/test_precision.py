@@ -162,6 +162,7 @@ def test_a_picture_of_eight_bits_is_near_and_drawn_again(
     assert "quantization: int8 then, None now" in without.differences
 
 
+@pytest.mark.soak
 def test_a_registered_model_is_loaded_as_it_was(tmp_path: Path) -> None:
     pipe = Pipeline.from_pretrained("emoji-tiny", quantization="fp8", decoder_dtype="bfloat16")
     output = pipe("hamburger", seed=1, policy="skip-scales:count=2")

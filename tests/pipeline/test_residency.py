@@ -102,6 +102,7 @@ def test_a_missing_text_encoder_is_said_at_loading(toy_folder: Path, tmp_path: P
         Pipeline.from_pretrained(folder, release_text_encoder=True)
 
 
+@pytest.mark.soak
 def test_published_text_encoders_are_released_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save(filled(Infinity(TOY_INFINITY)).state_dict(), tmp_path / "tuned.pth")
     torch.save(filled(Autoencoder(BSQ), 3).state_dict(), tmp_path / "vae.pth")
