@@ -63,6 +63,7 @@ def test_what_a_comparison_sets_is_not_an_option(toy_pipe: Pipeline) -> None:
         compare(toy_pipe, "full", ["a cat"], options={"seed": 1, "policy": "full"})
 
 
+@pytest.mark.soak
 def test_a_model_of_classes_draws_classes(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PUBLISHED, "var-d16", replace(PUBLISHED["var-d16"], spec=SMALL["var"]))
     monkeypatch.setattr("foveate.cli.compare.BUILT_IN_CLASSES", BUILT_IN_CLASSES[:2])

@@ -296,6 +296,7 @@ def test_generate_keeps_what_an_earlier_run_made(run: Callable[..., Any], toy_fo
     assert ran.err == f"foveate: {path.name} is already in out; the new file is {other.name}\n"
 
 
+@pytest.mark.soak
 def test_compare_keeps_an_earlier_report_and_what_it_measured(
     run: Callable[..., Any], toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -271,7 +271,7 @@ def test_the_library_is_compiled_once_and_kept(tmp_path, path: str) -> None:
 
 
 @pytest.mark.usefixtures("plain_torch")
-@pytest.mark.parametrize("wanted", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+@pytest.mark.parametrize("wanted", [SDPBackend.MATH, pytest.param(SDPBackend.FLASH_ATTENTION, marks=pytest.mark.soak)])
 def test_the_switch_of_torch_chooses_the_attention_of_a_call(toy_pipe: Pipeline, wanted: SDPBackend) -> None:
     names = {
         SDPBackend.MATH: "aten::_scaled_dot_product_attention_math",

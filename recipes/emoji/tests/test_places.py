@@ -104,6 +104,7 @@ def test_tokens_of_a_span_get_its_place() -> None:
     assert place_TA[:, 2].tolist() == [0, 0, 0, 0, -1, -1, -1, 0]
 
 
+@pytest.mark.soak
 def test_a_reader_learns_and_the_same_recipe_gives_the_same_one() -> None:
     encoder = replace(bundled_encoder(), places=None)
     recipe = PlacesRecipe(steps=60, batch=16, rate=2e-3, warmup_steps=10)
