@@ -52,8 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Writes the page."""
-    if (path := config.getoption("report")) is not None:
+    """Writes the page, once for all workers."""
+    if (path := config.getoption("report")) is not None and not hasattr(config, "workerinput"):
         arguments = [word for word in config.invocation_params.args if not word.startswith("--report")]
         write_report(path, terminalreporter.stats, [word for word in arguments if word != str(path)])
 

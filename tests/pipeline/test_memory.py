@@ -64,6 +64,8 @@ print(json.dumps([run, decoder]))
 @pytest.mark.soak
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_model_says_what_a_process_takes(dtype: torch.dtype) -> None:
+    if dtype is torch.bfloat16 and native.library() is None:
+        pytest.skip("plain torch holds copies in float32 of what is in bfloat16, which the forecast leaves out")
     spec = PUBLISHED["infinity-125m"].spec
     spec = replace(spec, transformer=replace(spec.transformer, depth=2, chunks=1), budgets=("0.06M",))
     need = memory_need(spec, dtype, Full(), num_images=4, text_tokens=4)
@@ -75,8 +77,8 @@ def test_the_model_says_what_a_process_takes(dtype: torch.dtype) -> None:
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     run, decoder = json.loads(done.stdout)
-    # Plain torch, where the C kernels do not run, holds more for a moment: copies in float32 of what is in bfloat16.
-    slack = 0.1 if native.library() is not None else {torch.float32: 0.25, torch.bfloat16: 0.45}[dtype]
+    # Plain torch, where the C kernels do not run, holds up to a fifth more for a moment.
+    slack = 0.1 if native.library() is not None else 0.25
     assert run == pytest.approx(need.text + need.kv + need.blocks, rel=slack)
     assert decoder == pytest.approx(need.decoder, rel=0.2)
 
