@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import yaml
 from jaxtyping import Float, UInt8
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.bench.peak import matmul_peak
 from foveate.conditioning.minilm import TextEncoder
@@ -40,6 +40,7 @@ from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.weights.files import weights_sha256
 from foveate.weights.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder, text_encoder_folder
 from foveate.weights.infinity import load_autoencoder, load_transformer
+from foveate.weights.stored import State
 from recipes.emoji.contrast import rim_contrast
 from recipes.emoji.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
 from recipes.emoji.loop import Limits, Optimisation, PauseError
@@ -54,6 +55,7 @@ from recipes.emoji.window import SceneSequence, Window
 
 Stage = Literal["corpus", "tokenizer", "places", "transformer", "export", "sampling", "all"]
 Log = Callable[[str], None]
+M = TypeVar("M", bound=nn.Module)
 
 SAMPLING = "sampling.json"
 """What the validation scenes chose, in the folder of a run."""
@@ -324,11 +326,7 @@ class TrainingFolder:
         def draw(model: Autoencoder) -> None:
             save_sheet(torch.cat([preview, reconstruct(model, preview, recipe.grids)]), 8, self.out / "tokenizer.png")
 
-        initial = None
-        if self.start_from is not None:
-            stored, cpu = self.start_from / AUTOENCODER, torch.device("cpu")
-            kept = read_network(stored, lambda: Autoencoder(recipe.shape), load_autoencoder, torch.float32, cpu)
-            initial = kept.state_dict()
+        initial = self._start(AUTOENCODER, lambda: Autoencoder(recipe.shape), load_autoencoder, torch.device("cpu"))
         weights = train_tokenizer(
             recipe,
             sequence,
@@ -389,11 +387,7 @@ class TrainingFolder:
             self.sample_sheet(weights, encoder, self.out / "samples.png")
 
         checkpoint = self.out / "transformer.ckpt"
-        initial = None
-        if self.start_from is not None:
-            stored = self.start_from / TRANSFORMER
-            kept = read_network(stored, lambda: Infinity(recipe.shape), load_transformer, torch.float32, device)
-            initial = kept.state_dict()
+        initial = self._start(TRANSFORMER, lambda: Infinity(recipe.shape), load_transformer, device)
         weights = train_transformer(
             recipe,
             window,
@@ -406,6 +400,14 @@ class TrainingFolder:
         _save(weights, path)
         draw(weights)
         return path
+
+    def _start(
+        self, stem: str, build: Callable[[], M], load: Callable[[M, State], None], device: torch.device
+    ) -> dict[str, Tensor] | None:
+        """Weights of the model that is trained further, in float32; None where training starts anew."""
+        if self.start_from is None:
+            return None
+        return read_network(self.start_from / stem, build, load, torch.float32, device).state_dict()
 
     def sequence(self, corpus: Corpus, device: str) -> SceneSequence:
         """The scenes of the training split, rendered on a device."""
