@@ -160,6 +160,9 @@ class SpySampler(Sampler):
     fails_at: int | None = None
     choices: dict[int, Choice] = field(default_factory=dict)
 
+    def thresholds(self, scale, grid, num_images, num_bits):
+        return self.inner.thresholds(scale, grid, num_images, num_bits)
+
     def choose(self, scale, grid, logits, kept, rule):
         if scale == self.fails_at:
             raise RuntimeError("the toy broke")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from foveate.policies.drop_branch import DropBranch as DropBranch
     from foveate.policies.fastvar import FastVAR as FastVAR
     from foveate.policies.feature_magnitude import FeatureMagnitude as FeatureMagnitude
+    from foveate.policies.fovea import Fovea as Fovea
     from foveate.policies.full import Full as Full
     from foveate.policies.kv_eviction import KVEviction as KVEviction
     from foveate.policies.late_bfloat16 import LateBfloat16 as LateBfloat16
@@ -45,6 +46,7 @@ _HOMES = {
     "FeatureMagnitude": "foveate.policies.feature_magnitude",
     "FoveateError": "foveate.core.errors",
     "Full": "foveate.policies.full",
+    "Fovea": "foveate.policies.fovea",
     "KVEviction": "foveate.policies.kv_eviction",
     "LDPruning": "foveate.policies.ld_pruning",
     "LateBfloat16": "foveate.policies.late_bfloat16",

@@ -69,6 +69,8 @@ ACTIVE = (
     "attention-entropy",
     "feature-magnitude",
     "token-variance",
+    "fovea",
+    "fovea:shares=[0.3],guided_shares=[0.5,0]",
     "ld-pruning|depthvar",
     "random-tokens:num_scales=2|uniform-depth:num_scales=1|drop-branch",
 )

@@ -13,10 +13,11 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.engine.forecast import forecast
 from foveate.engine.state import Request, bounds_of
 from foveate.models.var import VAR
-from foveate.policies.cached_guidance import CachedGuidance, dither_rank
+from foveate.policies.cached_guidance import CachedGuidance
 from foveate.policies.registry import load_policy
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig
 from foveate.tokenizers.vq import VQTokenizer
+from tests.policies.lattices import lowest
 from tests.policies.twins import assert_same, full_steps, generate_image, reads_inputs
 from tests.toys import (
     LATENT_CHANNELS,
@@ -72,26 +73,6 @@ SUBJECTS = ("odd", "wide", "patches", "var", "wide var")
 
 
 # Slow twins
-
-
-def bayer(size: int) -> list[list[int]]:
-    """The threshold matrix by its recursion: four copies of the smaller one, times 4, plus 0 2 / 3 1."""
-    if size == 1:
-        return [[0]]
-    small, half = bayer(size // 2), size // 2
-    add = ((0, 2), (3, 1))
-    return [[4 * small[y % half][x % half] + add[y // half][x // half] for x in range(size)] for y in range(size)]
-
-
-def lowest(grid: tuple[int, int], ratio: float, kept: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """The share of the kept tokens with the lowest thresholds."""
-    size = 1
-    while size < max(grid):
-        size *= 2
-    matrix = bayer(size)
-    kept = tuple(range(grid[0] * grid[1])) if kept is None else kept
-    ranked = sorted(kept, key=lambda t: matrix[t // grid[1]][t % grid[1]])
-    return tuple(sorted(ranked[: math.ceil(ratio * len(kept) - 1e-9)]))
 
 
 def steps_of(subject: Toy, policy: CachedGuidance):
@@ -150,23 +131,6 @@ def test_difference_is_kept_where_guidance_itself_does_not_read_it():
 
 
 # Which tokens
-
-
-@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (2, 2), (5, 3), (8, 8), (9, 14)])
-def test_dither_equals_the_recursion(grid: tuple[int, int]):
-    size = 1
-    while size < max(grid):
-        size *= 2
-    matrix = bayer(size)
-    assert dither_rank(grid).tolist() == [matrix[y][x] for y in range(grid[0]) for x in range(grid[1])]
-    assert len(set(dither_rank(grid).tolist())) == grid[0] * grid[1]
-
-
-def test_quarter_and_half_are_lattices():
-    rank = dither_rank((16, 16)).view(16, 16)
-    y, x = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
-    assert torch.equal(rank < 64, (y % 2 == 0) & (x % 2 == 0))
-    assert torch.equal(rank < 128, (y + x) % 2 == 0)
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.4, 0.75])

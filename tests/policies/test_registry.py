@@ -113,7 +113,7 @@ def test_fingerprints_change_with_every_field():
         ("ld-prunning", "no policy 'ld-prunning'; did you mean ld-pruning?"),
         ("preset-fathful", "did you mean preset-faithful?"),
         ("depth_var", "did you mean depthvar?"),
-        ("", "no policy ''; there are full, ld-pruning"),
+        ("", "no policy ''; there are full, fovea"),
         ("full|", "no policy ''"),
         ("ld-pruning:energy_shares=1", "no field of ld-pruning 'energy_shares'; did you mean energy_share?"),
         ("full:x=1", "no field of full 'x'"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from foveate.core.conditions import ClassLabel
+from foveate.core.plan import Spread, SpreadDifference
 from foveate.core.protocols import BlockContext
 from foveate.core.rows import Rows
 from foveate.engine.state import Request
@@ -24,8 +25,9 @@ from tests.toys import SEEDS, Result, Toy
 class Step:
     """What an image runs at one scale.
 
-    `seen` are the earlier scales whose keys it reads. `kept` tokens run (the others commit zero), `guided` ones of them
-    in the unconditional branch too. Elsewhere the difference of scale `source` guides, times `weight`.
+    `seen` are the earlier scales whose keys it reads. `kept` tokens run, `guided` ones of them in the unconditional
+    branch too. Elsewhere the difference of scale `source` guides, times `weight`, or that of `guided` ones around,
+    if it is spread. Tokens that do not run commit zero, or soft bits if logits are spread.
     """
 
     seen: tuple[int, ...]
@@ -33,6 +35,8 @@ class Step:
     guided: tuple[int, ...]
     source: int | None = None
     weight: float = 0.0
+    spread: Spread | None = None
+    spread_difference: SpreadDifference | None = None
 
 
 @dataclass(kw_only=True)
@@ -114,8 +118,67 @@ def none_of(toy: Toy, condition: object) -> object:
     return toy.model.unconditional(len(condition))
 
 
-def residual_of(toy: Toy, symbols_kd: Tensor, kept: Sequence[int], scale: int) -> Tensor:
-    """The codes of the tokens that ran, zero elsewhere; (1, Z, y, x)."""
+def around(values: dict[int, Tensor], input_Zhw: Tensor, sigma: float, likeness: float) -> dict[int, Tensor]:
+    """For every token the weighted mean of the values within three steps of it, itself left out; float64.
+
+    Tokens without one are missing.
+    """
+    input_Zhw, (h, w) = input_Zhw.double(), input_Zhw.shape[1:]
+    columns = [input_Zhw[:, t // w, t % w] for t in range(h * w)]
+    centre = sum(columns) / len(columns)
+    variance = sum(float(((c - centre) ** 2).sum()) for c in columns) / len(columns)
+    means = {}
+    for token in range(h * w):
+        total, weights = 0.0, 0.0
+        for other, value in values.items():
+            dy, dx = other // w - token // w, other % w - token % w
+            if other == token or max(abs(dy), abs(dx)) > 3:
+                continue
+            unlike = float(((columns[token] - columns[other]) ** 2).sum())
+            weight = math.exp(-(dy**2 + dx**2) / (2 * sigma**2))
+            weight *= math.exp(-unlike / (2 * likeness**2 * variance)) if variance else 1.0
+            total, weights = total + weight * value.double(), weights + weight
+        if weights:
+            means[token] = total / weights
+    return means
+
+
+def trust(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """<true, estimate> / <estimate, estimate> between 0 and 1."""
+    agreed = sum(float((true.double() * estimate).sum()) for true, estimate in pairs)
+    size = sum(float((estimate**2).sum()) for _, estimate in pairs)
+    return min(max(agreed / size, 0.0), 1.0) if size else 0.0
+
+
+def soft_signs(
+    word: Spread, logits: Tensor, bits: Tensor, kept: Sequence[int], input_Zhw: Tensor, u: Sequence[float], rule
+) -> dict[int, Tensor]:
+    """Soft codes of the tokens that did not run, in [-1, 1]; bit by bit."""
+    num_bits = bits.shape[-1]
+    own = {token: row.unflatten(-1, (-1, 2)).double() for token, row in zip(kept, logits, strict=True)}
+    margins = around({t: pair[:, 1] - pair[:, 0] for t, pair in own.items()}, input_Zhw, word.sigma, word.likeness)
+    signs = {}
+    for token, margin_d in margins.items():
+        signs[token] = torch.zeros(num_bits, dtype=torch.float64)
+        for bit, margin in enumerate(margin_d.tolist()):
+            number = u[token * num_bits + bit]
+            p = filtered([0.0, margin], 0, rule.top_p)[1]
+            if rule.top_k == 1:
+                excess = margin
+            elif p in (0.0, 1.0):
+                excess = math.inf if p else -math.inf
+            else:
+                excess = margin - math.log(number / (1 - number))
+            signs[token][bit] = math.tanh(excess / (2 * word.softness))
+    pairs = [(2.0 * row - 1.0, signs[t]) for t, row in zip(kept, bits, strict=True) if t in signs]
+    confidence = trust(pairs)
+    return {t: confidence * sign for t, sign in signs.items() if t not in kept}
+
+
+def residual_of(
+    toy: Toy, symbols_kd: Tensor, kept: Sequence[int], scale: int, soft: dict[int, Tensor] | None = None
+) -> Tensor:
+    """The codes of the tokens that ran; elsewhere soft codes where there are any, or zero; (1, Z, y, x)."""
     grid, patch = toy.schedule.grids[scale], toy.schedule.patch
     whole_ld = torch.zeros(grid[0] * grid[1], symbols_kd.shape[-1], dtype=torch.long)
     whole_ld[list(kept)] = symbols_kd
@@ -123,6 +186,10 @@ def residual_of(toy: Toy, symbols_kd: Tensor, kept: Sequence[int], scale: int) -
     for token in set(range(len(whole_ld))) - set(kept):
         y, x = token // grid[1] * patch, token % grid[1] * patch
         residual_BZyx[..., y : y + patch, x : x + patch] = 0
+        for index, sign in enumerate((soft or {}).get(token, torch.zeros(0)).tolist()):
+            channel, inside = divmod(index, patch**2)
+            value = sign * residual_BZyx.shape[1] ** -0.5
+            residual_BZyx[0, channel, y + inside // patch, x + inside % patch] = value
     return residual_BZyx
 
 
@@ -133,7 +200,7 @@ def reads_inputs(toy: Toy) -> bool:
 
 def guided_logits(toy: Toy, cond_of: dict, uncond_of: dict, old_lW: Tensor | None, step: Step, w: float) -> Tensor:
     """Logits of the tokens that run, one after the other: w cond + (1 - w) uncond, or what stands for the latter."""
-    head, rows = toy.model.head_logits, []
+    head, rows, factor = toy.model.head_logits, [], step.weight if step.spread_difference is None else 1.0
     for token, c_C in cond_of.items():
         cond_1V = head(c_C[None])
         if token in uncond_of:
@@ -141,10 +208,29 @@ def guided_logits(toy: Toy, cond_of: dict, uncond_of: dict, old_lW: Tensor | Non
         elif old_lW is None:
             rows.append(cond_1V)
         elif reads_inputs(toy):
-            rows.append(w * cond_1V + (1 - w) * head((c_C - step.weight * old_lW[token])[None]))
+            rows.append(w * cond_1V + (1 - w) * head((c_C - factor * old_lW[token])[None]))
         else:
-            rows.append(w * cond_1V + (1 - w) * (cond_1V - step.weight * old_lW[token]))
+            rows.append(w * cond_1V + (1 - w) * (cond_1V - factor * old_lW[token]))
     return torch.cat(rows)
+
+
+def spread_difference(toy: Toy, word: SpreadDifference, cond_of: dict, uncond_of: dict, input_Zhw: Tensor) -> Tensor:
+    """The difference of the branches on the whole grid, from the tokens that ran in both."""
+    own = {}
+    for token, u_C in uncond_of.items():
+        parts = (
+            (cond_of[token], u_C)
+            if reads_inputs(toy)
+            else map(toy.model.head_logits, (cond_of[token][None], u_C[None]))
+        )
+        a, b = (part.flatten() for part in parts)
+        own[token] = a - b
+    means = around(own, input_Zhw, word.sigma, word.likeness)
+    confidence = trust([(own[token], means[token]) for token in own if token in means])
+    map_lW = torch.zeros(input_Zhw.shape[1] * input_Zhw.shape[2], len(next(iter(own.values()))))
+    for token, mean in means.items():
+        map_lW[token] = (confidence * mean).float()
+    return map_lW
 
 
 @torch.inference_mode()
@@ -167,10 +253,17 @@ def generate_image(toy: Toy, request: Request, image: int, steps: Sequence[Step]
         old_lW = None
         if step.source is not None:
             old_lW = resized(page.differences[step.source], toy.schedule.grids[step.source], grid)
+        input_Zhw = toy.tokenizer.next_input(f_hat, grid)[0]
+        if step.spread_difference is not None and uncond_of:
+            old_lW = spread_difference(toy, step.spread_difference, cond_of, uncond_of, input_Zhw)
         logits = guided_logits(toy, cond_of, uncond_of, old_lW, step, request.guidance.weights[scale])
         logits = logits / request.temperatures[scale]
-        symbols = sample(logits, step.kept, num_tokens, SEEDS[image], scale, request.filters[scale])
-        f_hat = toy.tokenizer.add(f_hat, residual_of(toy, symbols, step.kept, scale), scale, num_scales)
+        rule, soft = request.filters[scale], None
+        symbols = sample(logits, step.kept, num_tokens, SEEDS[image], scale, rule)
+        if step.spread is not None and len(step.kept) < num_tokens:
+            u = draw(SEEDS[image], scale, num_tokens * symbols.shape[-1])
+            soft = soft_signs(step.spread, logits, symbols, step.kept, input_Zhw, u, rule)
+        f_hat = toy.tokenizer.add(f_hat, residual_of(toy, symbols, step.kept, scale, soft), scale, num_scales)
         page.f_hats.append(f_hat)
         page.logits.append(logits)
         page.symbols.append(symbols)

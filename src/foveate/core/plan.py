@@ -5,6 +5,7 @@ different non-zero bases, two different fills or two narrow dtypes of one block 
 Axes: B images, R rows, l tokens of the scale, C width, P blocks.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -16,8 +17,6 @@ from torch import Tensor
 from foveate.core.errors import PlanConflictError
 from foveate.core.selection import Selection
 from foveate.core.transfer import to_device
-
-MAX_AXES = 2
 
 
 class Unit(Enum):
@@ -82,10 +81,39 @@ class Base(Enum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """A base: a token that did not run draws from the spread logits of those around it, with its own random numbers.
+
+    Its bits are softened and scaled by a confidence that is measured on the tokens that ran (`engine.spread`). Bits
+    only: the engine refuses it for codebooks.
+
+    Attributes:
+        sigma: Distance, in grid steps, at which a neighbour's weight has fallen to .61; above 0.
+        likeness: The same for the difference of the scale's input, in units of its spread over the map; above 0.
+        softness: Temperature of a bit that was not computed; towards 0 it is drawn hard. Above 0.
+    """
+
+    sigma: float = 1.0
+    likeness: float = 0.3
+    softness: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class CachedDifference:
     """Where the unconditional branch does not run, a kept cond - uncond guides, resized bilinearly, times `weight`."""
 
     weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SpreadDifference:
+    """Where the unconditional branch does not run, cond - uncond of the tokens around guides; zero where there is none.
+
+    Times a confidence that is measured on the tokens that ran in both branches; `sigma` and `likeness` as in `Spread`.
+    """
+
+    sigma: float = 1.0
+    likeness: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -158,12 +186,12 @@ class ScalePlan:
     unconditional: tuple[bool, ...] | None = None
     guided_B: Bool[Tensor, " B"] | None = None
     unconditional_tokens: tuple[Selection, ...] = ()
-    difference: CachedDifference | None = None
+    difference: SpreadDifference | CachedDifference | None = None
     selections: tuple[Selection, ...] = ()
     depths: tuple[DepthMap, ...] = ()
     sublayers: tuple[SublayerSelection, ...] = ()
     fill: CachedFill | None = None
-    base: Base = Base.ZERO
+    base: Base | Spread = Base.ZERO
     source_Bl: Int[Tensor, "#B l"] | None = None
     weight_Bl: Float[Tensor, "#B #l"] | None = None
     base_weight_Bl: Float[Tensor, "#B #l"] | None = None
@@ -226,7 +254,8 @@ class ScalePlan:
             raise PlanConflictError(f"two fills, {_said(self.fill)} and {_said(other.fill)}; keep one")
         bases = {self.base, other.base} - {Base.ZERO}
         if len(bases) > 1:
-            raise PlanConflictError(f"two base maps for dropped tokens, {sorted(b.value for b in bases)}; keep one")
+            said = " and ".join(sorted(said_base(base) for base in bases))
+            raise PlanConflictError(f"two base maps for dropped tokens, {said}; keep one")
         if self.source_Bl is not None and other.source_Bl is not None:
             raise PlanConflictError("two maps of tokens to copy from; keep one")
         _refuse_two_dtypes(self.dtypes, other.dtypes)
@@ -267,6 +296,11 @@ def narrowed(
     return survivors_Bl
 
 
+def said_base(base: Base | Spread) -> str:
+    """How errors name a base."""
+    return base.value if isinstance(base, Base) else f"spread logits ({base.sigma}, {base.likeness}, {base.softness})"
+
+
 def _said(fill: CachedFill | None) -> str:
     if fill is None:
         return "nothing"
@@ -282,14 +316,23 @@ def _refuse_two_dtypes(ours: Sequence[BlockDtype], theirs: Sequence[BlockDtype])
                 raise PlanConflictError(f"two dtypes for one block, {a.dtype} and {b.dtype}; keep one")
 
 
-def _cheaper_difference(a: ScalePlan, b: ScalePlan) -> CachedDifference | None:
-    """The cheaper of two rules for the branch: both branches > cached difference > conditional branch alone."""
+def _cheaper_difference(a: ScalePlan, b: ScalePlan) -> SpreadDifference | CachedDifference | None:
+    """The cheaper of two rules for the branch: both branches > spread > cached difference > conditional branch alone.
+
+    Raises:
+        PlanConflictError: They spread the difference in two ways.
+    """
     # A branch that stops by content (`guided_B`) leaves a kept difference of zero behind, so it need not say more.
     if not (a.stops_branch and b.stops_branch):
         return a.difference if a.stops_branch else b.difference
     if a.difference is None or b.difference is None:
         return None
-    return CachedDifference(weight=a.difference.weight * b.difference.weight)
+    cached = [part for part in (a.difference, b.difference) if isinstance(part, CachedDifference)]
+    if cached:
+        return CachedDifference(weight=math.prod(part.weight for part in cached))
+    if a.difference != b.difference:
+        raise PlanConflictError(f"two ways to spread the difference, {a.difference} and {b.difference}; keep one")
+    return a.difference
 
 
 def _both(a: tuple[bool, ...] | None, b: tuple[bool, ...] | None) -> tuple[bool, ...] | None:
@@ -303,99 +346,3 @@ def _meet(rule: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor 
     if a is None or b is None:
         return b if a is None else a
     return rule(a, b)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlanChecker:
-    """Checks a plan where the engine takes it, so that a wrong one fails by name and not inside a kernel.
-
-    Types, lengths and shares are always checked. Values of maps are read only where that costs no wait: on a CPU.
-    """
-
-    policy: str
-    num_images: int
-    num_blocks: int
-    num_scales: int
-
-    def check(self, plan: ScalePlan, scale: int, num_tokens: int) -> None:
-        """Checks everything.
-
-        Raises:
-            PlanConflictError: Names the policy, the scale and the field, and says what it must be.
-        """
-        self._maps(plan, scale, num_tokens)
-        self._sublayers(plan, scale, num_tokens)
-        branches = plan.unconditional
-        self._require(branches is None or len(branches) in (1, self.num_images), scale, "unconditional",
-                      f"one entry or {self.num_images}", branches)  # fmt: skip
-        is_past = all(0 <= s <= scale for s in plan.evict)
-        self._require(is_past, scale, "evict", f"scales from 0 to {scale}", plan.evict)
-        is_copy = plan.base is Base.COPY
-        self._require((plan.source_Bl is not None) == is_copy, scale, "source_Bl", "given exactly with Base.COPY",
-                      plan.base.value)  # fmt: skip
-        is_known = plan.fill is None or plan.fill.source is None or plan.fill.source < scale
-        self._require(is_known, scale, "fill.source", f"a scale before {scale}", plan.fill)
-
-    def _maps(self, plan: ScalePlan, scale: int, num_tokens: int) -> None:
-        for name, part in [
-            *(("selections", part) for part in plan.selections),
-            *(("unconditional_tokens", part) for part in plan.unconditional_tokens),
-        ]:
-            self._map(part.token_map, scale, name, num_tokens, wide=True)
-            share = getattr(part, "share", 1.0)
-            self._require(0 < share <= 1, scale, f"{name}.share", "in (0, 1]", share)
-            self._mask_count(part, scale, name, num_tokens)
-        for depth in plan.depths:
-            self._map(depth.depth_Bl, scale, "depths.depth_Bl", num_tokens, wide=True)
-            is_order = sorted(depth.order) == list(range(self.num_blocks))
-            self._require(is_order, scale, "depths.order", f"every block of {self.num_blocks} once", depth.order)
-            self._depth_counts(depth, scale)
-        for name in ("weight_Bl", "base_weight_Bl"):
-            map_Bl = getattr(plan, name)
-            if map_Bl is not None:
-                self._map(map_Bl, scale, name, num_tokens, wide=False)
-        if plan.source_Bl is not None:
-            self._map(plan.source_Bl, scale, "source_Bl", num_tokens, wide=True)
-            is_inside = plan.source_Bl.device.type != "cpu" or bool(
-                ((plan.source_Bl >= 0) & (plan.source_Bl < num_tokens)).all()
-            )
-            self._require(is_inside, scale, "source_Bl", f"indices of the {num_tokens} tokens", "others")
-
-    def _map(self, map_Bl: Tensor, scale: int, name: str, num_tokens: int, *, wide: bool) -> None:
-        shape = tuple(map_Bl.shape)
-        lengths = (num_tokens,) if wide else (1, num_tokens)
-        is_fit = len(shape) == MAX_AXES and shape[0] in (1, self.num_images) and shape[1] in lengths
-        self._require(is_fit, scale, name, f"(1 or {self.num_images}, {num_tokens})", shape)
-        if map_Bl.device.type == "cpu" and map_Bl.is_floating_point():
-            self._require(not bool(map_Bl.isnan().any()), scale, name, "numbers", "NaN")
-
-    def _mask_count(self, part: Selection, scale: int, name: str, num_tokens: int) -> None:
-        kept = getattr(part, "kept", None)
-        if kept is not None and part.token_map.device.type == "cpu":
-            counts = part.token_map.sum(-1)
-            self._require(bool((counts == kept).all()), scale, f"{name}.kept", "what its mask keeps", kept)
-        self._require(kept is None or 0 < kept <= num_tokens, scale, f"{name}.kept", f"in 1 to {num_tokens}", kept)
-
-    def _depth_counts(self, depth: DepthMap, scale: int) -> None:
-        if depth.counts is None:
-            return
-        is_long = len(depth.counts) == self.num_blocks
-        self._require(is_long, scale, "depths.counts", f"{self.num_blocks} numbers", depth.counts)
-        if depth.depth_Bl.device.type == "cpu":
-            places = torch.arange(self.num_blocks, device="cpu")[:, None, None]
-            counts_P1 = torch.tensor(depth.counts, dtype=torch.long, device="cpu")[:, None]
-            is_true = bool(((depth.depth_Bl > places).sum(-1) == counts_P1).all())
-            self._require(is_true, scale, "depths.counts", "what its depths give", depth.counts)
-
-    def _sublayers(self, plan: ScalePlan, scale: int, num_tokens: int) -> None:
-        for part in plan.sublayers:
-            is_block = all(0 <= block < self.num_blocks for block in part.blocks)
-            self._require(is_block, scale, "sublayers.blocks", f"blocks of {self.num_blocks}", part.blocks)
-            is_count = 0 < part.count <= num_tokens
-            self._require(is_count, scale, "sublayers.count", f"in 1 to {num_tokens}", part.count)
-        for dtype in plan.dtypes:
-            self._require(dtype.dtype.is_floating_point, scale, "dtypes", "of floats", dtype.dtype)
-
-    def _require(self, ok: bool, scale: int, name: str, rule: str, value: object) -> None:
-        if not ok:
-            raise PlanConflictError(f"{self.policy}: plan of scale {scale}: {name} must be {rule}, got {value}")

@@ -196,8 +196,13 @@ class ScaleTokenizer(Protocol):
         """What the transformer reads before a scale of this token grid."""
         ...
 
-    def residual(self, symbols_Bld: Int[Tensor, "B l d"], grid: Grid) -> Float[Tensor, "B Z y x"]:
-        """Looks codes up, on the latent grid behind the token grid."""
+    def residual(
+        self, symbols_Bld: Int[Tensor, "B l d"] | Float[Tensor, "B l v"], grid: Grid
+    ) -> Float[Tensor, "B Z y x"]:
+        """Looks codes up, on the latent grid behind the token grid.
+
+        Floats are soft symbols: shares of bit 1, or weights of all codes.
+        """
         ...
 
     def add(

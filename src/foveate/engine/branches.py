@@ -13,10 +13,13 @@ from torch import Tensor
 
 from foveate.core.cost import Row
 from foveate.core.errors import PlanConflictError
+from foveate.core.plan import SpreadDifference
+from foveate.core.protocols import ScaleTokenizer
 from foveate.core.rows import Rows
 from foveate.core.signals import BranchLogits
 from foveate.engine.fills import Difference
 from foveate.engine.scale_run import ScaleRun
+from foveate.engine.spread import confidence, spread
 
 
 def combine_logits(logits: Sequence[BranchLogits], weight: float, temperature: float) -> list[Float[Tensor, "_k V"]]:
@@ -76,10 +79,13 @@ def _inside(run: ScaleRun, kept: Tensor | None, uncond_kept: Tensor | None) -> I
     return torch.searchsorted(kept.contiguous(), uncond_kept.contiguous())
 
 
-def guide_by_difference(run: ScaleRun, images: Sequence[BranchLogits]) -> tuple[BranchLogits, ...]:
-    """Adds the cached difference where the unconditional branch did not run: w cond + (1 - w) (cond - d).
+def guide_by_difference(
+    run: ScaleRun, images: Sequence[BranchLogits], tokenizer: ScaleTokenizer
+) -> tuple[BranchLogits, ...]:
+    """Adds a difference d where the unconditional branch did not run: w cond + (1 - w) (cond - d).
 
-    A branch that had stopped before a difference could be kept leaves the conditional branch alone.
+    A branch that had stopped before a difference could be kept, or that runs no token to spread from, leaves the
+    conditional branch alone.
 
     Raises:
         PlanConflictError: No difference was kept, though the branch of an image ran until now.
@@ -88,6 +94,9 @@ def guide_by_difference(run: ScaleRun, images: Sequence[BranchLogits]) -> tuple[
     is_whole = all(image.uncond_kV is not None and image.uncond_index_u is None for image in images)
     if word is None or weight == 1.0 or is_whole:
         return tuple(images)
+    if isinstance(word, SpreadDifference):
+        input_BZhw = tokenizer.next_input(run.state.f_hat_BZHW, run.scale.grid)
+        return tuple(_spread(image, word, weight - 1, input_BZhw[i]) for i, image in enumerate(images))
     if run.state.difference is None:
         if run.state.dropped >= set(range(len(images))):
             return tuple(images)
@@ -97,6 +106,19 @@ def guide_by_difference(run: ScaleRun, images: Sequence[BranchLogits]) -> tuple[
         )
     map_BlW = run.state.difference.resized(run.scale.grid)
     return tuple(_guided(image, map_BlW[i], (weight - 1) * word.weight) for i, image in enumerate(images))
+
+
+def _spread(
+    image: BranchLogits, word: SpreadDifference, factor: float, input_Zhw: Float[Tensor, "Z h w"]
+) -> BranchLogits:
+    """Guides the tokens that ran in one branch by the spread difference of those that ran in both."""
+    both, index_u = image.both(), image.uncond_index_u
+    if both is None or index_u is None:
+        return image
+    places_u = index_u if image.index_k is None else image.index_k[index_u]
+    difference_uW = both[0] - both[1]
+    map_lW, _ = spread(difference_uW, places_u, input_Zhw, word.sigma, word.likeness)
+    return _guided(image, map_lW * confidence(difference_uW, map_lW[places_u]), factor)
 
 
 def _guided(image: BranchLogits, map_lW: Float[Tensor, "l W"], factor: float) -> BranchLogits:

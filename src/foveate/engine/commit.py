@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.core.plan import Base
+from foveate.core.plan import Base, Spread
 from foveate.core.protocols import ScaleTokenizer
 from foveate.core.schedule import Grid
 from foveate.engine.fills import nearest_ran
@@ -18,7 +18,10 @@ from foveate.engine.scale_run import ScaleRun
 
 
 def residual_of(
-    run: ScaleRun, symbols: Sequence[Tensor], tokenizer: ScaleTokenizer
+    run: ScaleRun,
+    symbols: Sequence[Tensor],
+    tokenizer: ScaleTokenizer,
+    soft_Bld: Float[Tensor, "B l d"] | None = None,
 ) -> tuple[Float[Tensor, "B Z y x"], Tensor | None]:
     """The residual of a scale, and how many tokens copied from one that did not run (a number on the device, or None).
 
@@ -26,6 +29,7 @@ def residual_of(
         run: The scale.
         symbols: Per image, of the tokens that ran.
         tokenizer: Looks codes up.
+        soft_Bld: Where the plan spreads logits, soft bits of all tokens.
     """
     plan, grid, keep_Bl, kept = run.plan, run.scale.grid, run.committed(), run.kept_images()
     if keep_Bl is None or kept is None:
@@ -33,9 +37,12 @@ def residual_of(
         if plan.weight_Bl is None:
             return residual_BZyx, None
         return residual_BZyx * _on_latents(plan.weight_Bl, grid, residual_BZyx), None
-    full_Bld = symbols[0].new_zeros(len(symbols), run.scale.num_tokens, symbols[0].shape[-1])
-    for full_ld, index_k, symbols_kd in zip(full_Bld, kept, symbols, strict=True):
-        full_ld[index_k] = symbols_kd
+    if soft_Bld is None:
+        full_Bld = symbols[0].new_zeros(len(symbols), run.scale.num_tokens, symbols[0].shape[-1])
+        for full_ld, index_k, symbols_kd in zip(full_Bld, kept, symbols, strict=True):
+            full_ld[index_k] = symbols_kd
+    else:
+        full_Bld = soft_Bld
     source_Bl, lost_Bl = _sources(run, keep_Bl)
     if source_Bl is not None:
         full_Bld = full_Bld.gather(1, source_Bl[..., None].expand_as(full_Bld))
@@ -49,12 +56,12 @@ def residual_of(
 
 
 def _base(run: ScaleRun, codes_BZyx: Tensor, lost_Bl: Tensor | None) -> Float[Tensor, "B Z y x"]:
-    """What the residual holds where no token ran; `codes_BZyx` are copies there, where the plan wants those."""
+    """What the residual holds where no token ran; `codes_BZyx` are copies or soft there, if the plan says so."""
     plan, grid = run.plan, run.scale.grid
     base_BZyx = torch.zeros_like(codes_BZyx)
     if plan.base is Base.PREVIOUS and run.state.residual_BZhw is not None:
         base_BZyx = F.interpolate(run.state.residual_BZhw, size=codes_BZyx.shape[-2:], mode="nearest")
-    elif plan.base in (Base.NEAREST, Base.COPY):
+    elif plan.base in (Base.NEAREST, Base.COPY) or isinstance(plan.base, Spread):
         base_BZyx = codes_BZyx
     if lost_Bl is not None:
         base_BZyx = torch.where(_on_latents(lost_Bl, grid, codes_BZyx), 0.0, base_BZyx)

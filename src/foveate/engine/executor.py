@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foveate.core.errors import PlanConflictError
 from foveate.core.isolation import inference
-from foveate.core.plan import BlockDtype, KeepDifference
+from foveate.core.plan import BlockDtype, KeepDifference, Spread
 from foveate.core.policy import Bound
 from foveate.core.protocols import Block, NextScaleModel, Prepared, RefineInput, Refiner, ScaleTokenizer
 from foveate.core.signals import BranchLogits, Decoded, Record, Signal, Signals
@@ -28,7 +28,9 @@ from foveate.engine.fills import Difference
 from foveate.engine.finite import broken_numbers, finite_of
 from foveate.engine.graphs import Graphs
 from foveate.engine.kv_cache import KVCache
+from foveate.engine.sample import NUM_BIT_VALUES
 from foveate.engine.scale_run import ScaleRun
+from foveate.engine.spread import soft_bits, thresholds_of
 from foveate.engine.state import Request, RequestState
 from foveate.kernels.gpu import launch
 from foveate.kernels.heap import kept_heap
@@ -109,6 +111,7 @@ class Engine:
             PlanConflictError: The policy asks for what the request cannot give.
         """
         _refuse_equal_branches(bound, request)
+        self._refuse_spread(bound, request)
         with self.guard():
             return RequestState.open(self.model, self.tokenizer, bound, request, self.graphs)
 
@@ -205,7 +208,7 @@ class Engine:
         if self._keeps_inputs:
             for run, part_kC in zip(company.runs, inputs, strict=True):
                 images = per_image(run, part_kC)
-                for image, guided in zip(images, guide_by_difference(run, images), strict=True):
+                for image, guided in zip(images, guide_by_difference(run, images, self.tokenizer), strict=True):
                     if guided is not image:
                         image.cond_kV.copy_(guided.cond_kV)
         logits_kV = self.model.head_logits(inputs_kC)
@@ -225,6 +228,16 @@ class Engine:
             self._narrowed[(index, dtype)] = self.model.narrowed(index, dtype)
         return self._narrowed[(index, dtype)]
 
+    def _refuse_spread(self, bound: Bound, request: Request) -> None:
+        """Refuses a policy that spreads logits where a token holds an id: nobody has shown how."""
+        spreads = any(isinstance(bound.ceiling(s).base, Spread) for s in range(len(request.schedule)))
+        head_1V = torch.zeros(1, self.model.shape.head_outputs, device="cpu")
+        if spreads and self.tokenizer.symbols(head_1V).shape[-1] != NUM_BIT_VALUES:
+            raise PlanConflictError(
+                f"{bound.label}: logits are spread bit by bit, but a token of this model holds an id of a codebook; "
+                "take another fill, or leave this policy out"
+            )
+
     def _refines(self, run: ScaleRun) -> bool:
         return self.refiner is not None and self.refiner.acts_at(run.scale.index, len(run.state.request.schedule))
 
@@ -238,18 +251,17 @@ class Engine:
             assert kept_kW is not None, "no graph ran where something is kept"
             difference = difference_of(run, per_image(run, kept_kW))
         guided = combine_logits(
-            logits if self._keeps_inputs else guide_by_difference(run, logits),
+            logits if self._keeps_inputs else guide_by_difference(run, logits, self.tokenizer),
             run.weight,
             request.temperatures[scale.index],
         )
+        values = [self.tokenizer.symbols(logits_kV) for logits_kV in guided]
+        thresholds = thresholds_of(run, values[0].shape[1])
         symbols = request.sampler.choose(
-            scale.index,
-            scale.grid,
-            [self.tokenizer.symbols(logits_kV) for logits_kV in guided],
-            run.kept_images(),
-            request.filters[scale.index],
+            scale.index, scale.grid, values, run.kept_images(), request.filters[scale.index]
         )
-        residual_BZhw, lost = residual_of(run, symbols, self.tokenizer)
+        soft_Bld = None if thresholds is None else soft_bits(run, values, symbols, thresholds, self.tokenizer)
+        residual_BZhw, lost = residual_of(run, symbols, self.tokenizer, soft_Bld)
         if self._refines(run):
             residual_BZhw = residual_BZhw + self._refinement(run, heads, symbols, residual_BZhw)
         f_hat_BZHW = self.tokenizer.add(state.f_hat_BZHW, residual_BZhw, scale.index, len(request.schedule))

@@ -96,6 +96,13 @@ class Sampler(ABC):
         """The seed of an image's keyed draws; None where draws have an order instead."""
         return None
 
+    def thresholds(self, scale: int, grid: Grid, num_images: int, num_bits: int) -> list[Float[Tensor, "l d"]] | None:
+        """Per image, on the host, what each bit of the map is drawn against: it is 1 where log(p1 / p0) is larger.
+
+        Leaves the random state as it is: asked for before `choose`. None where symbols are not drawn.
+        """
+        return None
+
     @abstractmethod
     def choose(
         self,
@@ -129,6 +136,11 @@ class KeyedSampler(Sampler):
     def seed_of(self, image: int) -> int:
         """Its seed."""
         return self.seeds[image]
+
+    def thresholds(self, scale: int, grid: Grid, num_images: int, num_bits: int) -> list[Float[Tensor, "l d"]]:
+        """log(u / (1 - u)), in float64 and then float32."""
+        maps = [keyed_uniform(seed, scale, (*grid, num_bits)).astype(np.float64) for seed in self.seeds]
+        return [torch.from_numpy(np.log(u) - np.log1p(-u)).float().flatten(0, 1) for u in maps]
 
     def choose(
         self,
@@ -181,6 +193,13 @@ class ReferenceSampler(Sampler):
         if state is not None:
             self.generator.set_state(state)
 
+    def thresholds(self, scale: int, grid: Grid, num_images: int, num_bits: int) -> list[Float[Tensor, "l d"]]:
+        """log(e1 / e0) of the exponentials that `choose` is about to draw."""
+        state = self.state()
+        e_BldV = self._exponentials(num_images, grid[0] * grid[1], num_bits, NUM_BIT_VALUES).double().cpu()
+        self.restore(state)
+        return list((e_BldV[..., 1].log() - e_BldV[..., 0].log()).float())
+
     def choose(
         self,
         scale: int,
@@ -190,17 +209,20 @@ class ReferenceSampler(Sampler):
         rule: Filter,
     ) -> list[Int[Tensor, "_k d"]]:
         """Draws (B * l * d, V) exponentials, also when greedy."""
-        _, num_symbols, num_values = logits[0].shape
-        num_tokens = grid[0] * grid[1]
-        e = torch.empty(
-            len(logits) * num_tokens * num_symbols, num_values, dtype=torch.float32, device=self.generator.device
-        )
-        e_BldV = e.exponential_(1.0, generator=self.generator).view(len(logits), num_tokens, num_symbols, num_values)
+        e_BldV = self._exponentials(len(logits), grid[0] * grid[1], *logits[0].shape[1:])
         chosen = []
         for image, logits_kdV in enumerate(logits):
             p_kdV = probabilities(logits_kdV, rule.top_k, rule.top_p)
             chosen.append((p_kdV / _take(to_device(e_BldV[image], p_kdV.device), kept, image)).argmax(-1))
         return chosen
+
+    def _exponentials(
+        self, num_images: int, num_tokens: int, num_symbols: int, num_values: int
+    ) -> Float[Tensor, "B l d V"]:
+        e = torch.empty(
+            num_images * num_tokens * num_symbols, num_values, dtype=torch.float32, device=self.generator.device
+        )
+        return e.exponential_(1.0, generator=self.generator).view(num_images, num_tokens, num_symbols, num_values)
 
     def exponentials(self, scale: int, grid: Grid, num_images: int, num_values: int) -> list[Float[Tensor, "l V"]]:
         """Exponential draws for smoothing, of all images at once."""

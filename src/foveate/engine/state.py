@@ -15,7 +15,8 @@ from foveate.core.conditions import Condition, num_text_tokens
 from foveate.core.cost import ModelShape, Row
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.held import held_bytes
-from foveate.core.plan import KeepDifference, KeepOutputs, PlanChecker, ScalePlan, Unit, narrowed
+from foveate.core.plan import KeepDifference, KeepOutputs, ScalePlan, Unit, narrowed
+from foveate.core.plan_checker import PlanChecker
 from foveate.core.policy import Bound
 from foveate.core.protocols import NextScaleModel, PrefixTokens, Prepared, ScaleTokenizer
 from foveate.core.schedule import ScaleSchedule

@@ -3,8 +3,7 @@
 Where it does not run, the difference of the branches at the latest scale that ran both in full guides instead, resized
 and damped: w cond + (1 - w) (cond - weight d). Ours; a difference that is one scale old guides better at half its
 strength, and on one scale only (docs/policies/cached-guidance.md).
-The tokens on which the branch still runs are the first ones of an ordered dither (Bayer 1973): spread evenly at every
-share, the same for every image and known before the run.
+The tokens on which the branch still runs are a lattice.
 Axes: l tokens of a scale.
 """
 
@@ -19,22 +18,9 @@ from torch import Tensor
 from foveate.core.cost import ModelShape
 from foveate.core.plan import CachedDifference, Keep, KeepDifference, ScalePlan
 from foveate.core.policy import Bound, Directive, Policy, require
-from foveate.core.schedule import Grid, ScaleSchedule
-from foveate.core.selection import Rule, TokenSelection
+from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Signals
-
-
-def dither_rank(grid: Grid) -> Int[Tensor, " l"]:
-    """Thresholds of a Bayer matrix that covers the grid: no two are equal, neighbouring ones lie far apart.
-
-    The lowest quarter has even rows and columns, the lowest half is a checkerboard.
-    """
-    y_l = torch.arange(grid[0], device="cpu").repeat_interleave(grid[1])
-    x_l = torch.arange(grid[1], device="cpu").repeat(grid[0])
-    rank_l = torch.zeros_like(y_l)
-    for bit in range((max(grid) - 1).bit_length()):
-        rank_l = 4 * rank_l + 2 * ((x_l ^ y_l) >> bit & 1) + (y_l >> bit & 1)
-    return rank_l
+from foveate.policies.lattice import dither_rank, lowest
 
 
 class BoundCachedGuidance(Bound):
@@ -65,9 +51,7 @@ class BoundCachedGuidance(Bound):
         difference = CachedDifference(weight=self.policy.weight)
         if not self.policy.keep_ratio:
             return ScalePlan(unconditional=(False,), difference=difference)
-        # A rank and no mask: it is a share of what other parts of a composition keep, and its count is known.
-        part = TokenSelection(score_Bl=-rank_l[None].double(), share=self.policy.keep_ratio, rule=Rule.COUNT)
-        return ScalePlan(unconditional_tokens=(part,), difference=difference)
+        return ScalePlan(unconditional_tokens=(lowest(rank_l, self.policy.keep_ratio),), difference=difference)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

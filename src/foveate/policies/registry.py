@@ -20,6 +20,7 @@ from foveate.policies.depthvar import DepthVAR
 from foveate.policies.drop_branch import DropBranch
 from foveate.policies.fastvar import FastVAR
 from foveate.policies.feature_magnitude import FeatureMagnitude
+from foveate.policies.fovea import Fovea
 from foveate.policies.full import Full
 from foveate.policies.kv_eviction import KVEviction
 from foveate.policies.late_bfloat16 import LateBfloat16
@@ -35,6 +36,7 @@ REGISTRY: dict[str, type[Policy]] = {
     policy.name: policy
     for policy in (
         Full,
+        Fovea,
         LDPruning,
         DepthVAR,
         FastVAR,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from foveate.core.cost import ModelShape
-from foveate.core.plan import PlanChecker, ScalePlan
+from foveate.core.plan import ScalePlan
+from foveate.core.plan_checker import PlanChecker
 from foveate.core.policy import Bound, Policy
 from foveate.core.schedule import TEMPLATES, ScaleSchedule
 from foveate.core.signals import BranchLogits, Decoded, Record, Signal, Signals, SublayerInput

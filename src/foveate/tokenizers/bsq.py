@@ -98,10 +98,19 @@ class BSQTokenizer:
         small = resize(f_hat_BZHW, (grid[0] * self.patch, grid[1] * self.patch))
         return F.pixel_unshuffle(small, self.patch) if self.patch > 1 else small
 
-    def residual(self, symbols_Bld: Int[Tensor, "B l d"], grid: Grid) -> Float[Tensor, "B Z y x"]:
-        """Codes of all tokens on the latent grid."""
+    def residual(
+        self, symbols_Bld: Int[Tensor, "B l d"] | Float[Tensor, "B l d"], grid: Grid
+    ) -> Float[Tensor, "B Z y x"]:
+        """Codes of all tokens on the latent grid.
+
+        Args:
+            symbols_Bld: Bits, or shares of bit 1 that mix both values (soft symbols); the dtype decides.
+            grid: Of the scale.
+        """
         bits_Bdhw = symbols_Bld.transpose(1, 2).unflatten(-1, grid)
         bits_Bdhw = F.pixel_shuffle(bits_Bdhw, self.patch) if self.patch > 1 else bits_Bdhw
+        if symbols_Bld.is_floating_point():
+            return (2 * bits_Bdhw.float() - 1) * self.latent_channels**-0.5
         return bits_to_codes(bits_Bdhw.permute(0, 2, 3, 1) > 0)
 
     def add(
