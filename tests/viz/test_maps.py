@@ -9,13 +9,18 @@ from foveate.core.cost import ModelShape, RowWork, ScaleWork
 from foveate.core.errors import FoveateError
 from foveate.core.trace import ScaleTrace, Trace
 from foveate.viz.maps import compute_map, panel
+from foveate.viz.scale_map import ScaleMap, scale_map
 
 SHAPE = ModelShape(num_blocks=4, width=8, ff_width=8, num_heads=1, head_width=8, head_outputs=4, input_channels=2)
 GREY = Image.new("RGB", (64, 64), (200, 200, 200))
 
 
-def _scale(keep: list[bool], depth: list[int], *, ran: bool = True, has_maps: bool = True) -> ScaleTrace:
+def _scale(
+    keep: list[bool], depth: list[int], *, ran: bool = True, has_maps: bool = True, unconditional: int = 0
+) -> ScaleTrace:
     rows = {(0, True): RowWork(block_tokens=(sum(keep),) * 4, head_tokens=sum(keep))}
+    if unconditional:
+        rows[0, False] = RowWork(block_tokens=(unconditional,) * 4, head_tokens=unconditional)
     return ScaleTrace(
         scale=1,
         grid=(2, 2),
@@ -26,8 +31,12 @@ def _scale(keep: list[bool], depth: list[int], *, ran: bool = True, has_maps: bo
     )
 
 
+def _panel(scale: ScaleTrace) -> np.ndarray:
+    return panel(GREY, scale_map(scale, 0, 4))
+
+
 def test_dropped_tokens_are_dark_and_full_ones_untouched() -> None:
-    pixels = panel(GREY, _scale([True, False, True, True], [4, 0, 1, 3]), 0, 4).astype(int)
+    pixels = _panel(_scale([True, False, True, True], [4, 0, 1, 3])).astype(int)
     assert (pixels[10, 10] == 200).all(), "all blocks: the picture as it is"
     assert pixels[10, 50].max() < 80, "did not run: dark"
     few, most = pixels[50, 10], pixels[50, 50]
@@ -35,12 +44,35 @@ def test_dropped_tokens_are_dark_and_full_ones_untouched() -> None:
 
 
 def test_a_scale_that_did_not_run_is_pale() -> None:
-    assert panel(GREY, _scale([True] * 4, [4] * 4, ran=False), 0, 4).min() > 180
+    assert _panel(_scale([True] * 4, [4] * 4, ran=False)).min() > 180
+
+
+@pytest.mark.parametrize(
+    ("unconditional", "text"),
+    [
+        (0, "3/4 tokens, 75 % of blocks, one branch"),
+        (2, "3/4 tokens, 75 % of blocks, two branches on 2 tokens"),
+        (3, "3/4 tokens, 75 % of blocks, two branches"),
+    ],
+)
+def test_a_caption_names_tokens_blocks_and_branches(unconditional: int, text: str) -> None:
+    found = scale_map(_scale([True, False, True, True], [4, 0, 1, 3], unconditional=unconditional), 0, 4)
+    assert found.caption == text
+    assert found.depth_hw is not None
+    assert found.depth_hw.tolist() == [[4, -1], [1, 3]]
+
+
+def test_a_scale_that_did_not_run_says_so() -> None:
+    assert scale_map(_scale([True] * 4, [4] * 4, ran=False), 0, 4).caption == "did not run"
 
 
 def test_maps_must_have_been_recorded() -> None:
     with pytest.raises(FoveateError, match="trace=True"):
-        panel(GREY, _scale([True] * 4, [4] * 4, has_maps=False), 0, 4)
+        scale_map(_scale([True] * 4, [4] * 4, has_maps=False), 0, 4)
+    with pytest.raises(FoveateError, match="image_index must be from 0 to 0, got 1"):
+        scale_map(_scale([True] * 4, [4] * 4), 1, 4)
+    with pytest.raises(FoveateError, match="have its shape"):
+        ScaleMap(scale=0, grid=(2, 2), num_blocks=4, depth_hw=np.zeros((1, 4), dtype=np.int16))
 
 
 def test_the_sheet_holds_one_panel_per_scale_and_the_picture() -> None:

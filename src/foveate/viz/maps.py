@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from foveate.core.errors import FoveateError
-from foveate.core.trace import ScaleTrace, Trace
+from foveate.core.trace import Trace
+from foveate.viz.scale_map import ScaleMap, scale_maps
 
 PANEL = 256
 """Longer side of a panel, in pixels."""
@@ -39,30 +39,16 @@ def _enlarged(map_hw: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return map_hw[rows][:, columns]
 
 
-def panel(picture: Image.Image, scale: ScaleTrace, image_index: int, num_blocks: int) -> UInt8[np.ndarray, "Y X 3"]:
-    """One scale over the image.
-
-    Args:
-        picture: RGB, already at the panel's size.
-        scale: With maps.
-        image_index: Which image of the batch.
-        num_blocks: Depth of the whole transformer.
-
-    Raises:
-        FoveateError: The trace was recorded without maps.
-    """
+def panel(picture: Image.Image, scale: ScaleMap) -> UInt8[np.ndarray, "Y X 3"]:
+    """One scale over the image, which is already at the panel's size."""
     pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
     grey = pixels.mean(-1, keepdims=True).repeat(3, -1)
-    if not scale.ran:
+    if scale.depth_hw is None:
         return (0.25 * grey + 0.75 * np.array([222, 224, 228])).astype(np.uint8)
-    if scale.keep_Bl is None or scale.depth_Bl is None:
-        raise FoveateError("the trace has no maps; generate with trace=True")
-    keep_hw = scale.keep_Bl[image_index].view(scale.grid).numpy()
-    depth_hw = scale.depth_Bl[image_index].view(scale.grid).numpy() / num_blocks
-    share = _enlarged(np.where(keep_hw, depth_hw, 0.0), picture.size)[..., None]
-    is_run = _enlarged(keep_hw, picture.size)[..., None]
+    depth = _enlarged(scale.depth_hw, picture.size)[..., None]
+    share = depth / scale.num_blocks
     lit = np.where(share >= 1, pixels, 0.45 * pixels + 0.55 * ramp(share[..., 0]))
-    out = np.where(is_run, lit, 0.22 * grey + 12)
+    out = np.where(depth >= 0, lit, 0.22 * grey + 12)
     return _with_grid(out, scale.grid).astype(np.uint8)
 
 
@@ -76,16 +62,6 @@ def _with_grid(pixels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     for c in range(1, grid[1]):
         pixels[:, c * width // grid[1]] *= 0.8
     return pixels
-
-
-def _describe(scale: ScaleTrace, image_index: int, num_blocks: int) -> tuple[str, str]:
-    title = f"scale {scale.scale}   {scale.grid[0]} x {scale.grid[1]}"
-    if not scale.ran:
-        return title, "did not run"
-    row = scale.work.rows[(image_index, True)]
-    blocks = sum(row.block_tokens) / max(1, num_blocks * scale.work.grid_tokens)
-    branches = "two branches" if (image_index, False) in scale.work.rows else "one branch"
-    return title, f"{row.head_tokens}/{scale.work.grid_tokens} tokens, {100 * blocks:.0f} % of blocks, {branches}"
 
 
 def compute_map(picture: Image.Image, trace: Trace, image_index: int = 0, columns: int = 4) -> Image.Image:
@@ -104,12 +80,9 @@ def compute_map(picture: Image.Image, trace: Trace, image_index: int = 0, column
         else (round(PANEL / height_over_width), PANEL)
     )
     small = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-    cells: list[tuple[Image.Image, tuple[str, str]]] = [
-        (
-            Image.fromarray(panel(small, scale, image_index, trace.shape.num_blocks)),
-            _describe(scale, image_index, trace.shape.num_blocks),
-        )
-        for scale in trace.scales
+    cells = [
+        (Image.fromarray(panel(small, m)), (f"scale {m.scale}   {m.grid[0]} x {m.grid[1]}", m.caption))
+        for m in scale_maps(trace, image_index)
     ]
     cells.append((small, ("the image", "")))
     return _sheet(cells, size, columns)
