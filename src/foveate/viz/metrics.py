@@ -25,6 +25,8 @@ class Metric:
         axis: Of the frontier.
         is_high_good: Whether more is better.
         factor: From the stored number to the printed one: 100 for shares.
+        is_against_reference: Whether it compares images with the reference's, so that it says nothing about that one.
+        ceiling: The plot draws larger values here: equal images would press all others into a corner.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Metric:
     axis: Axis = Axis.NONE
     is_high_good: bool = True
     factor: float = 1.0
+    is_against_reference: bool = False
+    ceiling: float | None = None
 
     def print(self, value: float | None) -> str:
         """With its unit; "n/a" for what is no number."""
@@ -41,18 +45,28 @@ class Metric:
             return "n/a"
         return f"{self.factor * value:.{self.digits}f}{self.unit}"
 
+    def print_interval(self, low: float | None, high: float | None) -> str:
+        """Both ends with the unit behind them; nothing where an end is missing."""
+        if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+            return ""
+        return f"{self.factor * low:.{self.digits}f}\u2013{self.print(high)}"
+
 
 _COST, _FIDELITY = Axis.COST, Axis.FIDELITY
 _STATISTICS = {"mean": "mean", "p10": "10th percentile", "p90": "90th percentile", "min": "worst", "max": "worst"}
+_PSNR_CEILING = 60.0
 _DISTRIBUTIONS = (
-    Metric(name="psnr", label="PSNR", unit=" dB", digits=1, axis=_FIDELITY),
-    Metric(name="foreground_psnr", label="foreground PSNR", unit=" dB", digits=1, axis=_FIDELITY),
-    Metric(name="ssim", label="SSIM", digits=3, axis=_FIDELITY),
-    Metric(name="ms_ssim", label="MS-SSIM", digits=3, axis=_FIDELITY),
-    Metric(name="flip", label="FLIP", digits=3, axis=_FIDELITY, is_high_good=False),
-    Metric(name="feature_distance", label="feature distance", digits=3, axis=_FIDELITY, is_high_good=False),
+    Metric(name="psnr", label="PSNR", unit=" dB", digits=1, axis=_FIDELITY, is_against_reference=True,
+           ceiling=_PSNR_CEILING),
+    Metric(name="foreground_psnr", label="foreground PSNR", unit=" dB", digits=1, axis=_FIDELITY,
+           is_against_reference=True, ceiling=_PSNR_CEILING),
+    Metric(name="ssim", label="SSIM", digits=3, axis=_FIDELITY, is_against_reference=True),
+    Metric(name="ms_ssim", label="MS-SSIM", digits=3, axis=_FIDELITY, is_against_reference=True),
+    Metric(name="flip", label="FLIP", digits=3, axis=_FIDELITY, is_high_good=False, is_against_reference=True),
+    Metric(name="feature_distance", label="feature distance", digits=3, axis=_FIDELITY, is_high_good=False,
+           is_against_reference=True),
     Metric(name="text_match", label="text match", unit=" %", digits=1, axis=_FIDELITY, factor=100),
-)
+)  # fmt: skip
 _SINGLE = (
     Metric(name="speedup.transformer", label="speedup, transformer", unit="x", axis=_COST),
     Metric(name="speedup.end_to_end", label="speedup, end to end", unit="x", axis=_COST),

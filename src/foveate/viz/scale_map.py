@@ -26,7 +26,6 @@ class ScaleMap:
             scale did not.
         num_guided: Tokens that ran in the unconditional branch, too; 0 means one branch.
         block_share: Blocks that the conditional branch ran, of all blocks of all tokens, in [0, 1].
-        ms: Milliseconds of the scale, None where they were not measured.
     """
 
     scale: int
@@ -35,7 +34,6 @@ class ScaleMap:
     depth_hw: Int16[np.ndarray, "h w"] | None
     num_guided: int = 0
     block_share: float = 0.0
-    ms: float | None = None
 
     def __post_init__(self) -> None:
         if self.depth_hw is not None and self.depth_hw.shape != self.grid:
@@ -85,7 +83,6 @@ def scale_map(scale: ScaleTrace, image_index: int, num_blocks: int) -> ScaleMap:
         depth_hw=np.where(keep_hw, depth_hw, -1).astype(np.int16),
         num_guided=_num_guided(row, scale.work.rows.get((image_index, False)), int(keep_hw.sum())),
         block_share=sum(row.block_tokens) / max(1, num_blocks * scale.work.grid_tokens),
-        ms=scale.ms or None,
     )
 
 
