@@ -39,13 +39,13 @@ class Metric:
     is_against_reference: bool = False
     ceiling: float | None = None
 
-    def print(self, value: float | None) -> str:
+    def print(self, value: int | float | None) -> str:
         """With its unit; "n/a" for what is no number."""
         if value is None or not math.isfinite(value):
             return "n/a"
         return f"{self.factor * value:.{self.digits}f}{self.unit}"
 
-    def print_interval(self, low: float | None, high: float | None) -> str:
+    def print_interval(self, low: int | float | None, high: int | float | None) -> str:
         """Both ends with the unit behind them; nothing where an end is missing."""
         if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
             return ""
@@ -65,7 +65,7 @@ _DISTRIBUTIONS = (
     Metric(name="flip", label="FLIP", digits=3, axis=_FIDELITY, is_high_good=False, is_against_reference=True),
     Metric(name="feature_distance", label="feature distance", digits=3, axis=_FIDELITY, is_high_good=False,
            is_against_reference=True),
-    Metric(name="text_match", label="text match", unit=" %", digits=1, axis=_FIDELITY, factor=100),
+    Metric(name="text_match", label="text match", unit=" %", digits=1, axis=_FIDELITY, factor=100.0),
 )  # fmt: skip
 _SINGLE = (
     Metric(name="speedup.transformer", label="speedup, transformer", unit="x", axis=_COST),
@@ -73,9 +73,9 @@ _SINGLE = (
     Metric(name="speedup.decoder", label="speedup, decoder", unit="x"),
     Metric(name="transformer_ms", label="transformer time", unit=" ms", digits=0, axis=_COST, is_high_good=False),
     Metric(name="latency_ms.median", label="time of a call", unit=" ms", digits=0, axis=_COST, is_high_good=False),
-    Metric(name="flops_ratio", label="FLOPs", unit=" %", digits=1, axis=_COST, is_high_good=False, factor=100),
+    Metric(name="flops_ratio", label="FLOPs", unit=" %", digits=1, axis=_COST, is_high_good=False, factor=100.0),
     Metric(name="token_blocks_ratio", label="token-blocks", unit=" %", digits=1, axis=_COST, is_high_good=False,
-           factor=100),
+           factor=100.0),
     Metric(name="peak_kv_bytes", label="peak K/V", unit=" MB", digits=1, is_high_good=False, factor=1e-6),
 )  # fmt: skip
 _LAST = (

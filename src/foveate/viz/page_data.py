@@ -31,9 +31,9 @@ class Role(StrEnum):
 class Figure:
     """A number, with its interval if one is known."""
 
-    value: float | None
-    low: float | None = None
-    high: float | None = None
+    value: int | float | None
+    low: int | float | None = None
+    high: int | float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +76,7 @@ class ImagePair:
     seed: int
     reference: UInt8[np.ndarray, "Y X 3"]
     picture: UInt8[np.ndarray, "Y X 3"]
-    figures: Mapping[str, float | None]
+    figures: Mapping[str, int | float | None]
     is_identical: bool = False
     flip: Float[np.ndarray, "Y X"] | None = None
     scales: tuple[ScaleMap, ...] = ()
@@ -84,6 +84,8 @@ class ImagePair:
     def __post_init__(self) -> None:
         if self.reference.shape != self.picture.shape:
             raise FoveateError(f"a pair has one size, got {self.reference.shape} and {self.picture.shape}")
+        if self.flip is not None and self.flip.shape != self.picture.shape[:2]:
+            raise FoveateError(f"a FLIP map has the size of its pair, got {self.flip.shape} for {self.picture.shape}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,7 +126,7 @@ class Table:
 class ChartPoint:
     """A point of a chart; `label` is what its tooltip says, and a faint one broke a bound."""
 
-    x: float
+    x: int | float
     y: Figure
     label: str = ""
     is_faint: bool = False
@@ -156,7 +158,7 @@ class Chart:
     x_label: str
     y_label: str
     series: tuple[ChartSeries, ...]
-    limit: float | None = None
+    limit: int | float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -210,6 +212,8 @@ class PageData:
 
     def __post_init__(self) -> None:
         names = [point.name for point in self.points]
+        if not names:
+            raise FoveateError("a page needs at least one point, got none")
         if len(set(names)) < len(names):
             raise FoveateError(f"points have different names, got {names}")
         used = [pair.policy for pair in self.pairs] + [time.policy for time in self.scale_times]

@@ -18,7 +18,7 @@ REFERENCE_NAME = "reference"
 """What the left image is called where no point is the reference."""
 
 
-def finite(value: float | None) -> float | None:
+def finite(value: int | float | None) -> float | None:
     """The number, or None for what JSON cannot hold."""
     return None if value is None or not math.isfinite(value) else float(value)
 
