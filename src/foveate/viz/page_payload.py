@@ -101,12 +101,12 @@ def _scale(scale: ScaleMap) -> dict[str, Any]:
         "scale": scale.scale,
         "grid": scale.grid,
         "blocks": scale.num_blocks,
-        "depth": _packed(scale.depth_hw),
+        "depth": packed_depth(scale.depth_hw),
         "caption": scale.caption,
     }
 
 
-def _packed(depth_hw: np.ndarray | None) -> str | int | None:
+def packed_depth(depth_hw: np.ndarray | None) -> str | int | None:
     """One byte a token, 0 where it did not run; one number where all tokens ran the same."""
     if depth_hw is None:
         return None

@@ -66,8 +66,8 @@ export function paintCompute(target, image, scale) {
 
 function shade(out, pixels, i, depth, blocks) {
   const grey = (pixels[i] + pixels[i + 1] + pixels[i + 2]) / 3;
-  if (depth === null) put(out, i, [0.25 * grey + 166, 0.25 * grey + 168, 0.25 * grey + 171]);
-  else if (depth < 0) put(out, i, [0.22 * grey + 12, 0.22 * grey + 12, 0.22 * grey + 14]);
+  if (depth === null) put(out, i, [222, 224, 228].map((pale) => 0.25 * grey + 0.75 * pale));
+  else if (depth < 0) put(out, i, [0.22 * grey + 12, 0.22 * grey + 12, 0.22 * grey + 12]);
   else if (depth >= blocks) put(out, i, [pixels[i], pixels[i + 1], pixels[i + 2]]);
   else {
     const tint = along(VIRIDIS, depth / blocks);

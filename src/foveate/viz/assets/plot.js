@@ -6,7 +6,7 @@
  *     label: "Frontier",                                     // what a screen reader says
  *     x: { label: "speedup" }, y: { label: "PSNR (dB)", ceiling: 60 },
  *     series: [{ name, tone: "0", mark: "circle", line: null | "straight" | "hv" | "vh", isDashed,
- *                points: [{ id, label, text, x: [value, low, high], y: [value, low, high], isFaint }] }],
+ *                points: [{ id, label, text, x: [value, low, high], y: [value, low, high], isFaint }] }], // the interval is optional
  *     rules: [{ x | y: 1, label }],                          // dashed lines across the plot
  *   };
  *   plot.selected = id;
@@ -255,15 +255,19 @@ function lineThrough(places, kind) {
   return `M${places[0][0]} ${places[0][1]}${steps.join("")}`;
 }
 
+function hasInterval(figure) {
+  return Number.isFinite(figure[1]) && Number.isFinite(figure[2]);
+}
+
 function whiskers(point, space) {
   const [x, y] = point.at;
   const found = [];
   const kind = { class: `fv-whisker fv-tone-${point.one.tone}` };
-  if (point.y.slice(1).every(Number.isFinite)) {
+  if (hasInterval(point.y)) {
     const [low, high] = [space.y(point.y[1]), space.y(point.y[2])];
     found.push(draw("path", { ...kind, d: `M${x} ${low}V${high}M${x - 3} ${low}h6M${x - 3} ${high}h6` }));
   }
-  if (point.x.slice(1).every(Number.isFinite)) {
+  if (hasInterval(point.x)) {
     const [low, high] = [space.x(point.x[1]), space.x(point.x[2])];
     found.push(draw("path", { ...kind, d: `M${low} ${y}H${high}M${low} ${y - 3}v6M${high} ${y - 3}v6` }));
   }
