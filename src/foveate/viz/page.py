@@ -68,9 +68,10 @@ def render(data: PageData, *, max_bytes: int = MAX_BYTES) -> str:
 <header class="pg-head"><div class="pg-brand">{_LOGO}<span>foveate report</span></div>
 <h1>{html.escape(data.title)}</h1><p class="pg-summary">{html.escape(data.summary)}</p>
 {_notes(data.notes)}{_NO_SCRIPT}</header>
-<div class="pg-bar"><div class="pg-bar-inside"><nav aria-label="Sections">{links}</nav>
+<div class="pg-bar" role="region" aria-label="Page controls"><div class="pg-bar-inside">
+<nav aria-label="Sections">{links}</nav>
 <label class="pg-choice">Policy <select id="pg-policy"></select></label>
-<button type="button" class="pg-button" id="pg-theme" aria-label="Switch between light and dark">Light / dark</button>
+<button type="button" class="pg-button" id="pg-theme">Light / dark</button>
 </div></div>
 <main id="pg-main">{body}</main><footer>Made by foveate. This file is complete: it loads nothing.</footer>
 <script type="application/json" id="pg-data">{payload(data, stored)}</script>
