@@ -2,6 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -18,6 +19,8 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Record, Signals
 
 P = TypeVar("P", bound="Policy")
+
+_LEAST_SHARE = 1e-4
 
 
 class Directive(Enum):
@@ -76,11 +79,13 @@ class Bound(ABC):
 class Policy(ABC):
     """A method: frozen settings, checked at construction, that decide how much of a model runs.
 
-    `revision` grows when the same settings come to mean something else.
+    `revision` grows when the same settings come to mean something else. `dial` names what `at_level` sets; it is empty
+    where no setting has a compute that is known before the run.
     """
 
     name: ClassVar[str]
     revision: ClassVar[int] = 0
+    dial: ClassVar[str] = ""
 
     @abstractmethod
     def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> Bound:
@@ -90,6 +95,24 @@ class Policy(ABC):
     @abstractmethod
     def neutral(cls) -> "Policy":
         """The setting that changes nothing, bit for bit."""
+
+    def at_level(self: P, level: float, schedule: ScaleSchedule, shape: ModelShape) -> P:
+        """The same policy with its dial at a level; never more compute at a lower one.
+
+        Unless a policy says otherwise, its dial is a share in (0, 1], and the level is that share to four places.
+
+        Args:
+            level: In [0, 1]: 0 leaves out as much as the dial can, 1 as little.
+            schedule: What the policy will be bound to.
+            shape: As well.
+
+        Raises:
+            FoveateError: The policy has no dial.
+        """
+        del schedule, shape
+        if not self.dial:
+            raise FoveateError(f"{self.name} has no setting whose compute is known before the run")
+        return self.replace(**{self.dial: share_at(level)})
 
     def __or__(self, other: "Policy") -> "Policy":
         """Both policies as one; each lets run at most what it would alone."""
@@ -137,6 +160,18 @@ class Policy(ABC):
     def replace(self: P, **changes: Any) -> P:
         """The same policy with some fields changed and checked again."""
         return replace(self, **changes)
+
+
+def share_at(level: float) -> float:
+    """A share in (0, 1] at a level of a dial, to four places, as a spec shows it."""
+    return max(round(level, 4), _LEAST_SHARE)
+
+
+def shares_at(shares: Sequence[float], level: float) -> tuple[float, ...]:
+    """Several shares at one level: towards 1 above the level 1/2, where they are as given, and towards 0 below."""
+    if level >= 1 / 2:
+        return tuple(share_at(share + (1 - share) * (2 * level - 1)) for share in shares)
+    return tuple(share_at(share * 2 * level) for share in shares)
 
 
 def require(ok: bool, name: str, rule: str, value: object) -> None:

@@ -42,6 +42,7 @@ class AttentionEntropyTokens(Policy):
     """
 
     name: ClassVar[str] = "attention-entropy"
+    dial: ClassVar[str] = "keep_ratio"
     keep_ratio: float = 0.5
     num_scales: int = 3
     fill: Literal["base", "zero"] = "base"

@@ -62,6 +62,7 @@ class CachedGuidance(Policy):
     """
 
     name: ClassVar[str] = "cached-guidance"
+    dial: ClassVar[str] = "keep_ratio"
     count: int = 1
     keep_ratio: float = 0.0
     weight: float = 0.5

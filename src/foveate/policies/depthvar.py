@@ -82,18 +82,27 @@ def score_table(num_tokens: int, budget: float, curve: Curve) -> Float[Tensor, "
     return apply_curve((torch.arange(num_tokens, device="cpu")[None].double() + 0.5) / num_tokens, budget, curve)[0]
 
 
+def _index_of(reference_scale: int, num_scales: int) -> int:
+    """The reference as an index of the schedule.
+
+    Raises:
+        FoveateError: It is not one of the scales.
+    """
+    index = reference_scale if reference_scale >= 0 else num_scales + reference_scale
+    possible = f"in [-{num_scales}, {num_scales - 1}] on this schedule (-1 is off)"
+    require(0 <= index < num_scales, "reference_scale", possible, reference_scale)
+    return index
+
+
 class BoundDepthVAR(Bound):
     """DepthVAR on one schedule and model."""
 
     def __init__(self, policy: "DepthVAR", schedule: ScaleSchedule, num_blocks: int) -> None:
         self.policy, self.schedule, self.num_blocks = policy, schedule, num_blocks
         num_scales = len(schedule)
-        reference = policy.reference_scale
-        self.reference = reference if reference >= 0 else num_scales + reference
-        possible = f"in [-{num_scales}, {num_scales - 1}] on this schedule (-1 is off)"
-        require(0 <= self.reference < num_scales, "reference_scale", possible, reference)
+        self.reference = _index_of(policy.reference_scale, num_scales)
         tokens = [scale.num_tokens for scale in schedule.scales]
-        self.budgets = [min(1.0, tokens[self.reference] / n) for n in tokens]
+        self.budgets = [min(1.0, policy.budget * tokens[self.reference] / n) for n in tokens]
         self.dynamic = [s for s in range(self.reference + 1, num_scales) if self.budgets[s] < 1]
         self.changes = [BlockChange(first=block, end=block + 1) for block in range(num_blocks)]
         self.order = bit_reversal_order(num_blocks) if policy.order == "bit-reversal" else tuple(range(num_blocks))
@@ -178,6 +187,7 @@ class BoundDepthVAR(Bound):
 class DepthVAR(Policy):
     """A depth per token, with the compute of `reference_scale` (R, negative from the end) on every later scale.
 
+    `budget` multiplies that compute: 2 lets every later scale spend what two reference scales do.
     `rotation`: "even" shifts percentiles by j/n at the j-th of n dynamic scales, "round-robin" by the budgets spent,
     "none" not at all. `rounding` is added before the floor: 0.5 rounds, 0 is the paper's literal floor. `fill`:
     "cached" adds the resized earlier change of a skipped block, "identity" nothing. `blend` weights the codes by the
@@ -185,6 +195,7 @@ class DepthVAR(Policy):
     """
 
     name: ClassVar[str] = "depthvar"
+    dial: ClassVar[str] = "budget"
     reference_scale: int = -4
     curve: Curve = "power"
     rotation: Literal["even", "round-robin", "none"] = "even"
@@ -192,6 +203,7 @@ class DepthVAR(Policy):
     order: Literal["bit-reversal", "prefix"] = "bit-reversal"
     fill: Literal["cached", "identity"] = "cached"
     blend: Literal["score", "depth"] = "score"
+    budget: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks the fields."""
@@ -202,11 +214,20 @@ class DepthVAR(Policy):
         require(self.order in ("bit-reversal", "prefix"), "order", "bit-reversal or prefix", self.order)
         require(self.fill in ("cached", "identity"), "fill", "cached or identity", self.fill)
         require(self.blend in ("score", "depth"), "blend", "score or depth", self.blend)
+        require(self.budget > 0 and math.isfinite(self.budget), "budget", "above 0", self.budget)
 
     @classmethod
     def neutral(cls) -> "DepthVAR":
         """The last scale as reference: nothing is beyond it."""
         return cls(reference_scale=-1)
+
+    def at_level(self, level: float, schedule: ScaleSchedule, shape: ModelShape) -> "DepthVAR":
+        """Gives every later scale this share of the last scale's compute: at level 1 all of them run in full."""
+        del shape
+        reference = schedule.scales[_index_of(self.reference_scale, len(schedule))]
+        # Rounded up, so that the last scale is full at level 1.
+        share = math.ceil(1e4 * level * schedule.scales[-1].num_tokens / reference.num_tokens) / 1e4
+        return self.replace(budget=max(share, 1e-4))
 
     def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> Bound:
         """Budgets of all scales.

@@ -27,6 +27,7 @@ class DropBranch(Policy):
     """Runs the conditional branch alone on the last `count` scales."""
 
     name: ClassVar[str] = "drop-branch"
+    dial: ClassVar[str] = "count"
     count: int = 2
 
     def __post_init__(self) -> None:
@@ -37,6 +38,11 @@ class DropBranch(Policy):
     def neutral(cls) -> "DropBranch":
         """Keeps both branches to the end."""
         return cls(count=0)
+
+    def at_level(self, level: float, schedule: ScaleSchedule, shape: ModelShape) -> "DropBranch":
+        """Drops the branch everywhere at level 0, nowhere at 1."""
+        del shape
+        return self.replace(count=round((1 - level) * len(schedule)))
 
     def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> Bound:
         """Counts from the end of the schedule; a larger count drops the branch everywhere."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
 from foveate.core.plan import CachedFill, Keep, KeepOutputs, Resize, ScalePlan, SublayerSelection, Unit
-from foveate.core.policy import Bound, Directive, Policy, require
+from foveate.core.policy import Bound, Directive, Policy, require, shares_at
 from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.core.signals import Signals
 
@@ -161,6 +161,7 @@ class FastVAR(Policy):
     """
 
     name: ClassVar[str] = "fastvar"
+    dial: ClassVar[str] = "keep_first and keep_second"
     keep_first: float = 0.6
     keep_second: float = 0.5
     skip_last: int = 2
@@ -188,6 +189,12 @@ class FastVAR(Policy):
     def neutral(cls) -> "FastVAR":
         """All tokens and all scales."""
         return cls(keep_first=1.0, keep_second=1.0, skip_last=0)
+
+    def at_level(self, level: float, schedule: ScaleSchedule, shape: ModelShape) -> "FastVAR":
+        """Both ratios, as given at level 1/2; `skip_last` stays."""
+        del schedule, shape
+        first, second = shares_at((self.keep_first, self.keep_second), level)
+        return self.replace(keep_first=first, keep_second=second)
 
     def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> Bound:
         """Finds the scales.

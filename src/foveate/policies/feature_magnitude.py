@@ -33,6 +33,7 @@ class FeatureMagnitude(Policy):
     """
 
     name: ClassVar[str] = "feature-magnitude"
+    dial: ClassVar[str] = "keep_ratio"
     keep_ratio: float = 0.5
     num_scales: int = 3
     fill: Literal["base", "zero"] = "base"

@@ -42,6 +42,7 @@ class KVEviction(Policy):
     """
 
     name: ClassVar[str] = "kv-eviction"
+    dial: ClassVar[str] = "window"
     keep_first: int = 4
     window: int = 3
 
@@ -54,6 +55,11 @@ class KVEviction(Policy):
     def neutral(cls) -> "KVEviction":
         """A window that no scale leaves."""
         return cls(window=LONGER_THAN_ANY_SCHEDULE)
+
+    def at_level(self, level: float, schedule: ScaleSchedule, shape: ModelShape) -> "KVEviction":
+        """No window at level 0, all scales at 1."""
+        del shape
+        return self.replace(window=round(level * len(schedule)))
 
     def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> Bound:
         """Counts scales of the full schedule, whether they run or not."""

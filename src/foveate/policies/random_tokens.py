@@ -59,6 +59,7 @@ class RandomTokens(Policy):
     """
 
     name: ClassVar[str] = "random-tokens"
+    dial: ClassVar[str] = "keep_ratio"
     keep_ratio: float = 0.5
     num_scales: int = 3
     fill: Literal["base", "zero", "nearest"] = "base"

@@ -27,6 +27,7 @@ class SkipScales(Policy):
     """Leaves out the last `count` scales (at least the first one always runs)."""
 
     name: ClassVar[str] = "skip-scales"
+    dial: ClassVar[str] = "count"
     count: int = 1
 
     def __post_init__(self) -> None:
@@ -37,6 +38,11 @@ class SkipScales(Policy):
     def neutral(cls) -> "SkipScales":
         """Leaves out none."""
         return cls(count=0)
+
+    def at_level(self, level: float, schedule: ScaleSchedule, shape: ModelShape) -> "SkipScales":
+        """Leaves out all scales but the first at level 0, none at 1."""
+        del shape
+        return self.replace(count=round((1 - level) * (len(schedule) - 1)))
 
     def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> Bound:
         """Counts from the end of the schedule.

@@ -36,6 +36,7 @@ class TokenVariance(Policy):
     """
 
     name: ClassVar[str] = "token-variance"
+    dial: ClassVar[str] = "keep_ratio"
     keep_ratio: float = 0.5
     num_scales: int = 3
     fill: Literal["base", "zero"] = "base"
