@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from foveate.pipeline.options import Options as Options
     from foveate.pipeline.pipeline import Pipeline as Pipeline
     from foveate.policies.attention_entropy import AttentionEntropyTokens as AttentionEntropyTokens
+    from foveate.policies.blocks_per_scale import BlocksPerScale as BlocksPerScale
     from foveate.policies.cached_guidance import CachedGuidance as CachedGuidance
     from foveate.policies.depthvar import DepthVAR as DepthVAR
     from foveate.policies.drop_branch import DropBranch as DropBranch
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AttentionEntropyTokens": "foveate.policies.attention_entropy",
+    "BlocksPerScale": "foveate.policies.blocks_per_scale",
     "CachedGuidance": "foveate.policies.cached_guidance",
     "CallOptions": "foveate.pipeline.options",
     "Cancelled": "foveate.core.errors",

@@ -19,33 +19,32 @@ from tests.toys import GRIDS, LENGTHS, SEEDS, cached_run, make_request, run, sam
 
 FILLS = "two fills, {} and {}; keep one"
 CACHED_FILL = r"the output of each block at the latest scale \(bilinear\)"
-CACHED = {"depthvar", "uniform-depth"}
-"""Policies that fill skipped blocks from earlier changes unless told otherwise."""
 
 NAMES = (
     "full", "skip-scales", "drop-branch", "kv-eviction", "late-bfloat16", "cached-guidance", "skipvar", "ld-pruning",
-    "random-tokens", "attention-entropy", "feature-magnitude", "token-variance", "depthvar", "uniform-depth", "fastvar",
-    "sparsevar", "fovea",
+    "random-tokens", "attention-entropy", "feature-magnitude", "token-variance", "depthvar", "uniform-depth",
+    "blocks-per-scale", "fastvar", "sparsevar", "fovea",
 )  # fmt: skip
 
 TABLE: dict[str, str] = {
-    "full": "ooooooooooooooooo",
-    "skip-scales": "ooooooooooooooooo",
-    "drop-branch": "ooooooooooooooooo",
-    "kv-eviction": "ooooooooooooooooo",
-    "late-bfloat16": "ooooooooooooooooo",
-    "cached-guidance": "ooooooooooooooooo",
-    "skipvar": "ooooooooooooooooo",
-    "ld-pruning": "ooooooooooooooobb",
-    "random-tokens": "ooooooooooooooobb",
-    "attention-entropy": "ooooooooooooooobb",
-    "feature-magnitude": "ooooooooooooooobb",
-    "token-variance": "ooooooooooooooobb",
-    "depthvar": "oooooooooooooofoo",
-    "uniform-depth": "oooooooooooooofoo",
-    "fastvar": "ooooooooooooffooo",
-    "sparsevar": "ooooooobbbbbooocb",
-    "fovea": "ooooooobbbbbooobo",
+    "full": "oooooooooooooooooo",
+    "skip-scales": "oooooooooooooooooo",
+    "drop-branch": "oooooooooooooooooo",
+    "kv-eviction": "oooooooooooooooooo",
+    "late-bfloat16": "oooooooooooooooooo",
+    "cached-guidance": "oooooooooooooooooo",
+    "skipvar": "oooooooooooooooooo",
+    "ld-pruning": "oooooooooooooooobb",
+    "random-tokens": "oooooooooooooooobb",
+    "attention-entropy": "oooooooooooooooobb",
+    "feature-magnitude": "oooooooooooooooobb",
+    "token-variance": "oooooooooooooooobb",
+    "depthvar": "ooooooooooooooofoo",
+    "uniform-depth": "ooooooooooooooofoo",
+    "blocks-per-scale": "ooooooooooooooofoo",
+    "fastvar": "oooooooooooofffooo",
+    "sparsevar": "ooooooobbbbboooocb",
+    "fovea": "ooooooobbbbboooobo",
 }
 """Row | column in the order of NAMES: o goes together, the others are refused for a reason below."""
 

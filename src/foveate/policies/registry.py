@@ -15,6 +15,7 @@ from foveate.core.errors import FoveateError, unknown
 from foveate.core.fields import parsed, split, typed, words
 from foveate.core.policy import Policy
 from foveate.policies.attention_entropy import AttentionEntropyTokens
+from foveate.policies.blocks_per_scale import BlocksPerScale
 from foveate.policies.cached_guidance import CachedGuidance
 from foveate.policies.depthvar import DepthVAR
 from foveate.policies.drop_branch import DropBranch
@@ -44,6 +45,7 @@ REGISTRY: dict[str, type[Policy]] = {
         DropBranch,
         RandomTokens,
         UniformDepth,
+        BlocksPerScale,
         CachedGuidance,
         KVEviction,
         LateBfloat16,
