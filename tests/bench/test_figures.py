@@ -8,8 +8,9 @@ import torch
 from foveate.bench.peak import matmul_peak, weight_bandwidth
 from foveate.bench.rounds import Stop, alternate
 from foveate.bench.spread import Spread, runs_for, supported_percentiles
-from foveate.bench.timing import TimedRun, Timing, scale_flops
+from foveate.bench.timing import TimedRun, Timing
 from foveate.bench.workload import Workload
+from foveate.core.cost import scale_flops
 from foveate.engine.report import Milliseconds
 from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.full import Full
@@ -104,7 +105,8 @@ def test_baseline_and_batches_leave_out_what_they_cannot_say() -> None:
 @pytest.mark.parametrize("spec", ["full", "skip-scales:count=2", "drop-branch:count=1", "depthvar", "ld-pruning"])
 def test_flops_of_the_scales_add_up_to_those_of_the_call(toy_pipe: Pipeline, spec: str) -> None:
     output = toy_pipe("a red cat", seed=1, policy=load_policy(spec), output_type="np")
-    flops = scale_flops(output.trace)
+    trace = output.trace
+    flops = scale_flops([scale.work for scale in trace.scales], trace.shape, trace.text_tokens)
     assert sum(flops) == output.report.flops_run
     run = TimedRun.of(output)
     assert [scale.flops for scale in run.scales] == flops

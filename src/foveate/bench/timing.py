@@ -10,10 +10,9 @@ from foveate.bench.measure import Measure
 from foveate.bench.report import Entry, ScaleFigures
 from foveate.bench.spread import Spread, supported_percentiles
 from foveate.bench.workload import Workload
-from foveate.core.cost import request_cost
+from foveate.core.cost import scale_flops
 from foveate.core.policy import Policy
 from foveate.core.schedule import Grid
-from foveate.core.trace import Trace
 from foveate.engine.report import Milliseconds
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline
@@ -45,6 +44,7 @@ class TimedRun:
     def of(cls, output: PipelineOutput) -> "TimedRun":
         """What a call reported."""
         report, trace = output.report, output.trace
+        works = [scale.work for scale in trace.scales]
         scales = tuple(
             ScaleRun(
                 scale=scale.scale,
@@ -53,7 +53,7 @@ class TimedRun:
                 flops=flops,
                 token_blocks=sum(sum(row.block_tokens) for row in scale.work.rows.values()),
             )
-            for scale, flops in zip(trace.scales, scale_flops(trace), strict=True)
+            for scale, flops in zip(trace.scales, scale_flops(works, trace.shape, trace.text_tokens), strict=True)
         )
         return cls(
             num_images=len(output.prompts),
@@ -68,16 +68,6 @@ class TimedRun:
     def rest_ms(self) -> float:
         """Rest of the call, outside all parts: checking options, and the report itself."""
         return self.ms.total - self.ms.text - self.ms.transformer - self.ms.decoder
-
-
-def scale_flops(trace: Trace) -> list[int]:
-    """FLOPs of every scale; they add up to those of the request, as the first one holds what is spent once."""
-    works = [scale.work for scale in trace.scales]
-    until = [
-        request_cost(works[:count], trace.shape, trace.text_tokens, trace.bytes_per_element).flops
-        for count in range(1, len(works) + 1)
-    ]
-    return [after - before for before, after in zip([0, *until], until, strict=False)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

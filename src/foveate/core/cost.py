@@ -140,6 +140,12 @@ def request_cost(
     return Cost(flops=flops, tokens=tokens_kept, token_blocks=token_blocks, kv_bytes=per_token * store.most)
 
 
+def scale_flops(work: Sequence[ScaleWork], shape: ModelShape, text_tokens: Mapping[Row, int]) -> list[int]:
+    """FLOPs of every scale; they add up to those of the request, as the first one holds what is spent once."""
+    until = [request_cost(work[:count], shape, text_tokens).flops for count in range(1, len(work) + 1)]
+    return [after - before for before, after in zip([0, *until], until, strict=False)]
+
+
 def _block_flops(shape: ModelShape, work: RowWork, block: int, past: int, text_tokens: int) -> int:
     """FLOPs of one block for one row; `past` are the keys of earlier scales."""
     parts = shape.sublayer_flops
