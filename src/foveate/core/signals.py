@@ -103,7 +103,8 @@ class BranchLogits:
 class Signals:
     """What the latest scale that ran left behind; what was not asked for is None, or not in `values`.
 
-    `logits` has one entry per image. `values` holds the signals with settings.
+    `logits` has one entry per image. `values` holds the signals with settings. `remaining_ms` is the time until the
+    request's deadline before the coming scale, in steps that whoever set the deadline chose; None without a deadline.
     """
 
     scale: int
@@ -112,6 +113,7 @@ class Signals:
     f_hat_BZHW: Float[Tensor, "B Z H W"] | None = None
     logits: tuple[BranchLogits, ...] | None = None
     values: Mapping[Record, Tensor] = field(default_factory=dict)
+    remaining_ms: float | None = None
 
     def __getitem__(self, record: Record) -> Tensor:
         """The value of a signal with settings.

@@ -85,7 +85,7 @@ class ScaleRun:
             PlanConflictError: The plan does not fit this scale, or asks for what cannot be done.
         """
         request, scale = state.request, state.request.schedule.scales[state.scale]
-        plan, policy = state.bound.plan(scale.index, state.signals, state.policy)
+        plan, policy = state.bound.plan(scale.index, state.signals_before(scale.index), state.policy)
         state.checker.check(plan, scale.index, scale.num_tokens)
         if request.guidance.hidden_blocks and (plan.unconditional_tokens or plan.difference):
             raise PlanConflictError(

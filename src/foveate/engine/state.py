@@ -3,8 +3,8 @@
 Axes: B images, R rows, Z latent channels, (H, W) the last latent grid.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Request:
 
     `conditions` has one entry per image, followed by as many negative ones if there are any. One temperature and one
     filter per scale. Without `times_scales` a GPU is not waited for after every scale, and the times of its scales are
-    known when the last one has run.
+    known when the last one has run. `remaining_ms` is asked before every scale but the first how much time is left.
     """
 
     schedule: ScaleSchedule
@@ -47,6 +47,7 @@ class Request:
     num_images: int
     wants_maps: bool = False
     times_scales: bool = False
+    remaining_ms: Callable[[int], float] | None = None
 
     @property
     def has_negative(self) -> bool:
@@ -250,6 +251,12 @@ class RequestState:
     def is_done(self) -> bool:
         """Whether all scales have been reached."""
         return self.scale == len(self.request.schedule)
+
+    def signals_before(self, scale: int) -> Signals | None:
+        """What a scale is planned from: what the latest one left behind, and the time that is left."""
+        if self.signals is None or self.request.remaining_ms is None:
+            return self.signals
+        return replace(self.signals, remaining_ms=self.request.remaining_ms(scale))
 
     def cache_bytes(self) -> int:
         """Bytes kept for later scales beside keys and values."""
