@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from foveate.policies.skip_scales import SkipScales as SkipScales
     from foveate.policies.skipvar import SkipVAR as SkipVAR
     from foveate.policies.sparsevar import SparseVAR as SparseVAR
+    from foveate.policies.step_down import StepDown as StepDown
     from foveate.policies.token_variance import TokenVariance as TokenVariance
     from foveate.policies.uniform_depth import UniformDepth as UniformDepth
 
@@ -58,6 +59,7 @@ _HOMES = {
     "SkipScales": "foveate.policies.skip_scales",
     "SkipVAR": "foveate.policies.skipvar",
     "SparseVAR": "foveate.policies.sparsevar",
+    "StepDown": "foveate.policies.step_down",
     "TokenVariance": "foveate.policies.token_variance",
     "UniformDepth": "foveate.policies.uniform_depth",
     "attach": "foveate.adapters.attachment",

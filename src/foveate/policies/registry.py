@@ -30,6 +30,7 @@ from foveate.policies.random_tokens import RandomTokens
 from foveate.policies.skip_scales import SkipScales
 from foveate.policies.skipvar import SkipVAR
 from foveate.policies.sparsevar import SparseVAR
+from foveate.policies.step_down import StepDown
 from foveate.policies.token_variance import TokenVariance
 from foveate.policies.uniform_depth import UniformDepth
 
@@ -54,6 +55,7 @@ REGISTRY: dict[str, type[Policy]] = {
         AttentionEntropyTokens,
         FeatureMagnitude,
         TokenVariance,
+        StepDown,
     )
 }
 """Every policy that foveate ships, by name."""
@@ -98,6 +100,8 @@ def plug_ins() -> dict[str, type[Policy]]:
 def _value(policy: type[Policy], name: str, value: object) -> Any:
     """A field's value from a text or from plain data, by the field's annotation."""
     kind = get_type_hints(policy)[name]
+    if kind == tuple[Policy, ...]:
+        return _policies(policy, name, value)
     try:
         return typed(kind, value)
     except FoveateError as error:
@@ -105,6 +109,22 @@ def _value(policy: type[Policy], name: str, value: object) -> Any:
     except ValueError:
         shown = value if kind is bool or get_origin(kind) is Literal else repr(value)
         raise FoveateError(f"{policy.name}: {name} must be {words(kind)}, got {shown}") from None
+
+
+def _policies(policy: type[Policy], name: str, value: object) -> tuple[Policy, ...]:
+    """A field that holds policies, from specs or from the lists that `Policy.stored` makes of their parts."""
+    if not isinstance(value, list | tuple):
+        raise FoveateError(
+            f'{policy.name}: {name} must be a list of specs such as ["full","skip-scales"], got {value!r}'
+        )
+    return tuple(
+        entry if isinstance(entry, Policy) else _from_spec(entry) if isinstance(entry, str) else from_stored(entry)
+        for entry in value
+    )
+
+
+def _from_spec(text: str) -> Policy:
+    return join([_part(part) for part in split(text, "|")])
 
 
 def _build(name: str, given: dict[str, Any]) -> Policy:
@@ -190,6 +210,4 @@ def load_policy(policy: str | Path | Policy) -> Policy:
     if isinstance(policy, Policy):
         return policy
     text = str(policy)
-    if text.endswith((".yaml", ".yml")):
-        return _from_yaml(Path(text))
-    return join([_part(part) for part in split(text, "|")])
+    return _from_yaml(Path(text)) if text.endswith((".yaml", ".yml")) else _from_spec(text)

@@ -1,0 +1,112 @@
+"""Steps: which policy plans which scale, time that decides between them, and what a file keeps of it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from foveate.core.errors import FoveateError
+from foveate.core.schedule import ScaleSchedule
+from foveate.engine.forecast import forecast
+from foveate.policies.registry import from_stored, load_policy
+from foveate.policies.step_down import StepDown, first_in_time
+from foveate.testing import check_plans
+from tests.policies.test_contract import SHAPE
+from tests.toys import cached_run, make_request, run, same_bits, toy
+
+STEPS = (load_policy("full"), load_policy("depthvar"), load_policy("random-tokens:keep_ratio=0.25|drop-branch"))
+NEEDS = ((50.0, 40.0, 30.0, 20.0, 10.0), (30.0, 24.0, 18.0, 12.0, 6.0), (10.0, 8.0, 6.0, 4.0, 2.0))
+LIVE = StepDown(steps=STEPS, needs_ms=NEEDS)
+
+
+def timed(remaining_ms: dict[int, float]):
+    """The run of the toy with so much time left before each scale."""
+    request = replace(make_request(toy("square").schedule), remaining_ms=remaining_ms.__getitem__)
+    return run(toy("square"), LIVE, request)
+
+
+def test_plans_are_pure_below_their_ceiling_and_their_cost_is_known():
+    policy = StepDown(steps=STEPS, taken=(0, 0, 1, 1, 2))
+    check_plans(policy, toy("patches").schedule, SHAPE)
+    result, request = run(toy("square"), policy), make_request(toy("square").schedule)
+    assert result.trace.cost == forecast(policy.bind(request.schedule, SHAPE), request, SHAPE)
+
+
+def test_one_step_is_that_policy():
+    for index, step in enumerate(STEPS):
+        alone, policy = run(toy("square"), step), StepDown(steps=(step,))
+        assert same_bits(run(toy("square"), policy), alone)
+        taken = StepDown(steps=STEPS, taken=(index,) * 5)
+        found = run(toy("square"), taken)
+        assert torch.equal(found.f_hat, alone.f_hat)
+        assert found.trace.unfired == alone.trace.unfired
+
+
+def test_scales_are_planned_by_the_step_that_is_taken():
+    result = run(toy("square"), StepDown(steps=STEPS, taken=(0, 0, 0, 1, 2)))
+    full, depthvar = cached_run("full", "square"), cached_run("depthvar", "square")
+    assert torch.equal(result.f_hats[2], full.f_hats[2])
+    assert result.trace.scales[3].work == depthvar.trace.scales[3].work
+    rows = result.trace.scales[4].work.rows
+    assert {(row.head_tokens, is_cond) for (_, is_cond), row in rows.items()} == {(16, True)}
+
+
+def test_the_first_step_in_time_is_taken_and_never_a_higher_one():
+    assert [first_in_time(NEEDS, 2, left, 0) for left in (99.0, 30.0, 29.9, 18.0, 6.0, 0.0)] == [0, 0, 1, 1, 2, 2]
+    assert first_in_time(NEEDS, 2, 99.0, 1) == 1
+    result = timed({1: 40.0, 2: 29.0, 3: 99.0, 4: 3.0})
+    assert torch.equal(result.f_hat, run(toy("square"), StepDown(steps=STEPS, taken=(0, 0, 1, 1, 2))).f_hat)
+    assert torch.equal(timed(dict.fromkeys(range(5), 99.0)).f_hat, cached_run("full", "square").f_hat)
+    assert torch.equal(timed(dict.fromkeys(range(5), 0.0)).f_hats[0], cached_run("full", "square").f_hats[0])
+
+
+def test_without_a_deadline_the_first_step_runs():
+    assert torch.equal(run(toy("square"), LIVE).f_hat, cached_run("full", "square").f_hat)
+    assert not LIVE.bind(toy("square").schedule, SHAPE).is_static
+    assert StepDown(steps=STEPS, taken=(0,) * 5).bind(toy("square").schedule, SHAPE).is_static
+
+
+def test_files_and_specs_keep_every_field_of_the_steps(tmp_path: Path):
+    policy = StepDown(steps=STEPS, taken=(0, 1, 2), needs_ms=((1.5, 2.0, 3.0),) * 3)
+    stored = json.loads(json.dumps(policy.stored()))
+    assert stored["steps"][1][0]["reference_scale"] == -4
+    assert from_stored([stored]) == policy
+    assert load_policy(policy.spec) == policy
+    assert policy.spec.startswith(
+        'step-down:steps=["full","depthvar","random-tokens:keep_ratio=0.25|drop-branch"],taken='
+    )
+    policy.to_yaml(tmp_path / "p.yaml")
+    assert load_policy(tmp_path / "p.yaml") == policy
+    assert policy.fingerprint != policy.replace(taken=(0, 0, 2)).fingerprint
+    assert load_policy('step-down:steps=["skip-scales:count=2"]') == StepDown(
+        steps=(load_policy("skip-scales:count=2"),)
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ('steps=["full","full"],taken=[0,2]', r"taken must be steps from 0 to 1 that never fall, got \[0, 2\]"),
+        ('steps=["full","full"],taken=[1,0]', r"taken must be steps from 0 to 1 that never fall, got \[1, 0\]"),
+        ('steps=["full","full"]', "taken must be one step per scale where there are several, got none"),
+        ('steps=["full"],needs_ms=[[1],[2]]', "needs_ms must be one list for each of 1 steps, got 2 lists"),
+        ("steps=full", "steps must be a list of specs"),
+        ('steps=["fulll"]', "did you mean full"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(spec: str, message: str):
+    with pytest.raises(FoveateError, match=message):
+        load_policy(f"step-down:{spec}")
+
+
+def test_a_list_that_does_not_fit_the_schedule_is_refused():
+    with pytest.raises(FoveateError, match="needs_ms needs an entry for each of the 7 scales of this schedule"):
+        LIVE.bind(ScaleSchedule.from_template(1.0, "0.06M"), SHAPE)
+
+
+def test_steps_that_were_taken_count_from_the_end():
+    policy = StepDown(steps=(STEPS[0], STEPS[0], load_policy("drop-branch")), taken=(1, 2))
+    assert policy.bind(toy("square").schedule, SHAPE).highest == (0, 0, 0, 1, 2)
+    assert policy.bind(ScaleSchedule.from_grids(((1, 1),)), SHAPE).highest == (2,)
