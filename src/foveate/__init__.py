@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from foveate.core.errors import Cancelled as Cancelled
     from foveate.core.errors import FoveateError as FoveateError
     from foveate.eval.compare import compare as compare
+    from foveate.pipeline.fit_budget import fit_budget as fit_budget
     from foveate.pipeline.options import CallOptions as CallOptions
     from foveate.pipeline.options import Options as Options
     from foveate.pipeline.pipeline import Pipeline as Pipeline
@@ -64,6 +65,7 @@ _HOMES = {
     "UniformDepth": "foveate.policies.uniform_depth",
     "attach": "foveate.adapters.attachment",
     "compare": "foveate.eval.compare",
+    "fit_budget": "foveate.pipeline.fit_budget",
     "load_policy": "foveate.policies.registry",
 }
 

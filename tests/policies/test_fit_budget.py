@@ -29,8 +29,6 @@ LONG = ScaleSchedule.from_template(1.0, "0.25M")
 WIDE = ScaleSchedule.from_template(0.4, "1M")
 
 DIALS = [name for name, kind in REGISTRY.items() if kind.dial]
-STEPS = {"skip-scales", "drop-branch", "kv-eviction", "uniform-depth"}
-"""Dials that count whole things, so that a share may lie between two settings."""
 
 
 def request(schedule: ScaleSchedule) -> Request:
@@ -81,7 +79,7 @@ def test_a_dial_is_full_at_one_and_sinks_to_its_least(name: str):
 
 
 @pytest.mark.parametrize("schedule", [LONG, WIDE], ids=["2521 tokens", "wide"])
-@pytest.mark.parametrize("name", [name for name in DIALS if name not in STEPS])
+@pytest.mark.parametrize("name", [name for name in DIALS if not REGISTRY[name].is_dial_coarse])
 def test_rules_with_counts_come_within_two_percent_on_long_schedules(name: str, schedule: ScaleSchedule):
     dial = Dial.of(REGISTRY[name](), schedule, SHAPE)
     least, most = (share_of(dial.at(level), schedule) for level in (0.0, 1.0))
@@ -122,21 +120,23 @@ def test_a_share_between_two_settings_names_both():
     assert fitted("skip-scales", shares[0] / 100) == load_policy("skip-scales:count=2")
 
 
-@pytest.mark.parametrize(
-    ("spec", "reason"),
-    [("ld-pruning", "its compute follows from the image"), ("late-bfloat16", "it has no dial"),
-     ("ld-pruning|late-bfloat16", "its compute follows from the image")],
-)  # fmt: skip
-def test_a_policy_without_a_dial_is_refused_with_those_that_have_one(spec: str, reason: str):
-    message = f"^no budget can be set for {re.escape(spec)}, as {reason}; take one of depthvar, fastvar, skip-scales, "
+@pytest.mark.parametrize("spec", ["ld-pruning", "late-bfloat16", "ld-pruning|late-bfloat16"])
+def test_a_policy_without_a_dial_is_refused_with_those_that_have_one(spec: str):
+    message = (
+        f"^no budget can be set for {re.escape(spec)}: its compute is not known before the run, or it has no setting "
+        "for it; take one of depthvar, fastvar, skip-scales, "
+    )
     with pytest.raises(FoveateError, match=message):
         fitted(spec, 0.5)
-    if "|" not in spec:
-        with pytest.raises(FoveateError, match=f"{spec} has no setting whose compute is known before the run"):
-            load_policy(spec).at_level(0.5, LONG, SHAPE)
+    for part in load_policy(spec).parts_of():
+        with pytest.raises(FoveateError, match=f"{part.name} has no setting whose compute is known before the run"):
+            part.at_level(0.5, LONG, SHAPE)
 
 
-def test_of_a_composition_the_first_dial_is_turned_and_the_rest_stays():
+def test_of_a_composition_the_first_fine_dial_is_turned_and_the_rest_stays():
+    assert fitted("drop-branch:count=1|random-tokens", 0.5).parts_of()[0] == load_policy("drop-branch:count=1")
+    first, second = fitted("random-tokens|cached-guidance:count=2", 0.5).parts_of()
+    assert (second.spec, first.spec != "random-tokens") == ("cached-guidance:count=2", True)
     policy = fitted("late-bfloat16|random-tokens:num_scales=4|drop-branch:count=1", 0.5)
     assert share_of(policy) == pytest.approx(0.5, rel=0.02)
     first, second, third = policy.parts_of()

@@ -80,12 +80,13 @@ class Policy(ABC):
     """A method: frozen settings, checked at construction, that decide how much of a model runs.
 
     `revision` grows when the same settings come to mean something else. `dial` names what `at_level` sets; it is empty
-    where no setting has a compute that is known before the run.
+    where no setting has a compute that is known before the run. A coarse dial counts whole scales or blocks.
     """
 
     name: ClassVar[str]
     revision: ClassVar[int] = 0
     dial: ClassVar[str] = ""
+    is_dial_coarse: ClassVar[bool] = False
 
     @abstractmethod
     def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> Bound:

@@ -68,6 +68,7 @@ def build_report(
     requests: Sequence[Request],
     ms: Milliseconds,
     warnings: Sequence[CallWarning] = (),
+    notes: Sequence[str] = (),
 ) -> Report:
     """What finished requests cost, beside what they would have cost in full.
 
@@ -77,6 +78,7 @@ def build_report(
         requests: As they were asked.
         ms: Measured by the caller.
         warnings: What the caller has to say of it.
+        notes: As well, beside what the policy's settings imply.
     """
     shape, size = trace.shape, trace.bytes_per_element
     run = trace.cost
@@ -94,6 +96,6 @@ def build_report(
         cache_bytes_peak=trace.peak_cache_bytes,
         ms=ms,
         unfired=trace.unfired,
-        notes=bound.notes,
+        notes=(*bound.notes, *notes),
         warnings=tuple(warnings),
     )

@@ -147,7 +147,7 @@ def draw_rows(
         "negative_prompt": first.negative_prompt,
         "output_type": "pil",
     }
-    job = resolve(first.prompt, own, pipe.model.spec)
+    job = pipe.job(first.prompt, own)
     if job.options["rng"] == "reference":
         batches: Iterator[tuple[ImageRow, ...]] = iter((_one_batch(pipe, job, source, how),))
     else:

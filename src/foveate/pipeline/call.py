@@ -5,8 +5,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from numbers import Real
-from typing import Any, SupportsIndex, TypeGuard, cast
+from typing import Any, SupportsIndex, cast
 
 import torch
 
@@ -18,7 +17,8 @@ from foveate.core.warnings import CallWarning
 from foveate.engine.sample import Filter
 from foveate.families import registry
 from foveate.families.spec import Defaults, ModelSpec, per_scale
-from foveate.pipeline.options import OPTIONS, Option, Options, checked, finite, is_whole
+from foveate.pipeline.options import OPTIONS, Option, Options, checked, finite, is_number, is_whole
+from foveate.policies.fit_budget import dialled
 from foveate.policies.registry import load_policy
 
 Prompts = str | SupportsIndex | Sequence[str | SupportsIndex]
@@ -43,7 +43,8 @@ class Job:
     `prompts` and `negatives` have one entry per prompt, `seeds` one per image (none with a caller's own generator).
     `guidance_scale` is the family's `cfg` of every scale, `guidance` what it means to the engine.
     `smooth_scales` are the first scale that mixes codes and the first one behind it, None where none does.
-    `options` are those of the call, checked; `kept` is what an image's file keeps of them, as it was used.
+    `options` are those of the call, checked; `kept` is what an image's file keeps of them, as it was used. `policy` is
+    the family until a budget is fitted (`pipeline.budget`), which may have `notes`.
     """
 
     options: Options
@@ -60,6 +61,14 @@ class Job:
     filters: tuple[Filter, ...]
     smooth_scales: tuple[int, int] | None
     policy: Policy
+    notes: tuple[str, ...] = ()
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """The budget that the policy was fitted to, if there is one."""
+        names = ("budget", "latency_budget_ms")
+        given = {name: cast(dict[str, Any], self.options)[name] for name in names}
+        return {name: float(value) for name, value in given.items() if value is not None}
 
     @property
     def images_per_prompt(self) -> int:
@@ -103,6 +112,7 @@ def resolve(prompts: Prompts, options: Options, spec: ModelSpec) -> Job:
     }
     smooth_scales = _smooth_scales(call["more_smooth"], spec, len(schedule))
     policy, (rows, columns) = load_policy(call["policy"]), schedule.grids[-1]
+    policy = policy if call["budget"] is None and call["latency_budget_ms"] is None else dialled(policy)
     used = {
         **call,
         **scaled,
@@ -160,11 +170,6 @@ def warnings_of(job: Job, spec: ModelSpec, *, is_trained: bool) -> tuple[CallWar
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise FoveateError(message)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    """Whether it is a float or an int, or one of NumPy's."""
-    return isinstance(value, Real)
 
 
 def _entries(name: str, value: object, what: str) -> list[Any]:
@@ -249,7 +254,7 @@ def _distance(wanted: tuple[int, int], size: tuple[int, int]) -> float:
 def _ratio(value: object) -> float:
     """Template key of an aspect ratio, as text or as a number."""
     text = str(value)
-    if _is_number(value) and math.isfinite(value):
+    if is_number(value) and math.isfinite(value):
         near = Fraction(float(value)).limit_denominator(_LARGEST_SIDE)
         text = str(near) if abs(near - float(value)) < _RATIO_ERROR else text
     return parse_ratio(text)
@@ -261,7 +266,7 @@ def _per_scale(option: Option, value: object, defaults: Defaults, count: int) ->
     if value is None:
         values: list[Any] = list(per_scale(getattr(defaults, name), count))
     else:
-        values = [value] * count if _is_number(value) else _entries(name, value, "a number, or one per scale")
+        values = [value] * count if is_number(value) else _entries(name, value, "a number, or one per scale")
     _require(len(values) == count, f"{name} needs one number or {count}, one per scale, got {len(values)}")
     numbers = [finite(name, entry) for entry in values]
     if option.rule is not None:

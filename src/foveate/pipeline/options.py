@@ -8,7 +8,7 @@ it.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -136,6 +136,10 @@ _TEMPERATURE = Rule(
     remedy="; top_k=1 always takes the likeliest",
 )
 _SHARE = Rule(holds=lambda value: 0 <= value <= 1, words="in [0, 1]")
+_BUDGET = Rule(holds=lambda value: value is None or (is_number(value) and 0 < value <= 1), words="in (0, 1]")
+_MILLISECONDS = Rule(
+    holds=lambda value: value is None or (is_number(value) and 0 < value <= MAX_FLOAT32), words="a number above 0"
+)
 _CALLBACK = Rule(holds=lambda value: value is None or callable(value), words="a function, or None")
 _TOP_K = Rule(holds=lambda value: value >= 0 and value == int(value), words="a whole number, 0 or more")
 
@@ -238,6 +242,25 @@ class CallOptions(TypedDict, total=False):
             flags=("--policy", "-p"),
             group="Policy",
             is_kept=True,
+        ),
+    ]
+    budget: Annotated[
+        SupportsFloat | None,
+        Option(
+            help="Share of the full run's FLOPs to spend: fits the dial of the policy, or of depthvar without one.",
+            rule=_BUDGET,
+            commands=_GENERATE,
+            group="Policy",
+        ),
+    ]
+    latency_budget_ms: Annotated[
+        SupportsFloat | None,
+        Option(
+            help="Milliseconds that the call should take: fits the policy and lets later scales step down. Needs a "
+            "profile of this machine: foveate bench calibrate.",
+            rule=_MILLISECONDS,
+            commands=_GENERATE,
+            group="Policy",
         ),
     ]
     batch_invariant: Annotated[
@@ -351,9 +374,18 @@ def _refuse_contradictions(call: Options) -> None:
         (generator is not None and not is_reference, 'generator needs rng="reference"; use seed with rng="keyed"'),
         (generator is not None and call["seed"] is not None, "give a seed or a generator, not both"),
         (is_reference and call["batch_invariant"], 'batch_invariant needs rng="keyed"'),
+        (
+            call["budget"] is not None and call["latency_budget_ms"] is not None,
+            "give a budget or a latency_budget_ms, not both",
+        ),
     ):
         if is_wrong:
             raise FoveateError(message)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a float or an int, or one of NumPy's."""
+    return isinstance(value, Real)
 
 
 def is_whole(value: object) -> TypeGuard[int]:

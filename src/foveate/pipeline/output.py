@@ -234,6 +234,7 @@ def describe(job: Job, model: LoadedModel, *, uses_triton: bool = False) -> dict
         "num_images_per_prompt": job.images_per_prompt,
         "seeds": list(job.seeds),
         **{name: _plain(value) for name, value in job.kept.items()},
+        **({"asked": job.asked} if job.asked else {}),
         **({"tiled_layers": list(model.tiled_layers)} if model.tiled_layers else {}),
         "batch_invariant": job.is_batch_invariant(model.has_independent_rows),
         **describe_precision(model.precision),

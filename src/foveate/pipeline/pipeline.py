@@ -32,6 +32,7 @@ from foveate.families.residency import Residency
 from foveate.kernels import native
 from foveate.kernels.gpu import launch
 from foveate.kernels.heap import kept_heap
+from foveate.pipeline.budget import with_budget
 from foveate.pipeline.call import Job, Prompts, resolve, warnings_of
 from foveate.pipeline.options import CallOptions, Options
 from foveate.pipeline.output import (
@@ -227,7 +228,7 @@ class Pipeline:
             Cancelled: A callback asked to stop; nothing of the call remains.
         """
         began = time.perf_counter()
-        job = self._job(prompts, options)
+        job = self._began(prompts, options)
         step = None
         with self._parts():
             with closing(self._steps(job, 0)) as steps:
@@ -280,12 +281,20 @@ class Pipeline:
         """
         if previews < 0:
             raise FoveateError(f"previews must be 0 or more, got {previews}")
-        job = self._job(prompts, options)
+        job = self._began(prompts, options)
         return self._events(job, previews)
 
-    def _job(self, prompts: Prompts, options: Options) -> Job:
+    def job(self, prompts: Prompts, options: Options) -> Job:
+        """A call completed from the model's defaults, its budget fitted; nothing is generated.
+
+        Raises:
+            FoveateError: A value out of range, an impossible size, a budget that the policy does not reach.
+        """
+        return with_budget(resolve(prompts, options, self.model.spec), self.model.transformer.shape)
+
+    def _began(self, prompts: Prompts, options: Options) -> Job:
         """The completed call; logs its warnings."""
-        job = resolve(prompts, options, self.model.spec)
+        job = self.job(prompts, options)
         log_warnings(self._warnings_of(job))
         return job
 
@@ -486,6 +495,7 @@ class Pipeline:
                     total=1e3 * (time.perf_counter() - began),
                 ),
                 (*self.warnings, *self._warnings_of(job), *step.warnings, *unfired),
+                notes=job.notes,
             ),
             trace=trace,
         )

@@ -31,8 +31,8 @@ FORMATS = (1, 2)
 """Of a configuration, those that are read."""
 
 _MAX_THREADS = 4096
-_NOT_COMPARED = ("row", "warnings")
-"""Which image of a call it is, and what was said about it, decide no bits."""
+_NOT_COMPARED = ("row", "warnings", "asked")
+"""Which image of a call it is, what was said about it, and the budget that its policy was fitted to decide no bits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -123,9 +123,10 @@ def read_image_config(path: str | Path) -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two configurations disagree on, one line each; which row of the batch it is and warnings do not count."""
+    """What two configurations disagree on, one line each; what decides no bits does not count."""
     flat_then, flat_now = (
-        {name: value for name, value in _flat(config) if name not in _NOT_COMPARED} for config in (then, now)
+        dict(_flat({name: value for name, value in config.items() if name not in _NOT_COMPARED}))
+        for config in (then, now)
     )
     names = [*flat_then, *(name for name in flat_now if name not in flat_then)]
     return [

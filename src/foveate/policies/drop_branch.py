@@ -28,6 +28,7 @@ class DropBranch(Policy):
 
     name: ClassVar[str] = "drop-branch"
     dial: ClassVar[str] = "count"
+    is_dial_coarse: ClassVar[bool] = True
     count: int = 2
 
     def __post_init__(self) -> None:

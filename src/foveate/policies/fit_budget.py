@@ -2,7 +2,7 @@
 
 What a setting costs is the caller's to say, as a function: FLOPs over those of the full run (`fit_share`), or
 milliseconds on a machine that was measured (`fit_below`). A dial is a level in [0, 1] (`Policy.at_level`); of a
-composition it is that of the first part that has one, and the other parts stay as they are.
+composition it is that of the first part that has one, a coarse one only if there is no other; the other parts stay.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,23 @@ _FINEST = 5e-5
 """Levels that are nearer to each other give the same setting of a share with four places."""
 
 
+def dialled(policy: Policy) -> Policy:
+    """The policy whose dial meets a budget: itself, or the default family in place of `full`.
+
+    Raises:
+        FoveateError: No part of it has a dial.
+    """
+    if policy == Full():
+        return DepthVAR()
+    if any(part.dial for part in policy.parts_of()):
+        return policy
+    known = ", ".join(name for name, kind in all_policies().items() if kind.dial)
+    raise FoveateError(
+        f"no budget can be set for {policy.spec}: its compute is not known before the run, or it has no setting for "
+        f"it; take one of {known}"
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Dial:
     """A policy, or a composition, whose part number `place` is turned."""
@@ -41,15 +58,10 @@ class Dial:
         Raises:
             FoveateError: No part has a dial.
         """
-        policy = DepthVAR() if all(isinstance(part, Full) for part in policy.parts_of()) else policy
-        for place, part in enumerate(policy.parts_of()):
-            if part.dial:
-                return cls(policy=policy, place=place, schedule=schedule, shape=shape)
-        known = ", ".join(name for name, kind in all_policies().items() if kind.dial)
-        reason = (
-            "its compute follows from the image" if not policy.bind(schedule, shape).is_static else "it has no dial"
-        )
-        raise FoveateError(f"no budget can be set for {policy.spec}, as {reason}; take one of {known}")
+        policy = dialled(policy)
+        places = [place for place, part in enumerate(policy.parts_of()) if part.dial]
+        place = min(places, key=lambda place: policy.parts_of()[place].is_dial_coarse)
+        return cls(policy=policy, place=place, schedule=schedule, shape=shape)
 
     @property
     def name(self) -> str:

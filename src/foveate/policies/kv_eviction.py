@@ -43,6 +43,7 @@ class KVEviction(Policy):
 
     name: ClassVar[str] = "kv-eviction"
     dial: ClassVar[str] = "window"
+    is_dial_coarse: ClassVar[bool] = True
     keep_first: int = 4
     window: int = 3
 

@@ -28,6 +28,7 @@ class SkipScales(Policy):
 
     name: ClassVar[str] = "skip-scales"
     dial: ClassVar[str] = "count"
+    is_dial_coarse: ClassVar[bool] = True
     count: int = 1
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ class UniformDepth(Policy):
 
     name: ClassVar[str] = "uniform-depth"
     dial: ClassVar[str] = "keep_ratio"
+    is_dial_coarse: ClassVar[bool] = True
     keep_ratio: float = 0.5
     num_scales: int = 3
     fill: Fill = "cached"
