@@ -32,6 +32,8 @@ class TrainOptions:
         minutes_scale: Multiplies the training minutes of both networks.
         dry_run: Take one small step of everything in OUTPUT/dry and write an untrained model there.
         start_from: Folder of a model of the same shape to train further.
+        tokenizer: Weights of a tokenizer to start from, before those of START-FROM.
+        keep_tokenizer: Leave the tokenizer as it is.
         stop_after: Minutes after which to pause behind a checkpoint, with exit status 75.
     """
 
@@ -41,12 +43,17 @@ class TrainOptions:
     minutes_scale: float = 1.0
     dry_run: bool = False
     start_from: Path | None = None
+    tokenizer: Path | None = None
+    keep_tokenizer: bool = False
     stop_after: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuses minutes that are not above 0."""
-        if not self.minutes_scale > 0:
-            raise FoveateError(f"--minutes-scale must be above 0, got {self.minutes_scale}")
+        """Refuses minutes that are not above 0, but for a model that is only exported."""
+        is_only_exported = self.start_from is not None and self.minutes_scale == 0
+        if not self.minutes_scale > 0 and not is_only_exported:
+            raise FoveateError(f"--minutes-scale must be above 0, or 0 with --start-from, got {self.minutes_scale}")
+        if self.keep_tokenizer and self.tokenizer is None and self.start_from is None:
+            raise FoveateError("--keep-tokenizer keeps a tokenizer that is there; name it with --tokenizer")
         if self.stop_after is not None and not self.stop_after > 0:
             raise FoveateError(f"--stop-after must be above 0, got {self.stop_after}")
 
@@ -63,9 +70,15 @@ def train(recipe: Path, /, *, options: TrainOptions) -> int:
     from recipes.emoji import loop  # noqa: PLC0415 - torch is loaded when the command runs
     from recipes.emoji import recipe as recipes  # noqa: PLC0415
 
-    route = recipes.Route(device=options.device, minutes_scale=options.minutes_scale, is_dry=options.dry_run)
+    route = recipes.Route(
+        device=options.device,
+        minutes_scale=options.minutes_scale,
+        keeps_tokenizer=options.keep_tokenizer,
+        is_dry=options.dry_run,
+    )
+    start = recipes.Start(model=options.start_from, tokenizer=options.tokenizer)
     try:
-        made = recipes.train(recipe, options.output, options.stage, _log, route, options.start_from, options.stop_after)
+        made = recipes.train(recipe, options.output, options.stage, _log, route, start, options.stop_after)
     except loop.PauseError as pause:
         _log(str(pause))
         return PAUSED

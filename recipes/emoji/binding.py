@@ -84,8 +84,9 @@ def draw(pipe: Pipeline, scenes: Sequence[Scene], seed: int) -> Tensor:
 
 def in_order(drawn_BcYX: Tensor, scenes: Sequence[Scene], images_NYXc: Tensor) -> int:
     """How many images in [0, 1] lie nearer to their scene than to the turned one, by mean squared error."""
+    size = (drawn_BcYX.shape[-2], drawn_BcYX.shape[-1])
     true_B, false_B = (
-        (render(given, images_NYXc, drawn_BcYX.shape[-1]).add(1).div(2) - drawn_BcYX).square().mean((1, 2, 3))
+        (render(given, images_NYXc, size).add(1).div(2) - drawn_BcYX).square().mean((1, 2, 3))
         for given in (scenes, [turned(scene) for scene in scenes])
     )
     return int((true_B < false_B).sum())
@@ -109,12 +110,12 @@ def main() -> None:
     teacher = Teacher(
         model=model.transformer, schedule=model.spec.default_schedule, masked_tokens=121, dtype=torch.float32
     )
-    images_NYXc = torch.from_numpy(corpus.images_NYXc)
+    images_NYXc, side = torch.from_numpy(corpus.images_NYXc), corpus.images_NYXc.shape[1]
     for kind, words in EXCHANGED.items():
         scenes = scenes_of(kind, words, given.scenes, given.seed, corpus)
         captions = [scene.caption for scene in scenes]
         batches = [scenes[first : first + BATCH] for first in range(0, len(scenes), BATCH)]
-        pixels = (render(batch, images_NYXc, images_NYXc.shape[1]) for batch in batches)
+        pixels = (render(batch, images_NYXc, (side, side)) for batch in batches)
         latents_BZHW = torch.cat([model.tokenizer.autoencoder.encode(part) for part in pixels])
 
         def loss(texts: list[str], latents_BZHW: Tensor = latents_BZHW) -> np.ndarray:

@@ -135,7 +135,7 @@ class Examiner:
         images_NYXc = torch.from_numpy(self.corpus.images_NYXc)
         side = self.corpus.images_NYXc.shape[1]
         return np.concatenate(
-            [to_uint8(render(scenes[i : i + BATCH], images_NYXc, side)) for i in range(0, len(scenes), BATCH)]
+            [to_uint8(render(scenes[i : i + BATCH], images_NYXc, (side, side))) for i in range(0, len(scenes), BATCH)]
         )
 
     def spread(self, count: int) -> list[Drawing]:

@@ -83,6 +83,7 @@ _NUMBERS = ("two", "three", "four")
 class PlacesRecipe:
     """How the position tagger is trained: `steps` of `batch` new captions each, at a rate that falls to zero.
 
+    Of no steps at all the bundled position tagger is kept.
     `strength` is the root mean square of a mark, as a share of that of the token features; the log's figure is taken on
     `checks` new captions.
     """

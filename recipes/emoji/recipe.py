@@ -27,7 +27,7 @@ from foveate.conditioning.places import PLACES_NAME, Places
 from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import FoveateError, unknown
 from foveate.core.guidance import GuidanceSchedule
-from foveate.core.schedule import ScaleSchedule
+from foveate.core.schedule import ScaleSchedule, parse_ratio
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler
 from foveate.engine.state import Request
@@ -63,10 +63,11 @@ SAMPLING = "sampling.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """Everything that a training file says."""
+    """Everything that a training file says; `ratios` are the aspect ratios trained on, the square first."""
 
     name: str
     budget: str
+    ratios: tuple[str, ...]
     corpus: CorpusConfig
     weights: DrawWeights
     scenes: SceneConfig
@@ -87,11 +88,13 @@ class Route:
     Attributes:
         device: "cpu" or "cuda"; None takes a GPU if there is one. The section of its name goes over the file.
         minutes_scale: Multiplies the minutes of both networks.
+        keeps_tokenizer: Whether the tokenizer that the run starts from stays as it is.
         is_dry: One small step of everything, to see that all of it runs here.
     """
 
     device: str | None = None
     minutes_scale: float = 1.0
+    keeps_tokenizer: bool = False
     is_dry: bool = False
 
     def chosen_device(self) -> str:
@@ -106,6 +109,24 @@ class Route:
         if device == "cuda" and not torch.cuda.is_available():
             raise FoveateError("--device cuda needs a GPU and torch built for it, this machine has none; try cpu")
         return device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """What a run begins with, before its first checkpoint; nothing means from random weights.
+
+    Attributes:
+        model: Folder of a model of the same shape, for example the bundled one: both networks are trained further.
+        tokenizer: Weights of a tokenizer alone, which go before those of `model`.
+    """
+
+    model: Path | None = None
+    tokenizer: Path | None = None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the tokenizer begins with weights."""
+        return self.model is not None or self.tokenizer is not None
 
 
 _DTYPES = ("float32", "bfloat16")
@@ -131,8 +152,8 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
             _lay_over(
                 data,
                 {
-                    "places": {"steps": 1, "batch": 2, "checks": 2},
-                    "tokenizer": _DRY | {"trains_encoder": True},
+                    "places": {"steps": min(1, data.get("places", {}).get("steps", 1)), "batch": 2, "checks": 2},
+                    "tokenizer": _DRY,
                     "transformer": _DRY | {"window": 1, "compiles": False},
                 },
             )
@@ -143,6 +164,8 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
         if data["dtype"] not in _DTYPES:
             raise unknown("dtype for training", str(data["dtype"]), _DTYPES)
         run = {"device": device, "dtype": data["dtype"]}
+        if route.keeps_tokenizer:
+            data["tokenizer"]["optimisation"]["minutes"] = 0.0
         shape = data["autoencoder"] | {"channel_multipliers": tuple(data["autoencoder"]["channel_multipliers"])}
         tokenizer = TokenizerRecipe(
             shape=AutoencoderConfig(**shape),
@@ -151,10 +174,11 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
             **data["tokenizer"],
             **run,
         )
+        lengths = data["transformer"].pop("lengths")
         transformer = TransformerRecipe(
             shape=InfinityConfig(**data["transformer"].pop("shape")),
             schedule=schedule,
-            lengths=tuple(Length(**length) for length in data["transformer"].pop("lengths")),
+            lengths=tuple(_length(length, data["budget"]) for length in lengths),
             optimisation=_optimisation(data["transformer"].pop("optimisation"), route.minutes_scale),
             **data["transformer"],
             **run,
@@ -164,6 +188,7 @@ def load_recipe(path: Path, route: Route | None = None) -> Recipe:
         return Recipe(
             name=data["name"],
             budget=data["budget"],
+            ratios=tuple(dict.fromkeys(["1:1", *(length["ratio"] for length in lengths if "ratio" in length)])),
             corpus=corpus,
             weights=DrawWeights.from_dict(data["weights"]),
             scenes=SceneConfig(**data["scenes"]),
@@ -222,6 +247,14 @@ def _read_yaml(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds; it
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+def _length(fields: Mapping[str, Any], budget: str) -> Length:
+    """A kind of step; `ratio` in the file names its aspect ratio, width:height."""
+    others = {name: value for name, value in fields.items() if name != "ratio"}
+    if "ratio" not in fields:
+        return Length(**others)
+    return Length(schedule=ScaleSchedule.from_template(parse_ratio(fields["ratio"]), budget), **others)
+
+
 def _optimisation(fields: dict[str, Any], minutes_scale: float) -> Optimisation:
     return Optimisation(**(fields | {"minutes": fields["minutes"] * minutes_scale}))
 
@@ -232,7 +265,7 @@ def train(
     stage: Stage = "all",
     log: Log = print,
     route: Route | None = None,
-    start_from: Path | None = None,
+    start: Start | None = None,
     stop_after: float | None = None,
 ) -> Path:
     """Runs one stage or all of them.
@@ -243,8 +276,7 @@ def train(
         stage: What to run; "all" runs what is missing.
         log: Receives progress lines.
         route: Device, minutes, dry run.
-        start_from: Folder of a model of the same shape, for example the bundled one: both networks are trained
-            further, for zero minutes if the file says so. A checkpoint in `out` goes before it.
+        start: What to begin with; a checkpoint in `out` goes before it.
         stop_after: Minutes after which to pause behind a checkpoint; the same call then goes on from there.
 
     Returns:
@@ -264,7 +296,7 @@ def train(
         folder = out / "dry"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-    run = TrainingFolder(recipe, folder, log, start_from, deadline, corpus_at=out)
+    run = TrainingFolder(recipe, folder, log, start or Start(), deadline, corpus_at=out)
     stages = ["corpus", "tokenizer", "places", "transformer", "export", "sampling"] if stage == "all" else [stage]
     if "sampling" in stages:
         require_scorer()
@@ -294,11 +326,9 @@ def make_corpus(config: CorpusConfig, out: Path, log: Log) -> Path:
 class TrainingFolder:
     """The stages of one recipe in one folder."""
 
-    def __init__(
-        self, recipe: Recipe, out: Path, log: Log, start_from: Path | None, deadline: float, corpus_at: Path
-    ) -> None:
+    def __init__(self, recipe: Recipe, out: Path, log: Log, start: Start, deadline: float, corpus_at: Path) -> None:
         self.recipe, self.out, self.log, self.corpus_at = recipe, out, log, corpus_at
-        self.start_from, self.deadline = start_from, deadline
+        self.start, self.deadline = start, deadline
 
     def limits(self, dtype: str, device: str) -> Limits:
         """The deadline, and the device's peak, measured now; one step of a dry run is not worth the seconds."""
@@ -317,16 +347,17 @@ class TrainingFolder:
         if path.exists():
             return path
         recipe, checkpoint = self.recipe.tokenizer, self.out / "tokenizer.ckpt"
-        if not recipe.trains_encoder and self.start_from is None and not checkpoint.exists():
-            raise FoveateError("this recipe trains the decoder of a model that is there; name it with --start-from")
+        if not recipe.optimisation.minutes and not self.start.has_tokenizer and not checkpoint.exists():
+            raise FoveateError("a tokenizer that is not trained must be there; name it with --tokenizer")
         corpus = load_corpus(self.corpus())
-        sequence = self.sequence(corpus, recipe.device)
+        sequence = self.sequence(corpus, recipe.device, self.recipe.transformer.schedule)
         preview = sequence.pixels(sequence.scenes(0, 8)).cpu()
 
         def draw(model: Autoencoder) -> None:
             save_sheet(torch.cat([preview, reconstruct(model, preview, recipe.grids)]), 8, self.out / "tokenizer.png")
 
-        initial = self._start(AUTOENCODER, lambda: Autoencoder(recipe.shape), load_autoencoder, torch.device("cpu"))
+        path_of_start = self._path_of_start(AUTOENCODER, self.start.tokenizer)
+        initial = _weights_at(path_of_start, lambda: Autoencoder(recipe.shape), load_autoencoder)
         weights = train_tokenizer(
             recipe,
             sequence,
@@ -347,12 +378,15 @@ class TrainingFolder:
     def places(self) -> Path:
         """Trains the position tagger, unless its weights are there.
 
-        A model that is trained further keeps its own position tagger: what its features mean must not change.
+        A model that is trained further keeps its own position tagger: what its features mean must not change. A recipe
+        of no steps keeps the bundled one.
         """
         path = self.out / PLACES_NAME
         if path.exists():
             return path
-        kept = None if self.start_from is None else Places.from_folder(text_encoder_folder(self.start_from))
+        kept = None if self.start.model is None else Places.from_folder(text_encoder_folder(self.start.model))
+        if not self.recipe.places.steps:
+            kept = kept or bundled_encoder().places
         if kept is not None:
             kept.save(self.out)
             return path
@@ -373,24 +407,29 @@ class TrainingFolder:
         if path.exists():
             return path
         recipe = self.recipe.transformer
-        device = torch.device(recipe.device)
+        device, checkpoint = torch.device(recipe.device), self.out / "transformer.ckpt"
+        if not recipe.optimisation.minutes and self.start.model is None and not checkpoint.exists():
+            raise FoveateError("a transformer that is not trained must be there; name its model with --start-from")
         encoder = self.encoder().to(device)
         autoencoder = self.autoencoder().to(device)
-        window = Window(
-            self.sequence(load_corpus(self.corpus()), recipe.device),
-            autoencoder.encode,
-            encoder.encode_together,
-            size=recipe.window,
-        )
+        corpus = load_corpus(self.corpus())
+        windows = {
+            schedule: Window(
+                self.sequence(corpus, recipe.device, schedule, seed),
+                autoencoder.encode,
+                encoder.encode_together,
+                size=math.ceil(recipe.window * recipe.share_of(schedule)),
+            )
+            for seed, schedule in enumerate(recipe.schedules)
+        }
 
         def draw(weights: dict[str, Tensor]) -> None:
             self.sample_sheet(weights, encoder, self.out / "samples.png")
 
-        checkpoint = self.out / "transformer.ckpt"
-        initial = self._start(TRANSFORMER, lambda: Infinity(recipe.shape), load_transformer, device)
+        initial = _weights_at(self._path_of_start(TRANSFORMER), lambda: Infinity(recipe.shape), load_transformer)
         weights = train_transformer(
             recipe,
-            window,
+            windows,
             checkpoint,
             self.log,
             draw,
@@ -401,24 +440,22 @@ class TrainingFolder:
         draw(weights)
         return path
 
-    def _start(
-        self, stem: str, build: Callable[[], M], load: Callable[[M, State], None], device: torch.device
-    ) -> dict[str, Tensor] | None:
-        """Weights of the model that is trained further, in float32; None where training starts anew."""
-        if self.start_from is None:
-            return None
-        return read_network(self.start_from / stem, build, load, torch.float32, device).state_dict()
+    def _path_of_start(self, stem: str, own: Path | None = None) -> Path | None:
+        """Where the weights lie that a network begins with."""
+        return own if own is not None or self.start.model is None else self.start.model / stem
 
-    def sequence(self, corpus: Corpus, device: str) -> SceneSequence:
-        """The scenes of the training split, rendered on a device."""
-        drawings = corpus.split("train")
+    def sequence(self, corpus: Corpus, device: str, schedule: ScaleSchedule, seed: int = 0) -> SceneSequence:
+        """The scenes of the training split, rendered on a device in the size of a schedule."""
+        drawings, stride = corpus.split("train"), self.recipe.tokenizer.shape.stride
+        height, width = schedule.grids[-1]
         return SceneSequence(
             drawings=drawings,
             images_NYXc=torch.from_numpy(corpus.images_NYXc).to(device),
             config=self.recipe.scenes,
             weights=drawing_weights(drawings, self.recipe.weights),
             contrast_NK=rim_contrast(corpus.images_NYXc),
-            image_size=corpus.images_NYXc.shape[1],
+            size=(height * stride, width * stride),
+            seed=seed,
         )
 
     def export(self) -> Path:
@@ -431,7 +468,7 @@ class TrainingFolder:
             autoencoder=self.recipe.tokenizer.shape,
             conditioner=MINILM_PLACES.name,
             budgets=(self.recipe.budget,),
-            ratios=("1:1",),
+            ratios=self.recipe.ratios,
             defaults=self.defaults(),
         )
         save_folder(
@@ -533,6 +570,15 @@ class TrainingFolder:
             f"stored in float16: {float(psnr_n.median()):.1f} dB from the weights as trained "
             f"(median of {len(psnr_n)} images, least {float(psnr_n.min()):.1f})"
         )
+
+
+def _weights_at(
+    path: Path | None, build: Callable[[], M], load: Callable[[M, State], None]
+) -> dict[str, Tensor] | None:
+    """Weights that training starts from, in float32 on the CPU; None where it starts anew."""
+    if path is None:
+        return None
+    return read_network(path, build, load, torch.float32, torch.device("cpu")).state_dict()
 
 
 def _save(weights: Mapping[str, Tensor], path: Path) -> None:

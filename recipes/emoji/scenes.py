@@ -180,42 +180,43 @@ def draw_scene(
 
 
 def render(
-    scenes: Sequence[Scene], images_NYXc: UInt8[Tensor, "N Y X 4"], image_size: int
+    scenes: Sequence[Scene], images_NYXc: UInt8[Tensor, "N Y X 4"], size: tuple[int, int]
 ) -> Float[Tensor, "B 3 Yo Xo"]:
     """Renders scenes on the device of the images: premultiplied, antialiased, laid over the background.
 
-    Things of one size are resized together, in float32; nothing is read back from the device.
+    Things of one size are resized together, in float32; nothing is read back from the device. In an oblong image sizes
+    are shares of the shorter side, and what a caption says of places stays true.
 
     Args:
         scenes: What to draw.
         images_NYXc: All images of the corpus, straight alpha.
-        image_size: Height and width of the images.
+        size: Height and width of the images in pixels.
 
     Returns:
         RGB in [-1, 1].
     """
     device = images_NYXc.device
     colours = torch.tensor([BACKGROUNDS[scene.background] for scene in scenes], dtype=torch.float32).to(device) / 255
-    canvas_BcYX = colours[:, :, None, None].repeat(1, 1, image_size, image_size)
+    canvas_BcYX = colours[:, :, None, None].repeat(1, 1, *size)
     by_size: dict[int, list[tuple[int, Placed]]] = {}
     for row, scene in enumerate(scenes):
         for thing in scene.things:
-            by_size.setdefault(max(1, round(thing.size * image_size)), []).append((row, thing))
-    for size, group in by_size.items():
+            by_size.setdefault(max(1, round(thing.size * min(size))), []).append((row, thing))
+    for side, group in by_size.items():
         index = torch.tensor([thing.drawing for _, thing in group]).to(device)
         rgba_ncYX = images_NYXc[index].permute(0, 3, 1, 2).contiguous().float() / 255
         rgba_ncYX[:, :3] *= rgba_ncYX[:, 3:]
-        if rgba_ncYX.shape[-1] != size:
-            rgba_ncYX = functional.interpolate(rgba_ncYX, (size, size), mode="bilinear", antialias=True)
+        if rgba_ncYX.shape[-1] != side:
+            rgba_ncYX = functional.interpolate(rgba_ncYX, (side, side), mode="bilinear", antialias=True)
         shown_ncYX, through_ncYX = rgba_ncYX[:, :3], 1 - rgba_ncYX[:, 3:]
         for at, (row, thing) in enumerate(group):
-            y, x = (_corner(middle, size, image_size) for middle in thing.centre)
-            canvas_BcYX[row, :, y : y + size, x : x + size].mul_(through_ncYX[at]).add_(shown_ncYX[at])
+            y, x = (_corner(middle, side, length) for middle, length in zip(thing.centre, size, strict=True))
+            canvas_BcYX[row, :, y : y + side, x : x + side].mul_(through_ncYX[at]).add_(shown_ncYX[at])
     return canvas_BcYX.mul_(2).sub_(1)
 
 
-def _corner(middle: float, size: int, image_size: int) -> int:
-    return min(max(round(middle * image_size - size / 2), 0), image_size - size)
+def _corner(middle: float, side: int, length: int) -> int:
+    return min(max(round(middle * length - side / 2), 0), length - side)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -145,11 +145,17 @@ def run_block(
     is_real_BT: Bool[Tensor, "B T"],
     layout: Layout,
     dtype: torch.dtype,
+    path_B2: Float[Tensor, "B 2"] | None = None,
 ) -> Float[Tensor, "B L C"]:
-    """One block on all scales: self-attention, cross-attention, feed-forward; float32 in and out."""
+    """One block on all scales: self-attention, cross-attention, feed-forward; float32 in and out.
+
+    `path_B2` multiplies what self-attention and feed-forward add, image by image, see `draw_paths`.
+    """
     rotation_LD, first_ll, ends = layout
     heads = weights.log_gain_N.shape[0]
     gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = (shared_B6C + weights.ada_6C).unbind(1)
+    if path_B2 is not None:
+        gate_1, gate_2 = gate_1 * path_B2[:, :1], gate_2 * path_B2[:, 1:]
 
     x = _modulate(x_BLC, 1 + scale_1, shift_1)
     bias = torch.cat((weights.q_bias, torch.zeros_like(weights.q_bias), weights.v_bias))
@@ -180,6 +186,20 @@ def run_block(
 RunBlock = Callable[..., Tensor]
 
 
+def draw_paths(rate: float, depth: int, batch: int, rng: np.random.Generator) -> Float[Tensor, "P B 2"]:
+    """Draws which sublayers an image passes over (stochastic depth, arXiv 1603.09382).
+
+    As in Infinity's code: self-attention and feed-forward are dropped image by image and apart from each other, with a
+    probability that rises linearly from 0 in the first block to `rate` in the last; cross-attention stays.
+
+    Returns:
+        0 where a sublayer adds nothing, else one over its probability of staying, so that the mean is 1.
+    """
+    stays_P11 = 1 - np.linspace(0.0, rate, depth)[:, None, None]
+    is_kept_PB2 = rng.random((depth, batch, 2)) < stays_P11
+    return torch.from_numpy(is_kept_PB2 / stays_P11).float()
+
+
 @dataclass(kw_only=True)
 class Teacher:
     """Runs a model on whole sequences; `run_block` may be its compiled form."""
@@ -201,12 +221,18 @@ class Teacher:
             run_block=torch.compile(run_block, dynamic=False),
         )
 
-    def logits(self, texts: PaddedTexts, inputs: Sequence[Float[Tensor, "B Z _h _w"]]) -> Float[Tensor, "B L V"]:
+    def logits(
+        self,
+        texts: PaddedTexts,
+        inputs: Sequence[Float[Tensor, "B Z _h _w"]],
+        path_PB2: Float[Tensor, "P B 2"] | None = None,
+    ) -> Float[Tensor, "B L V"]:
         """Float32 logits of `len(inputs) + 1` scales, two per bit.
 
         Args:
             texts: What is asked for.
             inputs: What each scale behind the first reads, see `Quantised.inputs`.
+            path_PB2: What `draw_paths` gave; all blocks run whole if None.
         """
         model, dtype = self.model, self.dtype
         text_BTE = rms_norm(texts.features_BTE, model.text_norm.weight).to(dtype)
@@ -223,7 +249,8 @@ class Teacher:
         layout = self._layout(len(inputs) + 1)
         for index in range(model.config.depth):
             weights = BlockWeights.of(model.block(index))
-            x_BLC = self.run_block(x_BLC, weights, shared_B6C, text_BTC, texts.is_real_BT, layout, dtype)
+            path_B2 = None if path_PB2 is None else path_PB2[index]
+            x_BLC = self.run_block(x_BLC, weights, shared_B6C, text_BTC, texts.is_real_BT, layout, dtype, path_B2)
         return F.linear(_modulate(x_BLC, 1 + scale_BC, shift_BC), model.head.weight, model.head.bias)
 
     def _pooled(self, text_BTE: Tensor, is_real_BT: Tensor) -> Float[Tensor, "B C"]:

@@ -29,8 +29,8 @@ PREVIEW_STEPS = 2000
 class TokenizerRecipe:
     """The tokenizer's shape, its schedule and how it is trained.
 
-    Without `trains_encoder` only the decoder learns, and every image keeps its codes: a transformer that was trained
-    on them forgets what it can generate where they move.
+    It must be finished before the transformer begins: one that learns on moves every code, and the transformer forgets
+    what it can generate.
     """
 
     shape: AutoencoderConfig
@@ -38,7 +38,6 @@ class TokenizerRecipe:
     optimisation: Optimisation
     commitment: float = 0.25
     early_exit_share: float = 0.2
-    trains_encoder: bool = True
     dtype: str = "bfloat16"
     device: str = "cpu"
 
@@ -130,14 +129,11 @@ def train_tokenizer(
     model = new_autoencoder(recipe.shape).to(recipe.device)
     if initial is not None:
         model.load_state_dict(initial)
-    model.encoder.requires_grad_(recipe.trains_encoder)
     run = Run.start(model, recipe.optimisation)
     dtype = getattr(torch, recipe.dtype)
     batch = recipe.optimisation.batch
     pixels = sequence.pixels(sequence.scenes(0, 1))
-    encoding = flops_of(lambda: model.encode(pixels))
-    decoding = flops_of(lambda: model.decode(model.encode(pixels))) - encoding
-    step_flops = batch * (encoding * (3 if recipe.trains_encoder else 1) + 3 * decoding)
+    step_flops = 3 * batch * flops_of(lambda: model.decode(model.encode(pixels)))
     for step in steps(run, recipe.optimisation, checkpoint, log, limits or Limits()):
         rng = np.random.default_rng([recipe.optimisation.seed, step])
         target = sequence.pixels(sequence.scenes(step * batch, batch))

@@ -25,17 +25,21 @@ from foveate.core.transfer import to_device
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.bsq import Quantised, quantise
 from recipes.emoji.loop import Limits, Optimisation, Run, flops_of, steps
-from recipes.emoji.teacher import PaddedTexts, Teacher, pad_texts
+from recipes.emoji.teacher import PaddedTexts, Teacher, draw_paths, pad_texts
 from recipes.emoji.window import Window
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Length:
-    """A kind of step: the first `scales` scales of `times` as many examples as the batch, in `share` of the steps."""
+    """A kind of step: the first `scales` scales of `times` as many examples as the batch, in `share` of the steps.
+
+    `schedule` is that of another aspect ratio; None is the recipe's own.
+    """
 
     scales: int
     share: float
     times: int = 1
+    schedule: ScaleSchedule | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,10 +48,12 @@ class TransformerRecipe:
 
     `flip_rate` is the largest share of flipped bits. What an image shows is decided on the first scales, which cost a
     fraction of the last: `lengths` says how many examples stop after which scale; the shares add up to 1, and the last
-    one runs all scales. A token of a scale with n tokens weighs n ** -`scale_power`. Of all texts `altered_share` are
-    made harder: they lose some of their tokens, never the sentence embedding, and get noise of at most `text_noise`
-    times the root mean square of each token. Texts are padded or cut to `text_length` tokens. The examples are a
-    `window` of scenes, each used `uses` times on average. Compiling the blocks takes a minute and pays after three.
+    one of each schedule runs all scales. In the first `coarse_share` of the minutes no step does, and the others take
+    its place. `path_rate` is the stochastic depth of the last block, see `draw_paths`. A token of a scale with n tokens
+    weighs n ** -`scale_power`. Of all texts `altered_share` are made harder: they lose some of their tokens, never the
+    sentence embedding, and get noise of at most `text_noise` times the root mean square of each token. Texts are padded
+    or cut to `text_length` tokens. The examples are a `window` of scenes, each used `uses` times on average. Compiling
+    the blocks takes a minute and pays after three.
     """
 
     shape: InfinityConfig
@@ -55,6 +61,8 @@ class TransformerRecipe:
     optimisation: Optimisation
     lengths: tuple[Length, ...]
     flip_rate: float = 0.25
+    path_rate: float = 0.0
+    coarse_share: float = 0.0
     scale_power: float = 0.5
     unconditional_share: float = 0.1
     altered_share: float = 0.5
@@ -73,22 +81,43 @@ class TransformerRecipe:
         Raises:
             FoveateError: If they leave out the last scale, or the shares are not those of a whole.
         """
-        scales = [length.scales for length in self.lengths]
-        if sorted(set(scales)) != scales or scales[-1:] != [len(self.schedule)] or scales[0] < 2:
-            raise FoveateError(f"lengths must rise from 2 or more scales to all {len(self.schedule)}, got {scales}")
+        for schedule in self.schedules:
+            scales = [length.scales for length in self.lengths if (length.schedule or self.schedule) == schedule]
+            if sorted(set(scales)) != scales or scales[-1:] != [len(schedule)] or scales[0] < 2:
+                raise FoveateError(f"lengths must rise from 2 or more scales to all {len(schedule)}, got {scales}")
         shares = [length.share for length in self.lengths]
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise FoveateError(f"the shares of lengths must be positive and add up to 1, got {shares}")
+        if not (0 <= self.coarse_share <= 1 and 0 <= self.path_rate < 1):
+            raise FoveateError(
+                f"coarse_share must be in [0, 1] and path_rate in [0, 1), got {self.coarse_share} and {self.path_rate}"
+            )
+        if self.coarse_share > 0 and not any(length.share for length in self._lengths_at(0.0)):
+            raise FoveateError("coarse_share needs a length that stops before the last scale, there is none")
 
     @property
-    def examples_per_step(self) -> float:
-        """Mean number of examples of a step."""
-        return self.optimisation.batch * sum(length.times * length.share for length in self.lengths)
+    def schedules(self) -> tuple[ScaleSchedule, ...]:
+        """The recipe's own schedule, then those of other aspect ratios."""
+        return tuple(dict.fromkeys([self.schedule, *(length.schedule or self.schedule for length in self.lengths)]))
 
-    def length_of(self, rng: np.random.Generator) -> Length:
-        """Draws the length of a step."""
-        ends = np.cumsum([length.share for length in self.lengths])
-        return self.lengths[min(int(np.searchsorted(ends, rng.random(), side="right")), len(ends) - 1)]
+    def share_of(self, schedule: ScaleSchedule) -> float:
+        """Share of the examples that have a schedule, once all lengths are in turn."""
+        all_examples, own = 0.0, 0.0
+        for length in self.lengths:
+            all_examples += length.times * length.share
+            own += length.times * length.share * ((length.schedule or self.schedule) == schedule)
+        return own / all_examples
+
+    def length_of(self, rng: np.random.Generator, progress: float) -> Length:
+        """Draws the length of a step at a share of the minutes, `progress` in [0, 1]."""
+        lengths = self._lengths_at(progress)
+        ends = np.cumsum([length.share for length in lengths])
+        return lengths[min(int(np.searchsorted(ends, rng.random() * ends[-1], side="right")), len(ends) - 1)]
+
+    def _lengths_at(self, progress: float) -> tuple[Length, ...]:
+        if progress >= self.coarse_share:
+            return self.lengths
+        return tuple(length for length in self.lengths if length.scales < len(length.schedule or self.schedule))
 
 
 def bit_loss(logits_BLV: Float[Tensor, "B L V"], quantised: Quantised, scale_power: float) -> tuple[Tensor, Tensor]:
@@ -102,12 +131,23 @@ def bit_loss(logits_BLV: Float[Tensor, "B L V"], quantised: Quantised, scale_pow
     return (loss_L * weight_L).sum() / weight_L.sum(), per_scale.detach()
 
 
-def _batch(recipe: TransformerRecipe, window: Window, model: Infinity, step: int) -> tuple[PaddedTexts, Quantised]:
-    """Texts, bits and their flips, and the number of scales of one step; everything follows from the step's number."""
-    rng = np.random.default_rng([recipe.optimisation.seed, step])
-    length = recipe.length_of(rng)
-    progress = step * recipe.examples_per_step / recipe.uses
-    latents_BZHW, texts = window.batch(progress, length.times * recipe.optimisation.batch, rng)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Example:
+    """One batch: texts, bits and their flips, which sublayers run, and the schedule that all of it follows."""
+
+    texts: PaddedTexts
+    quantised: Quantised
+    path_PB2: Float[Tensor, "P B 2"] | None
+    schedule: ScaleSchedule
+
+
+def _batch(recipe: TransformerRecipe, windows: Mapping[ScaleSchedule, Window], model: Infinity, run: Run) -> _Example:
+    """The batch of a step; everything follows from its number, the clock and the examples seen."""
+    rng = np.random.default_rng([recipe.optimisation.seed, run.step])
+    length = recipe.length_of(rng, run.clock_s / (60 * recipe.optimisation.minutes))
+    schedule = length.schedule or recipe.schedule
+    seen = run.samples * recipe.share_of(schedule) / recipe.uses
+    latents_BZHW, texts = windows[schedule].batch(seen, length.times * recipe.optimisation.batch, rng)
     for row, text_TE in enumerate(texts):
         if rng.random() < recipe.altered_share:
             text_TE = alter_text(text_TE, recipe.text_noise, rng)  # noqa: PLW2901 - the text that is taught
@@ -117,11 +157,12 @@ def _batch(recipe: TransformerRecipe, window: Window, model: Infinity, step: int
     flips_B = to_device(drawn_B, latents_BZHW.device)
     generator = torch.Generator(recipe.device).manual_seed(int(rng.integers(2**62)))
     with torch.no_grad():
-        quantised = quantise(latents_BZHW, recipe.schedule.grids, flips_B, generator)
-    return pad_texts(texts, recipe.text_length), Quantised(
-        bits=quantised.bits[: length.scales],
-        inputs=quantised.inputs[: length.scales - 1],
-        f_hat_BZHW=quantised.f_hat_BZHW,
+        quantised = quantise(latents_BZHW, schedule.grids[: length.scales], flips_B, generator)
+    path_PB2 = None
+    if recipe.path_rate > 0:
+        path_PB2 = to_device(draw_paths(recipe.path_rate, recipe.shape.depth, len(texts), rng), latents_BZHW.device)
+    return _Example(
+        texts=pad_texts(texts, recipe.text_length), quantised=quantised, path_PB2=path_PB2, schedule=schedule
     )
 
 
@@ -137,7 +178,7 @@ def alter_text(text_TE: Float[Tensor, "T E"], noise: float, rng: np.random.Gener
 
 def train_transformer(
     recipe: TransformerRecipe,
-    window: Window,
+    windows: Mapping[ScaleSchedule, Window],
     checkpoint: Path,
     log: Callable[[str], None],
     preview: Callable[[dict[str, Tensor]], None] | None = None,
@@ -149,7 +190,7 @@ def train_transformer(
 
     Args:
         recipe: Shape, schedule, optimisation.
-        window: What to learn.
+        windows: What to learn, one for each of the recipe's schedules.
         checkpoint: Where the state of the run lives.
         log: Receives one line every two minutes of training.
         preview: Called with the averaged weights now and then, to draw a sample sheet.
@@ -167,26 +208,24 @@ def train_transformer(
     if initial is not None:
         model.load_state_dict(initial)
     run = Run.start(model, recipe.optimisation)
-    teacher = Teacher(
-        model=model,
-        schedule=recipe.schedule,
-        masked_tokens=recipe.masked_tokens,
-        dtype=getattr(torch, recipe.dtype),
-    )
-    step_flops: dict[int, int] = {}
-    running = teacher.compiled() if recipe.compiles else teacher
+    plain = {schedule: _teacher(recipe, model, schedule) for schedule in recipe.schedules}
+    # Other aspect ratios are too rare to be worth the minutes of compiling them.
+    running = plain | ({recipe.schedule: plain[recipe.schedule].compiled()} if recipe.compiles else {})
+    step_flops: dict[tuple[ScaleSchedule, int, int], int] = {}
     previewed_s = math.inf
-    for step in steps(run, recipe.optimisation, checkpoint, log, limits or Limits()):
+    for _ in steps(run, recipe.optimisation, checkpoint, log, limits or Limits()):
         began = time.perf_counter()
-        texts, quantised = _batch(recipe, window, model, step)
+        example = _batch(recipe, windows, model, run)
         run.note(input_ms=1e3 * (time.perf_counter() - began))
+        texts, quantised = example.texts, example.quantised
         num_scales = len(quantised.bits)
-        if num_scales not in step_flops:
-            step_flops[num_scales] = 3 * flops_of(partial(teacher.logits, texts, quantised.inputs))
-        logits = running.logits(texts, quantised.inputs)
+        kind = (example.schedule, num_scales, len(texts.is_real_BT))
+        if kind not in step_flops:
+            step_flops[kind] = 3 * flops_of(partial(plain[example.schedule].logits, texts, quantised.inputs))
+        logits = running[example.schedule].logits(texts, quantised.inputs, example.path_PB2)
         loss, per_scale = bit_loss(logits, quantised, recipe.scale_power)
         run.update(loss, recipe.optimisation)
-        run.flops += step_flops[num_scales]
+        run.flops += step_flops[kind]
         run.samples += len(logits)
         run.note(coarse=per_scale[: recipe.lengths[0].scales].mean())
         if num_scales == len(recipe.schedule):
@@ -197,6 +236,12 @@ def train_transformer(
             previewed_s = math.inf
             preview(run.average)
     return run.average
+
+
+def _teacher(recipe: TransformerRecipe, model: Infinity, schedule: ScaleSchedule) -> Teacher:
+    return Teacher(
+        model=model, schedule=schedule, masked_tokens=recipe.masked_tokens, dtype=getattr(torch, recipe.dtype)
+    )
 
 
 def small_start(model: Infinity) -> None:

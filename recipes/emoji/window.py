@@ -32,7 +32,7 @@ class SceneSequence:
         config: Shares of kinds and colours.
         weights: How often each of `drawings` is chosen.
         contrast_NK: See `contrast.rim_contrast`.
-        image_size: Height and width of the images in pixels.
+        size: Height and width of the images in pixels.
         seed: Where the sequence begins.
     """
 
@@ -41,7 +41,7 @@ class SceneSequence:
     config: SceneConfig
     weights: Float[np.ndarray, " n"]
     contrast_NK: Float[np.ndarray, "N K"]
-    image_size: int
+    size: tuple[int, int]
     seed: int = 0
 
     def scenes(self, first: int, count: int) -> list[Scene]:
@@ -59,7 +59,7 @@ class SceneSequence:
 
     def pixels(self, scenes: Sequence[Scene]) -> Float[Tensor, "B 3 Y X"]:
         """Renders scenes, in [-1, 1]."""
-        return render(scenes, self.images_NYXc, self.image_size)
+        return render(scenes, self.images_NYXc, self.size)
 
 
 class Window:

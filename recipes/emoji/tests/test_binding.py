@@ -67,7 +67,7 @@ def test_pictures_are_in_order_where_they_show_the_scene_and_not_the_turned_one(
         )
         for index in range(3)
     ]
-    drawn = (render([scenes[0], turned(scenes[1]), scenes[2]], images_NYXc, 32) + 1) / 2
+    drawn = (render([scenes[0], turned(scenes[1]), scenes[2]], images_NYXc, (32, 32)) + 1) / 2
     blurred = torch.nn.functional.avg_pool2d(drawn, 3, stride=1, padding=1, count_include_pad=False)
     assert in_order(blurred, scenes, images_NYXc) == 2
     assert in_order(blurred, [turned(scene) for scene in scenes], images_NYXc) == 1

@@ -45,10 +45,11 @@ def test_train_passes_everything_on(run: Run, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(recipe, "train", train)
     (tmp_path / "r.yaml").write_text("name: toy\n")
     command = ("train", "r.yaml", "--output", "run", "--stage", "export", "--device", "cpu")
-    options = ("--minutes-scale", 0.5, "--dry-run", "--start-from", "old")
+    options = ("--minutes-scale", 0.5, "--dry-run", "--start-from", "old", "--tokenizer", "t", "--keep-tokenizer")
     assert run(*command, *options) == (0, "run/model\n", "half done\n")
-    route = recipe.Route(device="cpu", minutes_scale=0.5, is_dry=True)
-    assert seen == [Path("r.yaml"), Path("run"), "export", route, Path("old"), None]
+    route = recipe.Route(device="cpu", minutes_scale=0.5, keeps_tokenizer=True, is_dry=True)
+    start = recipe.Start(model=Path("old"), tokenizer=Path("t"))
+    assert seen == [Path("r.yaml"), Path("run"), "export", route, start, None]
     assert run(*command, "--stop-after", 9) == (75, "", "half done\npaused at 9.0 of 15 minutes\n")
     assert seen[-1] == 9.0
 
@@ -58,7 +59,8 @@ def test_train_passes_everything_on(run: Run, tmp_path: Path, monkeypatch: pytes
     [
         ("train -o x", "RECIPE"),
         ("train none.yaml -o x", "no recipe at none.yaml"),
-        ("train r.yaml -o x --minutes-scale 0", "--minutes-scale must be above 0, got 0.0"),
+        ("train r.yaml -o x --minutes-scale 0", "--minutes-scale must be above 0, or 0 with --start-from, got 0.0"),
+        ("train r.yaml -o x --keep-tokenizer", "name it with --tokenizer"),
         ("train r.yaml -o x --stop-after 0", "--stop-after must be above 0, got 0.0"),
         ("train r.yaml -o x --stage exprt", "--stage"),
         ("train r.yaml -o x", "cannot read the training file"),

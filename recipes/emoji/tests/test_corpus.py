@@ -348,6 +348,6 @@ def test_a_corpus_needs_no_training_file(toy_cache: Path, tmp_path: Path) -> Non
         load_corpus_config(corpus)
 
 
-@pytest.mark.parametrize("name", ["emoji_corpus", "emoji_core5_corpus", "emoji_f3d_corpus"])
+@pytest.mark.parametrize("name", ["emoji_corpus", "emoji_core5_corpus"])
 def test_corpus_files_are_read(name: str) -> None:
     assert load_corpus_config(Path(__file__).parents[1] / "configs" / f"{name}.yaml").image_size == 256

@@ -184,16 +184,16 @@ def test_plurals(phrase: str, expected: str | None) -> None:
     assert plural(phrase) == expected
 
 
-def plain_render(scene: Scene, images: np.ndarray, size: int) -> np.ndarray:
+def plain_render(scene: Scene, images: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The slow twin of `render`: one thing at a time in float64, resized by weights that are written out."""
-    canvas = np.tile(np.array(BACKGROUNDS[scene.background]) / 255, (size, size, 1))
+    canvas = np.tile(np.array(BACKGROUNDS[scene.background]) / 255, (*size, 1))
     for thing in scene.things:
         straight = images[thing.drawing].astype(np.float64) / 255
         image = np.concatenate([straight[..., :3] * straight[..., 3:], straight[..., 3:]], axis=-1)
-        side = round(thing.size * size)
+        side = round(thing.size * min(size))
         weights = np.array([triangle(out, side, len(image)) for out in range(side)])
         small = np.einsum("ay,bx,yxc->abc", weights, weights, image)
-        top, left = (round(middle * size - side / 2) for middle in thing.centre)
+        top, left = (round(middle * length - side / 2) for middle, length in zip(thing.centre, size, strict=True))
         for y in range(side):
             for x in range(side):
                 pixel = canvas[top + y, left + x]
@@ -213,10 +213,21 @@ def test_render_equals_the_plain_compositor() -> None:
     rng = np.random.default_rng()
     images = rng.integers(0, 256, (len(DRAWINGS), 24, 24, 4), dtype=np.uint8)
     scenes = [draw_scene(DRAWINGS, rng, SceneConfig()) for _ in range(12)]
-    for size in (24, 48):
+    for size in ((24, 24), (48, 48), (36, 24), (24, 40)):
         pixels = render(scenes, torch.from_numpy(images), size)
         for got, scene in zip(pixels, scenes, strict=True):
             np.testing.assert_allclose(got.numpy(), plain_render(scene, images, size), atol=1e-5)
+
+
+def test_things_of_an_oblong_scene_neither_overlap_nor_leave_it() -> None:
+    rng = np.random.default_rng()
+    images = np.full((len(DRAWINGS), 8, 8, 4), 255, dtype=np.uint8)
+    for kind in ("beside", "stacked", "count", "sized"):
+        scenes = [draw_scene(DRAWINGS, rng, SceneConfig(white_share=0.0), kind=kind) for _ in range(20)]
+        for size in ((60, 80), (80, 60)):
+            white = (render(scenes, torch.from_numpy(images), size) > 0.999).all(1).sum((1, 2))
+            whole = [sum(round(thing.size * 60) ** 2 for thing in scene.things) for scene in scenes]
+            assert white.tolist() == whole
 
 
 def test_background_colours_lie_apart() -> None:

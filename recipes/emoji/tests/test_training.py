@@ -30,8 +30,8 @@ from recipes.emoji.colours import BACKGROUNDS
 from recipes.emoji.loop import MAX_STEP_S, Limits, Optimisation, Run, steps
 from recipes.emoji.recipe import Route, load_recipe
 from recipes.emoji.scenes import SceneConfig
-from recipes.emoji.teacher import Teacher, pad_texts
-from recipes.emoji.tokenizer import TokenizerRecipe, composite, new_autoencoder, pixel_loss, train_tokenizer
+from recipes.emoji.teacher import Teacher, draw_paths, pad_texts
+from recipes.emoji.tokenizer import TokenizerRecipe, composite, pixel_loss, train_tokenizer
 from recipes.emoji.transformer import Length, TransformerRecipe, alter_text, bit_loss, small_start, train_transformer
 from recipes.emoji.window import BLOCK, SceneSequence, Window
 
@@ -107,6 +107,33 @@ def test_fewer_scales_give_the_same_first_logits() -> None:
         torch.testing.assert_close(
             teacher.logits(texts, quantised.inputs[:2]), teacher.logits(texts, quantised.inputs)[:, :14]
         )
+
+
+def test_paths_are_dropped_more_often_in_later_blocks_and_have_mean_one() -> None:
+    path_PB2 = draw_paths(0.5, 3, 4000, np.random.default_rng())
+    assert path_PB2[0].unique().tolist() == [1.0]
+    for block, stays in ((1, 0.75), (2, 0.5)):
+        assert path_PB2[block].unique().tolist() == pytest.approx([0.0, 1 / stays])
+        assert (path_PB2[block] > 0).float().mean(0).tolist() == pytest.approx([stays, stays], abs=0.04)
+    both = (path_PB2[2] > 0).all(1).float().mean()
+    assert float(both) == pytest.approx(0.25, abs=0.04), "the two sublayers are drawn apart"
+
+
+def test_a_dropped_sublayer_is_one_with_a_closed_gate() -> None:
+    quantised, texts = quantise(torch.randn(2, 8, 4, 4), GRIDS), pad_texts([torch.randn(5, 12), torch.randn(3, 12)], 8)
+    model = _model()
+    path_PB2 = torch.ones(3, 2, 2)
+    path_PB2[1, 1, 0] = path_PB2[2, 1, 1] = 0.0
+    with torch.no_grad():
+        whole = _teacher(model).logits(texts, quantised.inputs)
+        dropped = _teacher(model).logits(texts, quantised.inputs, path_PB2)
+        for output in (model.block(1).sa.proj, model.block(2).ffn.fc2):
+            output.weight.zero_()
+            output.bias.zero_()
+        closed = _teacher(model).logits(texts, quantised.inputs)
+    assert torch.equal(dropped[0], whole[0])
+    torch.testing.assert_close(dropped[1], closed[1])
+    assert not torch.allclose(dropped[1], whole[1])
 
 
 def test_texts_are_padded_and_cut() -> None:
@@ -190,7 +217,7 @@ def _sequence(config: SceneConfig | None = None) -> SceneSequence:
         config=SceneConfig() if config is None else config,
         weights=np.ones(4),
         contrast_NK=np.full((4, len(BACKGROUNDS)), 99.0),
-        image_size=32,
+        size=(32, 32),
     )
 
 
@@ -205,6 +232,10 @@ def _encode_texts(texts: list[str]) -> list[Tensor]:
 
 def _window(size: int = 64) -> Window:
     return Window(_sequence(), _encode_pixels, _encode_texts, size=size)
+
+
+def _windows(recipe: TransformerRecipe) -> dict[ScaleSchedule, Window]:
+    return {recipe.schedule: _window()}
 
 
 def _stop_after(count: int) -> Callable[[str], None]:
@@ -227,15 +258,6 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
         train_tokenizer(recipe, _sequence(), tmp_path / "b.ckpt", _stop_after(1))
     resumed = train_tokenizer(recipe, _sequence(), tmp_path / "b.ckpt", lambda _: None)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-@pytest.mark.usefixtures("fake_clock")
-def test_a_decoder_alone_learns_while_codes_stay(tmp_path: Path) -> None:
-    recipe = replace(_tokenizer_recipe(minutes=0.1), trains_encoder=False)
-    start = new_autoencoder(AUTOENCODER).state_dict()
-    trained = train_tokenizer(recipe, _sequence(), tmp_path / "d.ckpt", lambda _: None, initial=start)
-    moved = {name.split(".")[0] for name in start if not torch.equal(start[name], trained[name])}
-    assert moved == {"decoder"}
 
 
 def test_a_pause_does_not_eat_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +301,7 @@ def test_training_lowers_both_losses(tmp_path: Path) -> None:
         uses=1e9,
     )
     window = _window(size=32)
-    weights = train_transformer(recipe, window, tmp_path / "t.ckpt", lines.append)
+    weights = train_transformer(recipe, {recipe.schedule: window}, tmp_path / "t.ckpt", lines.append)
     trained = Infinity(SHAPE)
     trained.load_state_dict(weights)
     latents, texts = window.batch(0.0, 32, np.random.default_rng(0))
@@ -313,21 +335,57 @@ def test_a_new_window_gives_what_the_old_one_would_have() -> None:
         assert all(torch.equal(x, y) for x, y in zip(texts_a, texts_b, strict=True))
 
 
-@pytest.mark.usefixtures("fake_clock")
-def test_a_stopped_transformer_goes_on_bit_for_bit(tmp_path: Path) -> None:
+OBLONG = ScaleSchedule.from_grids(((1, 1), (2, 2), (3, 2), (5, 4)))
+
+
+def _varied_recipe(**changes: object) -> TransformerRecipe:
+    """Coarse scales first, then all, some in another aspect ratio, with stochastic depth."""
     recipe = TransformerRecipe(
         shape=SHAPE,
         schedule=ScaleSchedule.from_grids(GRIDS),
         optimisation=Optimisation(minutes=0.1, batch=4, rate=1e-3, warmup_steps=2, checkpoint_s=2.0),
-        lengths=LENGTHS,
+        lengths=(*LENGTHS[:1], Length(scales=4, share=0.2), Length(scales=4, share=0.3, schedule=OBLONG)),
+        path_rate=0.5,
+        coarse_share=0.4,
         dtype="float32",
         compiles=False,
     )
-    whole = train_transformer(recipe, _window(), tmp_path / "a.ckpt", lambda _: None)
+    return replace(recipe, **changes)
+
+
+def _varied_windows(recipe: TransformerRecipe) -> dict[ScaleSchedule, Window]:
+    def encode(pixels: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(_encode_pixels(pixels), (5, 4))
+
+    oblong = replace(_sequence(), size=(40, 32), seed=1)
+    return _windows(recipe) | {OBLONG: Window(oblong, encode, _encode_texts, size=32)}
+
+
+@pytest.mark.usefixtures("fake_clock")
+def test_a_stopped_transformer_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    recipe = _varied_recipe()
+    whole = train_transformer(recipe, _varied_windows(recipe), tmp_path / "a.ckpt", lambda _: None)
     with pytest.raises(KeyboardInterrupt):
-        train_transformer(recipe, _window(), tmp_path / "b.ckpt", _stop_after(1))
-    resumed = train_transformer(recipe, _window(), tmp_path / "b.ckpt", lambda _: None)
+        train_transformer(recipe, _varied_windows(recipe), tmp_path / "b.ckpt", _stop_after(1))
+    resumed = train_transformer(recipe, _varied_windows(recipe), tmp_path / "b.ckpt", lambda _: None)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    plain = replace(recipe, path_rate=0.0)
+    other = train_transformer(plain, _varied_windows(plain), tmp_path / "c.ckpt", lambda _: None)
+    assert not all(torch.equal(whole[name], other[name]) for name in whole), "stochastic depth had no effect"
+
+
+def test_coarse_scales_come_first_and_every_schedule_gets_its_share() -> None:
+    recipe, rng = _varied_recipe(), np.random.default_rng()
+    assert recipe.schedules == (ScaleSchedule.from_grids(GRIDS), OBLONG)
+    assert {recipe.length_of(rng, 0.39) for _ in range(50)} == set(LENGTHS[:1])
+    drawn = [recipe.length_of(rng, 0.41) for _ in range(2000)]
+    for length in recipe.lengths:
+        assert drawn.count(length) / 2000 == pytest.approx(length.share, abs=0.05)
+    assert recipe.share_of(OBLONG) == pytest.approx(0.3 / 1.5)
+    with pytest.raises(FoveateError, match="coarse_share needs a length"):
+        _varied_recipe(lengths=(Length(scales=4, share=1.0),))
+    with pytest.raises(FoveateError, match="path_rate in"):
+        _varied_recipe(path_rate=1.0)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +411,7 @@ def test_training_can_start_from_given_weights(tmp_path: Path) -> None:
         compiles=False,
     )
     given = _model().state_dict()
-    weights = train_transformer(recipe, _window(), tmp_path / "w.ckpt", lambda _: None, initial=given)
+    weights = train_transformer(recipe, _windows(recipe), tmp_path / "w.ckpt", lambda _: None, initial=given)
     assert all(torch.equal(weights[name], given[name]) for name in given)
 
 
