@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from recipes.emoji.examiner import Examiner
 from recipes.emoji.scenes import Kind
+from recipes.emoji.tokens import spread
 
 COLUMNS, ROWS = 12, 8
 _CELL, _TEXT = 128, 28
@@ -29,7 +30,7 @@ def contact_sheet(images: UInt8[np.ndarray, "n Y X 3"], captions: Sequence[str],
 
 def single_sheet(examiner: Examiner) -> Image.Image:
     """One thing per image: labels evenly spread over the training split."""
-    drawings = examiner.spread(COLUMNS * ROWS)
+    drawings = spread(examiner.train, COLUMNS * ROWS)
     prompts = [examiner.prompt_of(one) for one in drawings]
     return contact_sheet(examiner.draw(prompts), prompts)
 

@@ -6,7 +6,7 @@ import torch
 from torchmetrics.image.kid import poly_mmd
 
 from foveate.core.errors import FoveateError
-from recipes.emoji.features import features, load_network
+from recipes.emoji.features import Judge, features, load_network
 from recipes.emoji.quality import kid, nearest
 
 
@@ -51,9 +51,10 @@ def test_features_do_not_depend_on_batch_and_see_content() -> None:
     np.testing.assert_array_equal(nearest(rows[::-1], features(drawings(1), network=network)), [3, 2, 1, 0])
 
 
-def test_features_agree_with_the_package_classifier() -> None:
-    network = load_network()
-    images = np.random.default_rng(1).integers(0, 256, (2, 224, 224, 3)).astype(np.uint8)
+@pytest.mark.parametrize(("judge", "side"), [("lite0", 224), ("lite2", 260)])
+def test_features_agree_with_the_package_classifier(judge: Judge, side: int) -> None:
+    network = load_network(judge=judge)
+    images = np.random.default_rng(1).integers(0, 256, (2, side, side, 3)).astype(np.uint8)
     planes = torch.from_numpy(images.transpose(0, 3, 1, 2) / 255.0).float()
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.inference_mode():
