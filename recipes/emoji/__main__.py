@@ -139,6 +139,47 @@ def heads(corpus: Path, output: Path, /, *, held_out_style: str = "fluent-3d") -
     return 0
 
 
+def oracle(
+    corpus: Path,
+    /,
+    *,
+    model: str = "emoji",
+    tokenizer: Path | None = None,
+    budget: str = "0.25M",
+    drawings: int = 24,
+    choice: tuple[str, ...] = (),
+) -> int:
+    """Measure what a rule and a fill cost an image if all codes are the true ones: the cheapest test of an idea.
+
+    Args:
+        corpus: Folder of drawings: OUTPUT/corpus of train.
+        model: Name or folder of the model whose tokenizer is asked.
+        tokenizer: Weights of a tokenizer to ask instead.
+        budget: Schedule of TOKENIZER: 0.06M, 0.25M, 0.60M or 1M.
+        drawings: Number of drawings.
+        choice: RULE:SHARE,SHARE,...:FILL with a share of tokens for each of the last scales; repeat it for several.
+            Rules: mass, residual, energy, energy-lattice, checkerboard, random. Fills: zero, previous, nearest,
+            half-nearest. Default: a table of them.
+    """
+    if not corpus.is_dir():
+        raise FoveateError(f"no corpus at {corpus}; see python -m recipes.emoji train --help")
+    if drawings < 1:
+        raise FoveateError(f"--drawings must be at least 1, got {drawings}")
+    from foveate.core.schedule import ScaleSchedule  # noqa: PLC0415 - torch is loaded when the command runs
+    from foveate.families.loading import Origin, find_folder, find_spec  # noqa: PLC0415
+    from foveate.weights.folder import AUTOENCODER  # noqa: PLC0415
+    from recipes.emoji import oracle as asked  # noqa: PLC0415
+    from recipes.emoji.corpus import load_corpus  # noqa: PLC0415
+
+    choices = [asked.Choice.parse(text) for text in choice or asked.DEFAULT_CHOICES]
+    origin = Origin(name_or_path=model)
+    path = find_folder(origin) / AUTOENCODER if tokenizer is None else tokenizer
+    schedule = find_spec(origin).default_schedule if tokenizer is None else ScaleSchedule.from_template(1.0, budget)
+    made = asked.of_drawings(asked.read_autoencoder(path), schedule.grids, load_corpus(corpus), drawings)
+    sys.stdout.write(asked.table(made, choices))
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -146,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 2 bad usage or input, 75 paused, 130 interrupted.
     """
     app = App(name="python -m recipes.emoji", help=__doc__, version_flags=(), default_parameter=Parameter(negative=()))
-    for command in (train, evaluate, heads):
+    for command in (train, evaluate, heads, oracle):
         app.command(command)
     try:
         code = app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
