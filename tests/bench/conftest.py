@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
+from foveate.bench.calibrate import CALIBRATION
 from foveate.bench.report import BenchReport
 from foveate.bench.run import BenchPlan, run_bench
 from foveate.bench.workload import Workload
@@ -33,7 +34,7 @@ def toy_report(toy_pipe: Pipeline) -> Callable[[str], BenchReport]:
         if kind not in known:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("foveate.bench.run.MATMUL_SIZES", (32, 64))
-                specs = ("full",) if kind == "calibrate" else ("full", "skip-scales:count=3", "drop-branch:count=1")
+                specs = CALIBRATION if kind == "calibrate" else ("full", "skip-scales:count=3", "drop-branch:count=1")
                 plan = make_plan(kind, *specs, batches=(1, 2) if kind == "throughput" else (1,))
                 known[kind] = run_bench(toy_pipe, plan, hides_progress=True)
         return known[kind]

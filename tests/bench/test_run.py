@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from foveate.bench.calibrate import profile
+from foveate.bench.calibrate import CALIBRATION, profile
 from foveate.bench.page import main_table, markdown, scale_table
 from foveate.bench.plot import draw
 from foveate.bench.report import BenchReport
@@ -20,7 +20,9 @@ from foveate.bench.run import BenchPlan, run_bench
 from foveate.bench.workload import DEFAULT_PROMPT, Workload, default_prompt
 from foveate.core.errors import FoveateError
 from foveate.pipeline.pipeline import Pipeline
+from foveate.pipeline.profile import Profile, features_of
 from foveate.policies.full import Full
+from foveate.policies.registry import load_policy
 from tests.bench.conftest import make_plan
 
 KINDS = ("latency", "throughput", "memory")
@@ -230,9 +232,12 @@ def test_a_composed_policy_does_not_break_the_table(toy_pipe: Pipeline, monkeypa
     assert "no warm-up round" in page
 
 
-def test_columns_without_a_figure_are_left_out(toy_report: Callable[[str], BenchReport]) -> None:
+def test_columns_without_a_figure_are_left_out(
+    toy_report: Callable[[str], BenchReport], toy_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "efficiency" in main_table(toy_report("latency"))[0]
-    columns, rows = main_table(toy_report("calibrate"))
+    monkeypatch.setattr("foveate.bench.run.MATMUL_SIZES", (32,))
+    columns, rows = main_table(run_bench(toy_pipe, make_plan("latency", "full", runs=1, warmup=0), hides_progress=True))
     assert columns[-2:] == ("decoder", "of peak")
     assert all(len(row) == len(columns) for row in rows)
 
@@ -247,6 +252,26 @@ def test_profile(toy_report: Callable[[str], BenchReport]) -> None:
     assert [scale["token_blocks"] for scale in size["scales"]] == [6 * n * n for n in (1, 2, 4, 6, 8, 12, 16)]
     for scale in size["scales"]:
         assert scale["ms_per_token_block"] == pytest.approx(scale["ms"]["median"] / scale["token_blocks"])
+    assert [scale["blocks"] for scale in size["scales"]] == [3] * 7
+
+
+def test_profile_says_what_the_time_of_a_scale_is_made_of(toy_report: Callable[[str], BenchReport]) -> None:
+    report = toy_report("calibrate")
+    data = json.loads(json.dumps(profile(report, 1e9)))
+    found, (case,) = Profile.from_json(data["fit"]), report.cases
+    assert found.decoder_ms == ((256 * 256, case.entries[0].figures["ms.decoder"].median),)
+    assert found.headroom >= 1
+    assert [point["policy"] for point in data["points"]] == [load_policy(spec).spec for spec in CALIBRATION]
+    for point, entry in zip(data["points"], case.entries, strict=True):
+        assert point["transformer_ms"] == entry.figures["ms.transformer"].median
+        predicted = sum(
+            sum(a * b for a, b in zip(found.ms, row, strict=True))
+            for row in (features_of(s.scale, blocks=s.blocks, token_blocks=s.token_blocks, flops=s.flops)
+                        for s in entry.scales)
+        )  # fmt: skip
+        assert point["predicted_ms"] == pytest.approx(predicted)
+        # Times of a toy on a busy machine say little; the order of magnitude is right.
+        assert 0.2 < point["predicted_ms"] / point["transformer_ms"] < 5
 
 
 def test_default_prompt_is_a_text_where_texts_are_drawn(toy_pipe: Pipeline) -> None:

@@ -1,13 +1,27 @@
-"""A profile of one machine, model and dtype: what a token costs in a block at several sizes, and the machine's rates.
+"""A profile of one machine, model and dtype: what scales took under several policies, and what their time is made of.
 
-It is data: nothing is fitted. All figures are those of the full policy.
+Figures of `sizes` are those of the full policy; the fit reads the scales of all policies (`pipeline.profile`).
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+from statistics import median
 from typing import Any
 
-from foveate.bench.report import BenchReport, Case
+from foveate.bench.report import BenchReport, Case, Entry, ScaleFigures
+from foveate.pipeline.profile import Profile, features_of, fit
 
-PROFILE_FORMAT = 1
+PROFILE_FORMAT = 2
+
+CALIBRATION = (
+    "full",
+    "drop-branch:count=99",
+    "random-tokens:keep_ratio=0.5,num_scales=5",
+    "uniform-depth:keep_ratio=0.25,num_scales=5",
+    "depthvar:reference_scale=-3",
+    "random-tokens:keep_ratio=0.1,num_scales=5",
+)
+"""Policies whose scales tell tokens, blocks and FLOPs apart; the first one is the full run."""
 
 
 def profile(report: BenchReport, weight_bytes_per_s: float) -> dict[str, Any]:
@@ -23,12 +37,56 @@ def profile(report: BenchReport, weight_bytes_per_s: float) -> dict[str, Any]:
     """
     data = report.to_json()
     kept = ("command", "machine", "model", "settings", "matmul_peak", "weights_bytes", "method", "excluded", "stopped")
+    fitted = fit_profile(report.cases)
     return {
         "format": PROFILE_FORMAT,
         **{name: data[name] for name in kept},
         "weight_bytes_per_s": weight_bytes_per_s,
         "sizes": [_size(case) for case in report.cases],
+        "fit": fitted.to_json(),
+        "points": [
+            {
+                "policy": entry.policy,
+                "width": case.picture.width,
+                "height": case.picture.height,
+                "batch": case.batch,
+                "transformer_ms": entry.figures["ms.transformer"].median,
+                "predicted_ms": _predicted(fitted, entry),
+            }
+            for case in report.cases
+            for entry in case.entries
+        ],
     }
+
+
+def fit_profile(cases: Sequence[Case]) -> Profile:
+    """What the time of a scale is made of, over all sizes, batches and policies.
+
+    `headroom` is the median, over policies, of what nine of ten runs stayed below, over the prediction.
+    """
+    scales = [(_features(s), s.ms.median) for case in cases for entry in case.entries for s in entry.scales]
+    ran = [(row, ms) for row, ms in scales if row[0]]
+    plain = Profile(
+        ms=fit([row for row, _ in ran], [ms for _, ms in ran]),
+        decoder_ms=tuple(
+            (case.picture.width * case.picture.height, case.entries[0].figures["ms.decoder"].median / case.batch)
+            for case in cases
+        ),
+        rest_ms=max(case.entries[0].figures["ms.rest"].median for case in cases),
+        headroom=1.0,
+    )
+    entries = [entry for case in cases for entry in case.entries]
+    longer = [entry.figures["ms.transformer"].p90 / _predicted(plain, entry) for entry in entries]
+    return replace(plain, headroom=max(1.0, median(longer)))
+
+
+def _features(scale: ScaleFigures) -> list[float]:
+    return features_of(scale.scale, blocks=scale.blocks, token_blocks=scale.token_blocks, flops=scale.flops)
+
+
+def _predicted(profile: Profile, entry: Entry) -> float:
+    """Milliseconds of the transformer as the fit has them, without headroom."""
+    return sum(a * b for scale in entry.scales for a, b in zip(profile.ms, _features(scale), strict=True))
 
 
 def _size(case: Case) -> dict[str, Any]:

@@ -17,13 +17,14 @@ _CSV_COLUMNS = ("width", "height", "batch", "side", "policy", "figure", "median"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScaleFigures:
-    """One scale of one policy; `flops` and `token_blocks` (tokens times blocks, all rows) are medians."""
+    """One scale of one policy; `flops`, `token_blocks` (tokens times blocks, all rows) and `blocks` are medians."""
 
     scale: int
     grid: Grid
     ms: Spread
     flops: float
     token_blocks: float
+    blocks: float
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -33,6 +34,7 @@ class ScaleFigures:
             "ms": self.ms.to_json(),
             "flops": self.flops,
             "token_blocks": self.token_blocks,
+            "blocks": self.blocks,
         }
 
 

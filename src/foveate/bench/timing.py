@@ -27,6 +27,7 @@ class ScaleRun:
     ms: float
     flops: int
     token_blocks: int
+    blocks: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +52,8 @@ class TimedRun:
                 grid=scale.grid,
                 ms=scale.ms,
                 flops=flops,
-                token_blocks=sum(sum(row.block_tokens) for row in scale.work.rows.values()),
+                token_blocks=scale.work.token_blocks,
+                blocks=scale.work.blocks_run,
             )
             for scale, flops in zip(trace.scales, scale_flops(works, trace.shape, trace.text_tokens), strict=True)
         )
@@ -131,6 +133,7 @@ def _scales(own: Sequence[TimedRun]) -> tuple[ScaleFigures, ...]:
             ms=Spread.of([run.ms for run in runs]),
             flops=Spread.of([float(run.flops) for run in runs]).median,
             token_blocks=Spread.of([float(run.token_blocks) for run in runs]).median,
+            blocks=Spread.of([float(run.blocks) for run in runs]).median,
         )
         for runs in zip(*(run.scales for run in own), strict=True)
     )

@@ -69,7 +69,7 @@ class BenchOptions:
             Ratios are against the first one. Default: full alone.
         runs: Measured rounds; every policy runs once in each.
         warmup: Warm-up rounds, at every size and batch.
-        output: Folder for bench.json, bench.csv, bench.svg and bench.md; for calibrate, profile.json.
+        output: Folder for bench.json, bench.csv, bench.svg and bench.md; for calibrate, a copy of the profile.
         as_json: Print one JSON object.
         quiet: Show no progress.
         config: A YAML file with values for these flags; flags win.
@@ -103,7 +103,7 @@ def bench(
 
     Args:
         kind: latency: time by part and scale. throughput: images per second by batch, and percentiles at batch 1.
-            memory: weights, keys and values, and the rest. calibrate: time per token on this machine, as data.
+            memory: weights, keys and values, and the rest. calibrate: what this machine takes, for --latency-budget-ms.
         options: What is measured, how often, and what is reported.
         model: Which model runs, and on what.
     """
@@ -111,7 +111,7 @@ def bench(
         if getattr(options, flag) < least:
             raise FoveateError(f"--{flag} must be {least} or more, got {getattr(options, flag)}")
     if kind == "calibrate" and options.policy is not None:
-        raise FoveateError("calibrate measures the full policy alone; leave out --policy")
+        raise FoveateError("calibrate measures policies of its own; leave out --policy")
     if options.output is not None and options.output.exists() and not options.output.is_dir():
         raise FoveateError(f"--output must be a folder, {options.output} is a file")
     pictures = sizes_of(options.size, options.aspect_ratio)
@@ -136,17 +136,19 @@ def _bench(
         FoveateError: A flag is out of range, or a file cannot be written.
     """
     from foveate.bench import peak  # noqa: PLC0415 - torch is loaded when the command runs
-    from foveate.bench.calibrate import profile  # noqa: PLC0415
+    from foveate.bench.calibrate import CALIBRATION, profile  # noqa: PLC0415
     from foveate.bench.run import BenchPlan, run_bench  # noqa: PLC0415
     from foveate.bench.workload import default_prompt  # noqa: PLC0415
     from foveate.cli.loading import check_call, open_pipeline, spec_of  # noqa: PLC0415
     from foveate.cli.staging import Staging  # noqa: PLC0415
+    from foveate.pipeline.profile import store_profile  # noqa: PLC0415
     from foveate.policies.registry import load_policy  # noqa: PLC0415
 
     is_profile = kind == "calibrate"
     if options.output is not None and not is_profile:
         _require_matplotlib()
-    policies, spec = tuple(load_policy(policy) for policy in options.policy or ["full"]), spec_of(model)
+    names = CALIBRATION if is_profile else options.policy or ["full"]
+    policies, spec = tuple(load_policy(policy) for policy in names), spec_of(model)
     for picture, _ in pictures:
         check_call(prompts or _ANY, picture.options(), policies, spec)
     with Staging(options.output, [_PROFILE] if is_profile else _FILES) as staging:
@@ -166,9 +168,11 @@ def _bench(
         data = report.to_json() if rate is None else profile(report, rate)
         written: Collection[Path] = ()
         try:
+            if is_profile:
+                written = [store_profile(data, pipe.model)]
             if options.output is not None:
                 _write(staging, report, data)
-                written = staging.publish().values()
+                written = [*written, *staging.publish().values()]
         finally:
             # Minutes of measuring are not lost with a file that cannot be written.
             if options.as_json:

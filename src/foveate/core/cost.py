@@ -88,6 +88,16 @@ class ScaleWork:
     rows: Mapping[Row, RowWork]
     evicted: tuple[int, ...] = ()
 
+    @property
+    def token_blocks(self) -> int:
+        """Blocks that all tokens ran, in all rows."""
+        return sum(sum(row.block_tokens) for row in self.rows.values())
+
+    @property
+    def blocks_run(self) -> int:
+        """Blocks that any token ran."""
+        return sum(map(any, zip(*(row.block_tokens for row in self.rows.values()), strict=True)))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
@@ -136,7 +146,7 @@ def request_cost(
         store.end_scale(w.evicted)
     per_token = 2 * shape.num_heads * shape.head_width * bytes_per_element
     tokens_kept = sum(r.head_tokens for w in ran for (_, is_cond), r in w.rows.items() if is_cond)
-    token_blocks = sum(sum(r.block_tokens) for w in ran for r in w.rows.values())
+    token_blocks = sum(w.token_blocks for w in ran)
     return Cost(flops=flops, tokens=tokens_kept, token_blocks=token_blocks, kv_bytes=per_token * store.most)
 
 
