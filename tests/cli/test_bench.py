@@ -1,6 +1,7 @@
 """`foveate bench`: its JSON, files and table, what a stop leaves, and what it refuses."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,22 @@ def test_memory(run: Callable[..., Any], toy_folder: Path) -> None:
     assert any("VmHWM" in line or "only weights" in line for line in data["method"])
 
 
-def test_calibrate_writes_a_profile(run: Callable[..., Any], toy_folder: Path, tmp_path: Path) -> None:
+def test_calibrate_writes_a_profile_that_generate_reads(
+    run: Callable[..., Any], toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOVEATE_PROFILES", str(tmp_path / "profiles"))
     ran = run("bench", "calibrate", "-m", toy_folder, "--runs", 1, "-o", "here", "-q")
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.splitlines()[-1] == "here/profile.json"
+    (stored,) = (tmp_path / "profiles").iterdir()
+    assert ran.out.splitlines()[-2:] == [str(stored), "here/profile.json"]
     data = json.loads((tmp_path / "here" / "profile.json").read_text())
-    assert (data["format"], data["settings"]["policies"]) == (1, ["full"])
+    assert (data["format"], data["settings"]["policies"][0]) == (2, "full")
+    assert json.loads(stored.read_text())["fit"] == data["fit"]
     assert [path.name for path in (tmp_path / "here").iterdir()] == ["profile.json"]
+    call = ("generate", "a cat", "-m", toy_folder, "--seed", 1, "-q", "--latency-budget-ms")
+    assert run(*call, 1e7, "--json").data["latency"]["is_met"]
+    late = run(*call, 0.01, "--policy", "random-tokens:num_scales=2")
+    assert re.search(r"latency budget +0.01 ms, missed by \d+ ms", late.out)
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (torch.OutOfMemoryError("no"), 2)])
@@ -120,7 +130,7 @@ def test_sizes() -> None:
         (["latency", "--threads", "0"], ["--threads must be 1 or more"]),
         (["latency", "--device", "abacus"], ["device must be"]),
         (["latency", "--output", "file"], ["--output must be a folder"]),
-        (["calibrate", "--policy", "full"], ["leave out --policy"]),
+        (["calibrate", "--policy", "full"], ["measures policies of its own; leave out --policy"]),
     ],
 )
 def test_refusals(

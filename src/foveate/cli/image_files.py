@@ -228,7 +228,20 @@ def report_json(report: Report, config: dict[str, Any]) -> dict[str, Any]:
         "tokens": {"run": report.tokens_run, "full": report.tokens_full},
         "token_blocks": {"run": report.token_blocks_run, "full": report.token_blocks_full},
         "warnings": [warning.to_json() for warning in report.warnings],
+        **({} if report.late_ms is None else {"latency": _latency(report, report.late_ms)}),
     }
+
+
+def _latency(report: Report, late_ms: float) -> dict[str, Any]:
+    """Whether the budget of a call was met, and by how much it was missed."""
+    return {"budget_ms": report.latency_budget_ms, "late_ms": late_ms, "is_met": late_ms <= 0}
+
+
+def _in_time(report: Report) -> list[tuple[str, str]]:
+    if report.late_ms is None:
+        return []
+    verdict = f"missed by {report.late_ms:.0f} ms" if report.late_ms > 0 else f"met, {-report.late_ms:.0f} ms to spare"
+    return [("latency budget", f"{report.latency_budget_ms:g} ms, {verdict}")]
 
 
 def _facts(report: Report, config: dict[str, Any], num_images: int) -> list[tuple[str, str]]:
@@ -242,6 +255,7 @@ def _facts(report: Report, config: dict[str, Any], num_images: int) -> list[tupl
         ("images", f"{num_images} of {config['width']}x{config['height']}, model {config['model']}"),
         ("policy", f"{policy['spec']} ({policy['fingerprint']})"),
         ("time", f"{ms.total:.0f} ms: text {ms.text:.0f}, transformer {ms.transformer:.0f}, decoder {ms.decoder:.0f}"),
+        *_in_time(report),
         ("FLOPs", f"{in_units(report.flops_run)} of {in_units(report.flops_full)} ({report.flops_ratio:.1%})"),
         ("tokens", ran(report.tokens_run, report.tokens_full)),
         ("token-blocks", ran(report.token_blocks_run, report.token_blocks_full)),

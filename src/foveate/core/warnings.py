@@ -14,6 +14,7 @@ WarningCode = Literal[
     "weights_unpinned",
     "kernels_plain",
     "graphs_plain",
+    "deadline_missed",
 ]
 """Codes are stable; messages are for people and may change."""
 

@@ -91,8 +91,12 @@ def forecast(bound: Bound, request: Request, shape: ModelShape, bytes_per_elemen
 
     Exact for static policies, an upper bound otherwise.
     """
+    return request_cost(forecast_work(bound, request, shape), shape, request.text_tokens(), bytes_per_element)
+
+
+def forecast_work(bound: Bound, request: Request, shape: ModelShape) -> tuple[ScaleWork, ...]:
+    """What every row will run under a policy; exact for static policies, an upper bound otherwise."""
     scales = range(len(request.schedule))
     plans = [bound.ceiling(s) for s in scales]
     recorded = [bound.record(s) | bound.keeps(s) for s in scales]
-    work = planned_work(plans, recorded, request, shape)
-    return request_cost(work, shape, request.text_tokens(), bytes_per_element)
+    return planned_work(plans, recorded, request, shape)

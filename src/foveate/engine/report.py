@@ -33,8 +33,8 @@ class Report:
     """What a call cost, counted while it ran; text encoder and decoder are not part of the FLOPs.
 
     `full` stands for the same request with nothing left out; `cache_bytes_peak` is what was kept between scales beside
-    keys and values. `unfired` names the policy's directives that had no effect; `notes` says what its
-    settings imply, `warnings` what the call did otherwise than one would expect.
+    keys and values. `unfired` names the policy's directives that had no effect; `notes` says what its settings imply,
+    `warnings` what the call did otherwise than one would expect. `latency_budget_ms` is what the call was to take.
     """
 
     flops_run: int
@@ -50,6 +50,12 @@ class Report:
     unfired: tuple[str, ...]
     notes: tuple[str, ...] = ()
     warnings: tuple[CallWarning, ...] = ()
+    latency_budget_ms: float | None = None
+
+    @property
+    def late_ms(self) -> float | None:
+        """How much longer than its budget the call took; negative where it met it, None without one."""
+        return None if self.latency_budget_ms is None else self.ms.total - self.latency_budget_ms
 
     @property
     def flops_ratio(self) -> float:
@@ -69,6 +75,7 @@ def build_report(
     ms: Milliseconds,
     warnings: Sequence[CallWarning] = (),
     notes: Sequence[str] = (),
+    latency_budget_ms: float | None = None,
 ) -> Report:
     """What finished requests cost, beside what they would have cost in full.
 
@@ -79,6 +86,7 @@ def build_report(
         ms: Measured by the caller.
         warnings: What the caller has to say of it.
         notes: As well, beside what the policy's settings imply.
+        latency_budget_ms: What the call was to take.
     """
     shape, size = trace.shape, trace.bytes_per_element
     run = trace.cost
@@ -98,4 +106,5 @@ def build_report(
         unfired=trace.unfired,
         notes=(*bound.notes, *notes),
         warnings=tuple(warnings),
+        latency_budget_ms=latency_budget_ms,
     )

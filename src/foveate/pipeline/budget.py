@@ -24,16 +24,16 @@ PROMPT_TOKENS = 32
 """A sentence or two."""
 
 
-def request_of(schedule: ScaleSchedule, guidance: GuidanceSchedule) -> Request:
-    """One image as costs are counted."""
+def request_of(schedule: ScaleSchedule, guidance: GuidanceSchedule, num_images: int = 1) -> Request:
+    """Images as costs are counted."""
     return Request(
         schedule=schedule,
         guidance=guidance,
         temperatures=(1.0,) * len(schedule),
         filters=(Filter(top_k=0, top_p=0.0),) * len(schedule),
-        sampler=KeyedSampler(seeds=(0,)),
-        conditions=(torch.empty(PROMPT_TOKENS, 0, device="cpu"),),
-        num_images=1,
+        sampler=KeyedSampler(seeds=(0,) * num_images),
+        conditions=(torch.empty(PROMPT_TOKENS, 0, device="cpu"),) * num_images,
+        num_images=num_images,
     )
 
 
@@ -68,4 +68,9 @@ def with_budget(job: Job, shape: ModelShape) -> Job:
     policy = fitted(job.policy, float(budget), job.schedule, job.guidance, shape)
     is_static = policy.bind(job.schedule, shape).is_static
     notes = () if is_static else (f"the image decides with {policy.spec}: the budget is an upper bound",)
-    return replace(job, policy=policy, kept={**job.kept, "policy": policy}, notes=notes)
+    return replace(with_policy(job, policy), notes=notes)
+
+
+def with_policy(job: Job, policy: Policy) -> Job:
+    """The call with another policy, which its images keep."""
+    return replace(job, policy=policy, kept={**job.kept, "policy": policy})

@@ -194,6 +194,7 @@ def add_reports(first: Report, second: Report) -> Report:
         first,
         **{name: getattr(first, name) + getattr(second, name) for name in names},
         **{name: max(getattr(first, name), getattr(second, name)) for name in peaks},
+        latency_budget_ms=_sum(first.latency_budget_ms, second.latency_budget_ms),
         ms=Milliseconds(
             text=a.text + b.text,
             transformer=a.transformer + b.transformer,
@@ -206,6 +207,10 @@ def add_reports(first: Report, second: Report) -> Report:
             dict.fromkeys(found for found in both if found.code != "policy_without_effect" or found in shared)
         ),
     )
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second
 
 
 def _largest(pipe: Pipeline, job: Job, residency: Residency) -> tuple[MemoryNeed, int]:

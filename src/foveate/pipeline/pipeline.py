@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
@@ -32,8 +32,9 @@ from foveate.families.residency import Residency
 from foveate.kernels import native
 from foveate.kernels.gpu import launch
 from foveate.kernels.heap import kept_heap
-from foveate.pipeline.budget import with_budget
+from foveate.pipeline.budget import with_budget, with_policy
 from foveate.pipeline.call import Job, Prompts, resolve, warnings_of
+from foveate.pipeline.deadline import Deadline, Ladder, late
 from foveate.pipeline.options import CallOptions, Options
 from foveate.pipeline.output import (
     Images,
@@ -52,7 +53,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BatchStep:
-    """All images of a call after one scale; `text_ms` is the time of the text encoder, `warnings` what it left out."""
+    """All images of a call after one scale.
+
+    `text_ms` is the time of the text encoder, `warnings` what it left out; `deadline` is the clock of a call.
+    """
 
     scale: int
     f_hat_BZHW: Float[Tensor, "B Z H W"]
@@ -61,6 +65,7 @@ class BatchStep:
     bound: Bound
     text_ms: float
     warnings: tuple[CallWarning, ...]
+    deadline: Deadline | None
 
 
 class Pipeline:
@@ -231,7 +236,7 @@ class Pipeline:
         job = self._began(prompts, options)
         step = None
         with self._parts():
-            with closing(self._steps(job, 0)) as steps:
+            with closing(self._steps(job, 0, began)) as steps:
                 for step in steps:  # noqa: B007 - the last one is what counts
                     pass
             assert step is not None, "a schedule has at least one scale"
@@ -315,7 +320,7 @@ class Pipeline:
     def _events(self, job: Job, previews: int) -> Generator[ScaleEvent[Any], None, None]:
         began = time.perf_counter()
         num_scales = len(job.schedule)
-        with self._parts(), closing(self._steps(job, previews, times_scales=True)) as steps:
+        with self._parts(), closing(self._steps(job, previews, began, times_scales=True)) as steps:
             for step in steps:
                 output = None
                 if step.scale == num_scales - 1:
@@ -349,7 +354,9 @@ class Pipeline:
         """Has exactly these modules on the device, if offload is on."""
         return nullcontext() if self._offload is None else self._offload.working(*parts)
 
-    def _steps(self, job: Job, previews: int, times_scales: bool = False) -> Generator[BatchStep, None, None]:
+    def _steps(
+        self, job: Job, previews: int, call_began: float, times_scales: bool = False
+    ) -> Generator[BatchStep, None, None]:
         """Runs the requests of a call side by side, scale by scale; closing it frees all of them.
 
         Parts are brought again before every scale: another call may have run since the last one.
@@ -357,9 +364,12 @@ class Pipeline:
         Args:
             job: The call.
             previews: How many of the last scales will be decoded.
+            call_began: When the call began, as `time.perf_counter` has it.
             times_scales: Whether the time of a scale must be known when it is handed out.
         """
         bound = job.policy.bind(job.schedule, self.model.transformer.shape)
+        budget_ms, deadline = job.options["latency_budget_ms"], None
+        ladder = None if budget_ms is None else Ladder.of(job, self.model)
         began = time.perf_counter()
         with self._working(TEXT_ENCODER):
             requests = self._requests(job, times_scales)
@@ -368,6 +378,10 @@ class Pipeline:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         text_ms = 1e3 * (time.perf_counter() - began)
+        if ladder is not None and budget_ms is not None:
+            deadline = Deadline.of(ladder, float(budget_ms), call_began)
+            bound = deadline.policy.bind(job.schedule, self.model.transformer.shape)
+            requests = tuple(replace(r, remaining_ms=deadline.remaining_ms, times_scales=True) for r in requests)
         num_scales = len(job.schedule)
         with ExitStack() as stack:
             stack.enter_context(kept_heap())
@@ -395,6 +409,7 @@ class Pipeline:
                     bound=bound,
                     text_ms=text_ms,
                     warnings=warnings,
+                    deadline=deadline,
                 )
 
     def _requests(self, job: Job, times_scales: bool = False) -> tuple[Request, ...]:
@@ -477,8 +492,16 @@ class Pipeline:
             torch.cuda.synchronize(images.device)
         trace = step.trace
         trace.text_ms, trace.decoder_ms = step.text_ms, 1e3 * (time.perf_counter() - decoding)
-        unfired = without_effect(job.policy.spec, trace)
-        log_warnings(unfired)
+        ms = Milliseconds(
+            text=trace.text_ms,
+            transformer=trace.transformer_ms,
+            decoder=trace.decoder_ms,
+            total=1e3 * (time.perf_counter() - began),
+        )
+        if step.deadline is not None:
+            job = with_policy(job, step.deadline.taken())
+        behind = (*without_effect(job.policy.spec, trace), *late(job, ms.total))
+        log_warnings(behind)
         return PipelineOutput(
             images=images,
             prompts=job.per_image(job.prompts),
@@ -488,14 +511,10 @@ class Pipeline:
                 trace,
                 step.bound,
                 step.requests,
-                Milliseconds(
-                    text=trace.text_ms,
-                    transformer=trace.transformer_ms,
-                    decoder=trace.decoder_ms,
-                    total=1e3 * (time.perf_counter() - began),
-                ),
-                (*self.warnings, *self._warnings_of(job), *step.warnings, *unfired),
+                ms,
+                (*self.warnings, *self._warnings_of(job), *step.warnings, *behind),
                 notes=job.notes,
+                latency_budget_ms=job.asked.get("latency_budget_ms"),
             ),
             trace=trace,
         )
