@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foveate.kernels import native
-from foveate.kernels.attention import attend_group, attend_group_lse, entropy
+from foveate.kernels.attention import attend_group, attend_group_copies, attend_group_lse, entropy
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [
@@ -176,3 +176,32 @@ def test_entropy_of_a_flat_and_of_a_sharp_softmax(path: str, dtype: torch.dtype)
     k[:, :, 77] = 50 * q[0]
     step = 1e-6 if dtype is torch.float32 else 2**-8
     assert_near(entropy(q[:1], k, 1.0), torch.zeros(1, 2, dtype=torch.float64), step * largest_score(q[:1], k, 1.0))
+
+
+# A first key that stands for many
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("copies", [2, 300])
+@pytest.mark.parametrize("shape", SHAPES[1:4], ids=str)
+def test_a_first_key_for_many_equals_so_many_keys(path: str, shape: tuple[int, ...], copies: int, dtype: torch.dtype):
+    q, k, v = inputs(shape, dtype)
+    many = [torch.cat((x[:, :, :1].expand(-1, -1, copies - 1, -1), x), dim=2) for x in (k, v)]
+    found = attend_group_copies(q, k, v, 0.3, copies)
+    assert found.dtype is dtype
+    assert_near(found.float(), naive(q, *many, 0.3)[0], 1e-5 if dtype is torch.float32 else 3e-2)
+    assert (found.float() - attend_group(q, k, v, 0.3).float()).abs().max() > 1e-2
+
+
+def test_scores_of_hundreds_do_not_overflow(path: str) -> None:
+    q, k, v = inputs((1, 2, 9, 40, 32), torch.float32, 1e3)
+    assert attend_group_copies(q, k, v, 1.0, 300).isfinite().all()
+
+
+def test_where_gradients_are_wanted_the_score_is_raised() -> None:
+    """The way of a GPU, too."""
+    q, k, v = inputs((2, 2, 5, 9, 32), torch.float32)
+    expected = attend_group_copies(q, k, v, 0.3, 300)
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        q, k, v = (x.clone() for x in (q, k, v))
+        assert_near(attend_group_copies(q, k, v, 0.3, 300).detach(), expected.double(), 1e-5)

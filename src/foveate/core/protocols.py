@@ -29,8 +29,12 @@ class KVSlot(Protocol):
         k_nND: Float[Tensor, "n N D"],
         v_nND: Float[Tensor, "n N D"],
         scale: float,
+        first_copies: Sequence[int] = (),
     ) -> Float[Tensor, "n N D"]:
-        """Adds keys and values of these tokens and attends to all that each row holds."""
+        """Adds keys and values of these tokens and attends to all that each row holds.
+
+        The first key of a row stands for `first_copies` equal ones, a number per row; without numbers for itself.
+        """
         ...
 
 

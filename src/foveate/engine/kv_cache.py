@@ -15,7 +15,7 @@ from torch import Tensor
 from foveate.core.cost import ModelShape
 from foveate.core.rows import Rows
 from foveate.core.transfer import numbers
-from foveate.kernels.attention import attend_group, entropy
+from foveate.kernels.attention import attend_group, attend_group_copies, entropy
 
 
 class KVCache:
@@ -154,12 +154,14 @@ class Slot:
         k_nND: Float[Tensor, "n N D"],
         v_nND: Float[Tensor, "n N D"],
         scale: float,
+        first_copies: Sequence[int] = (),
     ) -> Float[Tensor, "n N D"]:
         """Writes keys and values of these tokens and attends to all that each row holds."""
         lengths, parts, entropies = self.cache.lengths[self.block], [], []
         held = tuple(lengths[place] for place in self.places)
         shifts = tuple(place - r for r, place in enumerate(self.places))
-        for a, b in self.rows.groups(held, shifts):
+        copies = tuple(first_copies) or (1,) * len(self.places)
+        for a, b in self.rows.groups(held, shifts, copies):
             count = self.rows.counts[a]
             if not count:
                 continue
@@ -167,7 +169,10 @@ class Slot:
             k_gNmD, v_gNmD = (part[tokens].unflatten(0, (b - a, count)).transpose(1, 2) for part in (k_nND, v_nND))
             first = self.places[a]
             k_gNmD, v_gNmD = self._buffers(first, first + b - a, held[a], (k_gNmD, v_gNmD))
-            parts.append(attend_group(q_nND[tokens], k_gNmD, v_gNmD, scale))
+            if copies[a] == 1:
+                parts.append(attend_group(q_nND[tokens], k_gNmD, v_gNmD, scale))
+            else:
+                parts.append(attend_group_copies(q_nND[tokens], k_gNmD, v_gNmD, scale, copies[a]))
             if self.wants_entropy:
                 # In bfloat16 the rounded mean key would decide the order of tokens.
                 entropies.append(entropy(q_nND[tokens].float(), k_gNmD.float(), scale).mean(-1))
@@ -179,7 +184,7 @@ class JoinedSlot:
     """Slots of several requests as one: each attends to its own cache, by itself."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
-        self.slots = tuple(slot for slot in slots if slot.rows.total)
+        self.slots = tuple(slots)
 
     def attend(
         self,
@@ -187,8 +192,15 @@ class JoinedSlot:
         k_nND: Float[Tensor, "n N D"],
         v_nND: Float[Tensor, "n N D"],
         scale: float,
+        first_copies: Sequence[int] = (),
     ) -> Float[Tensor, "n N D"]:
         """Attends request by request."""
         totals = [slot.rows.total for slot in self.slots]
         packed = zip(self.slots, q_nND.split(totals), k_nND.split(totals), v_nND.split(totals), strict=True)
-        return torch.cat([slot.attend(q, k, v, scale) for slot, q, k, v in packed])
+        parts, first = [], 0
+        for slot, q, k, v in packed:
+            own = first_copies[first : first + len(slot.places)]
+            first += len(slot.places)
+            if slot.rows.total:
+                parts.append(slot.attend(q, k, v, scale, own))
+        return torch.cat(parts)

@@ -84,6 +84,55 @@ def attend_group_lse(
     return out_gNlD.transpose(1, 2).reshape(q_nND.shape), lse_gNl.float().transpose(1, 2).flatten(0, 1)
 
 
+def attend_group_copies(
+    q_nND: Float[Tensor, "n N D"],
+    k_gNmD: Float[Tensor, "g N m D"],
+    v_gNmD: Float[Tensor, "g N m D"],
+    scale: float,
+    copies: int,
+) -> Float[Tensor, "n N D"]:
+    """`attend_group` where the first key and value of every row stand for `copies` equal ones.
+
+    On a CPU two key sets are merged by their log-sum-exp: all keys once, and the first key `copies` - 1 times.
+    Elsewhere log `copies` is added to the first key's score.
+
+    Args:
+        q_nND: Queries, row after row; one head's channels lie together.
+        k_gNmD: Keys.
+        v_gNmD: Values, with the strides of the keys.
+        scale: Times the scores, above 0.
+        copies: At least 2.
+    """
+    if q_nND.device.type != "cpu" or torch.is_grad_enabled():
+        bias_m = torch.zeros(k_gNmD.shape[2], dtype=q_nND.dtype, device=q_nND.device)
+        bias_m[0] = math.log(copies)
+        q_gNlD = q_nND.unflatten(0, (len(k_gNmD), -1)).transpose(1, 2)
+        bias_gNlm = bias_m.expand(*q_gNlD.shape[:3], -1)
+        out_gNlD = F.scaled_dot_product_attention(q_gNlD, k_gNmD, v_gNmD, attn_mask=bias_gNlm, scale=scale)
+        return out_gNlD.transpose(1, 2).reshape(q_nND.shape)
+    out_nND, lse_nN = attend_group_lse(q_nND, k_gNmD, v_gNmD, scale)
+    rows = zip(*(x.unflatten(0, (len(k_gNmD), -1)) for x in (q_nND, out_nND, lse_nN)), k_gNmD, v_gNmD, strict=True)
+    # Row by row: a vectorised exponential has other bits at the end of a thread's share.
+    return torch.cat([_merged_first(*row, scale=scale, more=copies - 1) for row in rows])
+
+
+def _merged_first(
+    q_lND: Float[Tensor, "l N D"],
+    out_lND: Float[Tensor, "l N D"],
+    lse_lN: Float32[Tensor, "l N"],
+    k_NmD: Float[Tensor, "N m D"],
+    v_NmD: Float[Tensor, "N m D"],
+    *,
+    scale: float,
+    more: int,
+) -> Float[Tensor, "l N D"]:
+    """One row's attention with its first key and value `more` times more."""
+    score_lN = scale * (q_lND.float() * k_NmD[:, 0].float()).sum(-1)
+    share_lN1 = torch.sigmoid(score_lN + math.log(more) - lse_lN)[..., None]
+    wide_lND = out_lND.float()
+    return (wide_lND + share_lN1 * (v_NmD[:, 0].float() - wide_lND)).to(out_lND.dtype)
+
+
 def entropy(q_nND: Float[Tensor, "n N D"], k_gNmD: Float[Tensor, "g N m D"], scale: float) -> Float32[Tensor, "n N"]:
     """Entropy of the attention weights of each query and head, in nats, from 0 to log m.
 
