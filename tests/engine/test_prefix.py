@@ -65,7 +65,7 @@ class Adds:
     def refine(self, image: RefineInput) -> Tensor:
         noise_lZ = noise_of(image.seed, image.scale, image.grid)
         index = slice(None) if image.index_k is None else image.index_k
-        return refined(image.cond_kC, image.uncond_kC, image.weight, image.symbols_kd, noise_lZ[index])
+        return refined(image.cond_kC, image.uncond_uC, image.weight, image.symbols_kd, noise_lZ[index])
 
 
 def noise_of(seed: int, scale: int, grid: tuple[int, int]) -> Tensor:

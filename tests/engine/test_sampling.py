@@ -14,6 +14,8 @@ from foveate.engine.sample import (
     ForcedSampler,
     KeyedSampler,
     ReferenceSampler,
+    SmoothSampler,
+    keyed_exponential,
     keyed_uniform,
     probabilities,
 )
@@ -205,3 +207,40 @@ def test_forced_codes_take_the_kept_positions():
     first, second = ForcedSampler(symbols=(symbols,)).choose(0, (2, 3), logits, kept, OFF)
     assert first.tolist() == [[1, 1, 1], [4, 4, 4]]
     assert second.tolist() == [[0, 0, 0]]
+
+
+# Mixed codes and what was drawn before them
+
+
+def mixing(inner: KeyedSampler | ReferenceSampler, **changes: object) -> SmoothSampler:
+    settings = {"num_scales": 5, "first": 0, "end": 5, "is_after_draw": True, "holds_last": True} | changes
+    return SmoothSampler(inner=inner, **settings)
+
+
+def test_the_last_scale_may_be_mixed_like_the_one_before():
+    logits, rule = [some_logits(1, 4, 1, 9)], Filter(top_k=5, top_p=0.0)
+    held, plain = (mixing(KeyedSampler(seeds=(3,)), holds_last=flag) for flag in (True, False))
+    for scale in range(5):
+        is_equal = torch.equal(*(s.choose(scale, (2, 2), logits, None, rule)[0] for s in (held, plain)))
+        assert is_equal == (scale < 4)
+    e = torch.from_numpy(keyed_exponential(3, 4, (4, 9), 1))
+    kept = logits[0][:, 0].masked_fill(logits[0][:, 0] < logits[0][:, 0].topk(5).values[:, -1:], -torch.inf)
+    expected = ((kept * 1.75 - e.log()) / (0.27 * (1 - 0.95 * 0.75))).softmax(-1)
+    assert torch.allclose(held.choose(4, (2, 2), logits, None, rule)[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("is_keyed", [True, False])
+def test_mixed_codes_come_with_the_ids_drawn_before_them(is_keyed: bool):
+    logits, kept, rule = [some_logits(1, 3, 1, 9)], [torch.tensor([0, 2, 3])], Filter(top_k=5, top_p=0.0)
+
+    def inner() -> KeyedSampler | ReferenceSampler:
+        return KeyedSampler(seeds=(3,)) if is_keyed else ReferenceSampler(generator=torch.Generator().manual_seed(3))
+
+    weights, drawn = mixing(inner()).choose_with_draws(2, (2, 2), logits, kept, rule)
+    assert torch.equal(drawn[0], inner().choose(2, (2, 2), logits, kept, rule)[0])
+    assert torch.equal(weights[0], mixing(inner()).choose(2, (2, 2), logits, kept, rule)[0])
+    assert weights[0].shape == (3, 9)
+    symbols, same = mixing(inner(), first=3).choose_with_draws(2, (2, 2), logits, kept, rule)
+    assert symbols is same
+    assert torch.equal(same[0], drawn[0])
+    assert (mixing(inner()).generator_of() is None) == is_keyed

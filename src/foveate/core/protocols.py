@@ -102,17 +102,22 @@ class PrefixTokens:
 class RefineInput:
     """What a family's `refine` reads of one image: the tokens that ran, before the head, and what they sampled.
 
-    `weight` is that of guidance; `index_k` are the tokens' places in the grid, None for all in order.
+    `weight` is that of guidance; `index_k` are the tokens' places in the grid, None for all in order. `uncond_index_u`
+    are the places among these tokens of those that the unconditional branch ran, None where it is all of them. Where
+    codes are mixed, `symbols_kd` are the ones drawn before. Noise is keyed by `seed`, or comes from the `generator` of
+    the published order of draws.
     """
 
     scale: int
     grid: Grid
     seed: int | None
     cond_kC: Float[Tensor, "k C"]
-    uncond_kC: Float[Tensor, "k C"] | None
+    uncond_uC: Float[Tensor, "u C"] | None
     symbols_kd: Tensor
     index_k: Int[Tensor, " k"] | None
     weight: float
+    uncond_index_u: Int[Tensor, " u"] | None = None
+    generator: torch.Generator | None = None
 
 
 @runtime_checkable

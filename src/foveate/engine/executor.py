@@ -257,13 +257,16 @@ class Engine:
         )
         values = [self.tokenizer.symbols(logits_kV) for logits_kV in guided]
         thresholds = thresholds_of(run, values[0].shape[1])
-        symbols = request.sampler.choose(
-            scale.index, scale.grid, values, run.kept_images(), request.filters[scale.index]
-        )
+        asked = (scale.index, scale.grid, values, run.kept_images(), request.filters[scale.index])
+        drawn: Sequence[Tensor] | None = None
+        if self._refines(run):
+            symbols, drawn = request.sampler.choose_with_draws(*asked)
+        else:
+            symbols = request.sampler.choose(*asked)
         soft_Bld = None if thresholds is None else soft_bits(run, values, symbols, thresholds, self.tokenizer)
         residual_BZhw, lost = residual_of(run, symbols, self.tokenizer, soft_Bld)
-        if self._refines(run):
-            residual_BZhw = residual_BZhw + self._refinement(run, heads, symbols, residual_BZhw)
+        if drawn is not None:
+            residual_BZhw = residual_BZhw + self._refinement(run, heads, drawn, residual_BZhw)
         f_hat_BZHW = self.tokenizer.add(state.f_hat_BZHW, residual_BZhw, scale.index, len(request.schedule))
         return _Outcome(
             run=run,
@@ -294,19 +297,22 @@ class Engine:
             values=run.values | run.idle_values(self.model.shape.width) | decoded,
         )
 
-    def _refinement(self, run: ScaleRun, heads: _Heads, symbols: Sequence[Tensor], like: Tensor) -> Tensor:
+    def _refinement(self, run: ScaleRun, heads: _Heads, drawn: Sequence[Tensor], like: Tensor) -> Tensor:
         """What the family's own step adds to the latents of the tokens that ran; (B, Z, h, w)."""
         assert self.refiner is not None, "the caller asked"
         assert heads.hidden_kC is not None, "no graph ran"
         added_BZl = torch.zeros_like(like).flatten(2)
-        for image, (hidden, symbols_kd) in enumerate(zip(per_image(run, heads.hidden_kC), symbols, strict=True)):
+        sampler = run.state.request.sampler
+        for image, (hidden, symbols_kd) in enumerate(zip(per_image(run, heads.hidden_kC), drawn, strict=True)):
             latents_kZ = self.refiner.refine(
                 RefineInput(
                     scale=run.scale.index,
                     grid=run.scale.grid,
-                    seed=run.state.request.sampler.seed_of(image),
+                    seed=sampler.seed_of(image),
+                    generator=sampler.generator_of(),
                     cond_kC=hidden.cond_kV,
-                    uncond_kC=hidden.uncond_kV,
+                    uncond_uC=hidden.uncond_kV,
+                    uncond_index_u=hidden.uncond_index_u,
                     symbols_kd=symbols_kd,
                     index_k=hidden.index_k,
                     weight=run.weight,

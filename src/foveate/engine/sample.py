@@ -103,6 +103,22 @@ class Sampler(ABC):
         """
         return None
 
+    def generator_of(self) -> torch.Generator | None:
+        """What later draws of the published order come from; None where draws are keyed."""
+        return None
+
+    def choose_with_draws(
+        self,
+        scale: int,
+        grid: Grid,
+        logits: Sequence[Float[Tensor, "_k d V"]],
+        kept: Sequence[Int[Tensor, " _k"]] | None,
+        rule: Filter,
+    ) -> tuple[Sequence[Tensor], Sequence[Int[Tensor, "_k d"]]]:
+        """As `choose`, and the symbols that were drawn: the same, where none are mixed."""
+        symbols = self.choose(scale, grid, logits, kept, rule)
+        return symbols, symbols
+
     @abstractmethod
     def choose(
         self,
@@ -200,6 +216,10 @@ class ReferenceSampler(Sampler):
         self.restore(state)
         return list((e_BldV[..., 1].log() - e_BldV[..., 0].log()).float())
 
+    def generator_of(self) -> torch.Generator:
+        """The generator."""
+        return self.generator
+
     def choose(
         self,
         scale: int,
@@ -235,8 +255,9 @@ class SmoothSampler(Sampler):
     """Mixes codes by a sharp Gumbel softmax instead of choosing one: softer images, for demonstrations.
 
     Scales outside of `first` up to `end` choose as `inner` does. Where `is_after_draw` ids are drawn first and filters
-    act on the mixture too (VAR), elsewhere neither (Switti). Returns weights (k, V) of all codes.
-    Source: the published samplers of VAR and Switti (`more_smooth`).
+    act on the mixture too (VAR), elsewhere neither (Switti). Where it `holds_last` the last scale is as sharp as the
+    one before it (HART). Returns weights (k, V) of all codes.
+    Source: the published samplers of VAR, Switti and HART (`more_smooth`).
     """
 
     inner: KeyedSampler | ReferenceSampler
@@ -244,6 +265,7 @@ class SmoothSampler(Sampler):
     first: int
     end: int
     is_after_draw: bool
+    holds_last: bool = False
 
     def state(self) -> Tensor | None:
         """That of the inner sampler."""
@@ -256,6 +278,22 @@ class SmoothSampler(Sampler):
     def seed_of(self, image: int) -> int | None:
         """That of the inner sampler."""
         return self.inner.seed_of(image)
+
+    def generator_of(self) -> torch.Generator | None:
+        """That of the inner sampler."""
+        return self.inner.generator_of()
+
+    def choose_with_draws(
+        self,
+        scale: int,
+        grid: Grid,
+        logits: Sequence[Float[Tensor, "_k d V"]],
+        kept: Sequence[Int[Tensor, " _k"]] | None,
+        rule: Filter,
+    ) -> tuple[Sequence[Tensor], Sequence[Int[Tensor, "_k d"]]]:
+        """Soft symbols, and the ids that were drawn before them."""
+        drawn = self.inner.choose(scale, grid, logits, kept, rule)
+        return self._mixed(scale, grid, logits, kept, rule) if self.first <= scale < self.end else drawn, drawn
 
     def choose(
         self,
@@ -271,7 +309,19 @@ class SmoothSampler(Sampler):
         if self.is_after_draw and isinstance(self.inner, ReferenceSampler):
             # The ids go nowhere, but the generator has to advance; keyed draws depend on no other draw.
             self.inner.choose(scale, grid, logits, kept, rule)
-        progress = scale / max(self.num_scales - 1, 1)
+        return self._mixed(scale, grid, logits, kept, rule)
+
+    def _mixed(
+        self,
+        scale: int,
+        grid: Grid,
+        logits: Sequence[Float[Tensor, "_k d V"]],
+        kept: Sequence[Int[Tensor, " _k"]] | None,
+        rule: Filter,
+    ) -> list[Float[Tensor, "_k V"]]:
+        """Weights of all codes."""
+        last = max(self.num_scales - 1, 1)
+        progress = min(scale, last - 1 if self.holds_last else last) / last
         sharpness = max(0.27 * (1 - 0.95 * progress), 0.005)
         mixed = []
         for image, e_lV in enumerate(self.inner.exponentials(scale, grid, len(logits), logits[0].shape[-1])):
