@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from foveate.core.rows import Rows
 from foveate.core.transfer import to_device
-from foveate.kernels.activation import gelu
+from foveate.kernels.activation import gelu, silu
 from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
 
@@ -36,6 +36,20 @@ class FeedForward(nn.Module):
     def forward(self, x_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
         """Runs the layer."""
         return self.fc2(gelu(self.fc1(x_nC)))
+
+
+class GatedFeedForward(nn.Module):
+    """SwiGLU without biases."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
+
+    def forward(self, x_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
+        """Runs the sublayer."""
+        return self.down_proj(silu(self.gate_proj(x_nC)) * self.up_proj(x_nC))
 
 
 def rms_norm(x: Float[Tensor, "... E"], weight_E: Float[Tensor, " E"], eps: float = 1e-6) -> Float[Tensor, "... E"]:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -25,7 +24,15 @@ from foveate.core.protocols import BlockContext, Change
 from foveate.core.schedule import ScaleSchedule
 from foveate.kernels.linear import Linear
 from foveate.models.attention import CrossAttention, SelfAttention, TextMemory
-from foveate.models.layers import HeadNorm, Modulation, axial_frequencies, linear32, rms_norm, rotation_of
+from foveate.models.layers import (
+    GatedFeedForward,
+    HeadNorm,
+    Modulation,
+    axial_frequencies,
+    linear32,
+    rms_norm,
+    rotation_of,
+)
 from foveate.models.transformer import PreparedConditions, Transformer, TransformerBlock, own
 
 CROP = (512.0, 512.0, 0.0, 0.0)
@@ -64,20 +71,6 @@ class SwittiConfig:
     def hidden(self) -> int:
         """Width of the feed-forward net: 8/3 of the width, rounded down as published."""
         return self.ff_width or self.width * 8 // 3
-
-
-class GatedFeedForward(nn.Module):
-    """SwiGLU without biases."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.up_proj = Linear(width, hidden, bias=False)
-        self.gate_proj = Linear(width, hidden, bias=False)
-        self.down_proj = Linear(hidden, width, bias=False)
-
-    def forward(self, x_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:
-        """Runs the sublayer."""
-        return self.down_proj(F.silu(self.gate_proj(x_nC)) * self.up_proj(x_nC))
 
 
 class SwittiBlock(TransformerBlock):
