@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import parity_hart
 import parity_infinity
 import parity_switti
 import parity_var
@@ -23,12 +24,13 @@ from safetensors.torch import load_file
 from foveate.core.errors import UnsupportedError
 
 FAMILIES: dict[str, Callable[[str, Case, Record], Result]] = {
+    "hart": parity_hart.run,
     "infinity": parity_infinity.run,
     "switti": parity_switti.run,
     "var": parity_var.run,
 }
 """What runs a case of a family: from its name, what was run and what came out."""
-PLANNED = {"infinity"}
+PLANNED = {"hart", "infinity"}
 """Families whose runner knows cases with a policy."""
 
 

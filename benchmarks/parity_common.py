@@ -17,14 +17,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from foveate.core.errors import UnsupportedError
 from foveate.core.plan import Keep, ScalePlan, SublayerSelection
 from foveate.core.policy import Bound, Policy
-from foveate.core.schedule import Grid
+from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.core.signals import Record as Signal
 from foveate.core.signals import Signals
 from foveate.engine.executor import Engine
 from foveate.engine.sample import Filter, KeyedSampler, ReferenceSampler, Sampler
 from foveate.engine.state import Request
+from foveate.policies.fastvar import KEPT_GRID, PRUNED_WIDTHS, SKIPPED_WIDTHS, FastVAR
 from foveate.policies.full import Full
 
 TOLERANCE = 1e-4
@@ -180,6 +182,36 @@ def recorded_ids(record: Record) -> tuple[Int[Tensor, "B l 1"], ...]:
     return tuple(record[f"step{i:02d}.indices"].long().unsqueeze(-1) for i in range(num_steps(record)))
 
 
+def policy_by_widths(case: Case, schedule: ScaleSchedule) -> Policy | None:
+    """The policy of a case: FastVAR by scale index where its widths and its grid name such scales, else by width.
+
+    Raises:
+        UnsupportedError: Another policy, or widths that neither rule can say.
+    """
+    said = case.get("policy")
+    if said is None:
+        return None
+    if said["name"] != FastVAR.name:
+        raise UnsupportedError(f"policy {said['name']} not available")
+    keep = {int(width): 1 - ratio for width, ratio in said["prune"].items()}
+    blocks = {"first_block": said["layers"][0], "last_block": said["layers"][1]}
+    kept = [s for s, grid in enumerate(schedule.grids) if grid == tuple(said["cache"])]
+    pruned = [s for s, (_, width) in enumerate(schedule.grids) if width in keep]
+    skipped = [s for s, (_, width) in enumerate(schedule.grids) if width in said["skipped_widths"]]
+    end = len(schedule) - len(skipped)
+    if len(kept) == 1 and pruned == [end - 2, end - 1] and skipped == list(range(end, len(schedule))):
+        first, second = (keep[schedule.grids[s][1]] for s in pruned)
+        reference = kept[0] - len(schedule)
+        return FastVAR(
+            keep_first=first, keep_second=second, skip_last=len(skipped), reference_scale=reference, **blocks
+        )
+    is_published = (tuple(keep), tuple(said["skipped_widths"])) == (PRUNED_WIDTHS, SKIPPED_WIDTHS)
+    if not is_published or tuple(said["cache"]) != KEPT_GRID:
+        raise UnsupportedError(f"FastVAR with the widths {tuple(keep)} and {tuple(said['skipped_widths'])}")
+    first, second = keep.values()
+    return FastVAR(keep_first=first, keep_second=second, skip_last=len(SKIPPED_WIDTHS), match="width", **blocks)
+
+
 def relative_error(found: Tensor, recorded: Tensor) -> float:
     """Largest difference over the standard deviation of what was recorded; infinite for other shapes and NaN."""
     if found.shape != recorded.shape:
@@ -225,20 +257,20 @@ def compare(
     `margins` are the `smallest_margins` of the case, where it has any.
     """
     wants_pixels = recorded_pixels(record) is not None
-    run = force(engine, request, symbols, policy or Full(), wants_pixels=wants_pixels)
-    return judge(name, run, record, (margins or {}).get("token_cut"))
-
-
-@torch.inference_mode()
-def force(
-    engine: Engine, request: Request, symbols: Sequence[Int[Tensor, "B l d"]], policy: Policy, *, wants_pixels: bool
-) -> Forced:
-    """Runs a request with the symbols of every scale that runs."""
-    bound = WatchedBound(policy.bind(request.schedule, engine.model.shape))
+    policy = policy or Full()
+    bound = policy.bind(request.schedule, engine.model.shape)
     scales = [s for s in range(len(request.schedule)) if bound.ceiling(s).runs]
     if len(scales) != len(symbols):
         raise ValueError(f"{len(scales)} scales run, but {len(symbols)} were recorded")
     sampler = ForcingSampler(inner=request.sampler, recorded=dict(zip(scales, symbols, strict=True)))
+    run = force(engine, request, sampler, policy, wants_pixels=wants_pixels)
+    return judge(name, run, record, (margins or {}).get("token_cut"))
+
+
+@torch.inference_mode()
+def force(engine: Engine, request: Request, sampler: ForcingSampler, policy: Policy, *, wants_pixels: bool) -> Forced:
+    """Runs a request with the recorded symbols."""
+    bound = WatchedBound(policy.bind(request.schedule, engine.model.shape))
     *_, last = engine.run(bound, replace(request, sampler=sampler))
     pixels_B3YX = engine.tokenizer.decode(last.f_hat_BZHW) if wants_pixels else None
     return Forced(steps=tuple(sampler.steps), latent_BZHW=last.f_hat_BZHW, pixels_B3YX=pixels_B3YX, cuts=bound.cuts)

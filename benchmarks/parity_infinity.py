@@ -11,17 +11,25 @@ from dataclasses import replace
 
 import torch.nn.functional as F
 from jaxtyping import Int
-from parity_common import Case, Record, Result, compare, filters_of, named_weights, num_steps, per_scale, sampler_of
+from parity_common import (
+    Case,
+    Record,
+    Result,
+    compare,
+    filters_of,
+    named_weights,
+    num_steps,
+    per_scale,
+    policy_by_widths,
+    sampler_of,
+)
 from torch import Tensor
 
-from foveate.core.errors import UnsupportedError
 from foveate.core.guidance import GuidanceSchedule
-from foveate.core.policy import Policy
 from foveate.core.schedule import TEMPLATES, ScaleSchedule
 from foveate.engine.executor import Engine
 from foveate.engine.state import Request
 from foveate.models.infinity import Infinity
-from foveate.policies.fastvar import KEPT_GRID, PRUNED_WIDTHS, SKIPPED_WIDTHS, FastVAR
 from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.weights.infinity import (
@@ -34,7 +42,7 @@ from foveate.weights.infinity import (
 
 def run(name: str, case: Case, record: Record) -> Result:
     """Runs one case on the path of the reference that it names, or else on the one that fits it better."""
-    policy = policy_of(case, build_schedule(case))
+    policy = policy_by_widths(case, build_schedule(case))
     said = case.get("rotary_positions") or ("continuing" if policy else None)
     paths = (False, True) if said is None else (said != "continuing",)
     tried = [run_on_path(name, case, record, restarts_positions=flag) for flag in paths]
@@ -47,7 +55,7 @@ def run_on_path(name: str, case: Case, record: Record, *, restarts_positions: bo
     engine = build_engine(case, schedule.patch, restarts_positions=restarts_positions)
     request = build_request(case, record, schedule, engine.model.shape.num_blocks)
     symbols = recorded_symbols(record, schedule.patch)
-    policy = policy_of(case, schedule)
+    policy = policy_by_widths(case, schedule)
     result = compare(name, engine, request, record, symbols, policy, case.get("smallest_margins"))
     path = (
         "restart at every scale, as in its path without fused norms"
@@ -56,36 +64,6 @@ def run_on_path(name: str, case: Case, record: Record, *, restarts_positions: bo
     )
     notes = [f"the reference's rotary positions {path}", *([policy.spec] if policy else []), result.reason]
     return result if result.status == "fail" else replace(result, reason="; ".join(filter(None, notes)))
-
-
-def policy_of(case: Case, schedule: ScaleSchedule) -> Policy | None:
-    """The policy of a case: FastVAR by scale index where its widths and its grid name such scales, else by width.
-
-    Raises:
-        UnsupportedError: Another policy, or widths that neither rule can say.
-    """
-    said = case.get("policy")
-    if said is None:
-        return None
-    if said["name"] != FastVAR.name:
-        raise UnsupportedError(f"policy {said['name']} not available")
-    keep = {int(width): 1 - ratio for width, ratio in said["prune"].items()}
-    blocks = {"first_block": said["layers"][0], "last_block": said["layers"][1]}
-    kept = [s for s, grid in enumerate(schedule.grids) if grid == tuple(said["cache"])]
-    pruned = [s for s, (_, width) in enumerate(schedule.grids) if width in keep]
-    skipped = [s for s, (_, width) in enumerate(schedule.grids) if width in said["skipped_widths"]]
-    end = len(schedule) - len(skipped)
-    if len(kept) == 1 and pruned == [end - 2, end - 1] and skipped == list(range(end, len(schedule))):
-        first, second = (keep[schedule.grids[s][1]] for s in pruned)
-        reference = kept[0] - len(schedule)
-        return FastVAR(
-            keep_first=first, keep_second=second, skip_last=len(skipped), reference_scale=reference, **blocks
-        )
-    is_published = (tuple(keep), tuple(said["skipped_widths"])) == (PRUNED_WIDTHS, SKIPPED_WIDTHS)
-    if not is_published or tuple(said["cache"]) != KEPT_GRID:
-        raise UnsupportedError(f"FastVAR with the widths {tuple(keep)} and {tuple(said['skipped_widths'])}")
-    first, second = keep.values()
-    return FastVAR(keep_first=first, keep_second=second, skip_last=len(SKIPPED_WIDTHS), match="width", **blocks)
 
 
 def build_schedule(case: Case) -> ScaleSchedule:

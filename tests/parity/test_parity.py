@@ -372,7 +372,7 @@ def test_sampled_ties_are_judged_by_the_threshold_of_top_p(distance: float, is_n
 def test_lines_and_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert parity.main([str(tmp_path)]) == 2
     capsys.readouterr()
-    (tmp_path / "a.json").write_text(json.dumps({"family": "hart"}))
+    (tmp_path / "a.json").write_text(json.dumps({"family": "star"}))
     (tmp_path / "b.json").write_text(json.dumps({"family": "var", "policy": {"name": "fastvar"}}))
     assert parity.main([str(tmp_path)]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

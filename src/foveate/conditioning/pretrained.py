@@ -82,8 +82,30 @@ def read_pretrained(
     return model.to(device), tokenizer
 
 
-def freeze(model: nn.Module, tokenizer: Tokenizer) -> None:
+def fetch_beside(source: str | Path, name: str, local_files_only: bool) -> Path:
+    """A file of a folder, or the local copy of one in a hub repository.
+
+    Raises:
+        CheckpointError: The hub gave nothing.
+    """
+    if Path(source).is_dir():
+        return Path(source) / name
+    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - slow to import, rarely needed
+
+    try:
+        return Path(hf_hub_download(str(source), name, local_files_only=local_files_only))
+    except Exception as error:
+        # The client raises what its network library raises, so nothing narrower would do.
+        raise CheckpointError(f"no folder {source}, and no {name} from the hub: {_reason(error)}") from error
+
+
+def freeze(model: nn.Module, tokenizer: Tokenizer, *, adds_end: bool = True) -> None:
     """Switches gradients, dropout, truncation and padding off, in place, and checks that the two belong together.
+
+    Args:
+        model: The encoder.
+        tokenizer: Its tokenizer.
+        adds_end: Whether the tokenizer must add an end token.
 
     Raises:
         FoveateError: The tokenizer knows more tokens than the model, or gives the empty prompt none.
@@ -97,7 +119,7 @@ def freeze(model: nn.Module, tokenizer: Tokenizer) -> None:
     # Files may come with either switched on. Here prompts are cut by `cut_ids` and never padded.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    if not tokenizer.encode("").ids:
+    if adds_end and not tokenizer.encode("").ids:
         raise FoveateError("tokenizer must add an end token, but the empty prompt has no tokens")
 
 
@@ -149,7 +171,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _read_tokenizer(source: str, local_files_only: bool) -> Tokenizer:
-    path = Path(source) / TOKENIZER_NAME if Path(source).is_dir() else _fetch_tokenizer(source, local_files_only)
+    path = fetch_beside(source, TOKENIZER_NAME, local_files_only)
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers package raises nothing narrower
@@ -221,17 +243,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         theirs.setLevel(level)
-
-
-def _fetch_tokenizer(name: str, local_files_only: bool) -> Path:
-    """The local copy of the tokenizer of a hub repository."""
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - slow to import, rarely needed
-
-    try:
-        return Path(hf_hub_download(name, TOKENIZER_NAME, local_files_only=local_files_only))
-    except Exception as error:
-        # The client raises what its network library raises, so nothing narrower would do.
-        raise CheckpointError(f"no folder {name}, and no {TOKENIZER_NAME} from the hub: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

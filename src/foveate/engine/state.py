@@ -277,8 +277,8 @@ class RequestState:
 def _lease(
     graphs: Graphs, model: NextScaleModel, request: Request, num_stored: int, prepared: Prepared
 ) -> Prefix | None:
-    """A captured prefix for a request, unless it combines the branches inside the blocks."""
-    if request.guidance.hidden_blocks:
+    """A captured prefix for a request, unless it combines the branches inside the blocks or holds a text in front."""
+    if request.guidance.hidden_blocks or model.shape.has_text_prefix:
         return None
     shape = PrefixShape(
         schedule=request.schedule,

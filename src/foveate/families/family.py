@@ -13,7 +13,7 @@ from torch import nn
 
 from foveate.conditioning.text import Conditioner
 from foveate.core.guidance import GuidanceSchedule
-from foveate.core.protocols import ScaleTokenizer
+from foveate.core.protocols import Refiner, ScaleTokenizer
 from foveate.weights.stored import State
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ class Family:
         transformer: The transformer.
         autoencoder: The network of the tokenizer.
         tokenizer: Makes the tokenizer from its network and the latents along a side of a token.
+        refiner: Makes the step between sampling and commit from transformer and tokenizer; None where there is none.
         symbols: What a token of either network holds, in words that agree where the two belong together.
         guidance: Weights from the published `cfg` of every scale, and the window in which guidance acts.
         conditionings: What can make its conditions.
@@ -128,6 +129,7 @@ class Family:
         is_fixed_size: Whether a model generates one size alone, its own grids, and no template of the published ratios.
         can_smooth: Whether the published sampler offers `more_smooth`.
         smooths_after_draw: Whether smoothing follows a draw of ids and their filters (`engine.sample.SmoothSampler`).
+        holds_last: Whether smoothing is as sharp at the last scale as at the one before it.
         null_prompt: The prompt that stands for none, where the model has learned no other; None if it has.
         codebook: The modules of the autoencoder that every scale reads, not only the decoder at the end.
         other_autoencoders: Published file names, without their ending, of autoencoders that no entry uses.
@@ -146,11 +148,13 @@ class Family:
     sizes: Callable[[Any, Any], Mapping[str, Any]]
     published: Callable[[], "tuple[Published, ...]"]
     shape: Callable[[Any], Any]
+    refiner: Callable[[Any, Any], Refiner] | None = None
     text: Callable[[Any], TextShape] = _no_text
     has_negatives: bool = True
     is_fixed_size: bool = True
     can_smooth: bool = True
     smooths_after_draw: bool = False
+    holds_last: bool = False
     null_prompt: str | None = None
     codebook: Callable[[Any], tuple[nn.Module, ...]] = _no_modules
     other_autoencoders: tuple[str, ...] = ()

@@ -1,10 +1,10 @@
 """The families: one line each. What a family is stands in its record."""
 
 from foveate.core.errors import CheckpointError
-from foveate.families import infinity, switti, var
+from foveate.families import hart, infinity, switti, var
 from foveate.families.family import Family
 
-FAMILIES: tuple[Family, ...] = (infinity.FAMILY, var.FAMILY, switti.FAMILY)
+FAMILIES: tuple[Family, ...] = (infinity.FAMILY, var.FAMILY, switti.FAMILY, hart.FAMILY)
 
 
 def family_named(name: object) -> Family:

@@ -36,7 +36,7 @@ class Defaults:
 
     guidance_scale: float | tuple[float, ...] = 4.0
     temperature: float | tuple[float, ...] = 0.5
-    top_k: int = 0
+    top_k: int | tuple[int, ...] = 0
     top_p: float = 0.0
     guidance_window: tuple[int, int | None] = (0, None)
     more_smooth: bool = False

@@ -194,7 +194,9 @@ class Pipeline:
             self._engine = self._new_engine(Graphs(DeviceCapture(self.model.device)))
 
     def _new_engine(self, graphs: Graphs | None) -> Engine:
-        return Engine(self.model.transformer, self.model.tokenizer, graphs, uses_triton=self._uses_triton)
+        transformer, tokenizer, make = self.model.transformer, self.model.tokenizer, self.model.spec.kind.refiner
+        refiner = None if make is None else make(transformer, tokenizer)
+        return Engine(transformer, tokenizer, graphs, refiner, uses_triton=self._uses_triton)
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
@@ -468,6 +470,7 @@ class Pipeline:
             first=first,
             end=end,
             is_after_draw=self.model.spec.kind.smooths_after_draw,
+            holds_last=self.model.spec.kind.holds_last,
         )
 
     def _decode(self, f_hat_BZHW: Float[Tensor, "B Z H W"], output_type: str, beside: tuple[str, ...] = ()) -> Images:

@@ -50,8 +50,14 @@ class QuantisedIds:
 class VQTokenizer:
     """The tokenizer of the VAR family: an autoencoder and its codebook."""
 
-    def __init__(self, autoencoder: Autoencoder) -> None:
-        self.autoencoder = autoencoder
+    def __init__(self, autoencoder: Autoencoder, *, refines_last: bool = True) -> None:
+        """Stores the autoencoder.
+
+        Args:
+            autoencoder: With a codebook.
+            refines_last: Whether a convolution refines the last scale too; HART adds it as it is.
+        """
+        self.autoencoder, self.refines_last = autoencoder, refines_last
         self.latent_channels = autoencoder.config.latent_channels
 
     @property
@@ -77,17 +83,20 @@ class VQTokenizer:
             symbols: Ids, or weights of all codes that mix them (soft symbols); the dtype decides.
             grid: Of the scale.
         """
-        codebook_VZ = self._codebook()
+        return self.codes(symbols).transpose(1, 2).unflatten(-1, grid)
+
+    def codes(self, symbols: Int[Tensor, "*b l 1"] | Float[Tensor, "*b l V"]) -> Float[Tensor, "*b l Z"]:
+        """Rows of the codebook, or mixtures of them; as `residual` reads symbols."""
         if symbols.is_floating_point():
-            codes_BlZ = symbols.float() @ codebook_VZ
-        else:
-            codes_BlZ = F.embedding(symbols.squeeze(-1), codebook_VZ)
-        return codes_BlZ.transpose(1, 2).unflatten(-1, grid)
+            return symbols.float() @ self._codebook()
+        return F.embedding(symbols.squeeze(-1), self._codebook())
 
     def add(
         self, f_hat_BZHW: Float[Tensor, "B Z H W"], residual_BZhw: Float[Tensor, "B Z h w"], scale: int, num_scales: int
     ) -> Float[Tensor, "B Z H W"]:
         """Adds the residual, enlarged to the last grid and refined."""
+        if scale == num_scales - 1 and not self.refines_last:
+            return f_hat_BZHW + residual_BZhw
         last = (f_hat_BZHW.shape[-2], f_hat_BZHW.shape[-1])
         large_BZHW = residual_BZhw
         if residual_BZhw.shape[-2:] != last:
