@@ -34,7 +34,7 @@ def test_a_budget_is_spent_and_the_fitted_policy_is_stored(toy_pipe: Pipeline, t
 
 def test_without_a_policy_the_default_family_is_fitted(toy_pipe: Pipeline):
     out = toy_pipe("a red cat", seed=3, budget=np.float32(0.6), output_type="latent")
-    assert out.config["policy"]["parts"][0]["policy"] == "depthvar"
+    assert out.config["policy"]["parts"][0]["policy"] == "fovea"
     assert out.report.flops_ratio == pytest.approx(0.6, rel=0.02)
 
 

@@ -1,6 +1,7 @@
 """Budgets as settings: every dial, how near it comes on long schedules, what it says elsewhere, and compositions."""
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -58,7 +59,7 @@ def fitted(spec: str, budget: float, schedule: ScaleSchedule = LONG) -> Policy:
 def test_policies_with_counts_have_a_dial():
     assert set(DIALS) == {
         "skip-scales", "drop-branch", "random-tokens", "uniform-depth", "blocks-per-scale", "depthvar", "fastvar",
-        "cached-guidance", "kv-eviction", "attention-entropy", "feature-magnitude", "token-variance",
+        "cached-guidance", "kv-eviction", "attention-entropy", "feature-magnitude", "token-variance", "fovea",
     }  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def test_a_share_between_two_settings_names_both():
 def test_a_policy_without_a_dial_is_refused_with_those_that_have_one(spec: str):
     message = (
         f"^no budget can be set for {re.escape(spec)}: its compute is not known before the run, or it has no setting "
-        "for it; take one of depthvar, fastvar, skip-scales, "
+        "for it; take one of fovea, depthvar, fastvar, skip-scales, "
     )
     with pytest.raises(FoveateError, match=message):
         fitted(spec, 0.5)
@@ -145,8 +146,10 @@ def test_of_a_composition_the_first_fine_dial_is_turned_and_the_rest_stays():
     assert 0.2 < second.keep_ratio < 0.8
 
 
-def test_full_stands_for_the_default_family():
+def test_full_stands_for_fovea_where_tokens_hold_bits_and_for_depthvar_elsewhere():
     assert fitted("full", 0.5) == fitted("depthvar", 0.5)
+    dial = Dial.of(load_policy("full"), LONG, replace(SHAPE, draws_bits=True))
+    assert dial.policy == load_policy("fovea")
 
 
 def test_the_most_below_a_limit_and_the_least_where_nothing_is():

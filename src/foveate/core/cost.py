@@ -22,7 +22,8 @@ class ModelShape:
     `ff_matrices` is 2 for a plain feed-forward net and 3 for a gated one. `row_flops` and `text_token_flops` are spent
     once per request, by every row and by every text token of a row: pooling, modulation, text keys and values of all
     blocks. Where a model is not `is_cached` the tokens of a scale see only each other. With `has_text_prefix` a row's
-    text runs all blocks in front of the first scale, and its last token stands for that scale.
+    text runs all blocks in front of the first scale, and its last token stands for that scale. `draws_bits` says that a
+    token holds bits and not an id of a codebook.
     """
 
     num_blocks: int
@@ -38,6 +39,7 @@ class ModelShape:
     text_token_flops: int = 0
     is_cached: bool = True
     has_text_prefix: bool = False
+    draws_bits: bool = False
 
     @property
     def sublayer_flops(self) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.core.cost import ModelShape
 from foveate.core.errors import PlanConflictError
 from foveate.core.isolation import inference
 from foveate.core.plan import BlockDtype, KeepDifference, Spread
@@ -28,7 +29,6 @@ from foveate.engine.fills import Difference
 from foveate.engine.finite import broken_numbers, finite_of
 from foveate.engine.graphs import Graphs
 from foveate.engine.kv_cache import KVCache
-from foveate.engine.sample import NUM_BIT_VALUES
 from foveate.engine.scale_run import ScaleRun
 from foveate.engine.spread import soft_bits, thresholds_of
 from foveate.engine.state import Request, RequestState
@@ -111,7 +111,7 @@ class Engine:
             PlanConflictError: The policy asks for what the request cannot give.
         """
         _refuse_equal_branches(bound, request)
-        self._refuse_spread(bound, request)
+        _refuse_spread(bound, request, self.model.shape)
         with self.guard():
             return RequestState.open(self.model, self.tokenizer, bound, request, self.graphs)
 
@@ -228,16 +228,6 @@ class Engine:
             self._narrowed[(index, dtype)] = self.model.narrowed(index, dtype)
         return self._narrowed[(index, dtype)]
 
-    def _refuse_spread(self, bound: Bound, request: Request) -> None:
-        """Refuses a policy that spreads logits where a token holds an id: nobody has shown how."""
-        spreads = any(isinstance(bound.ceiling(s).base, Spread) for s in range(len(request.schedule)))
-        head_1V = torch.zeros(1, self.model.shape.head_outputs, device="cpu")
-        if spreads and self.tokenizer.symbols(head_1V).shape[-1] != NUM_BIT_VALUES:
-            raise PlanConflictError(
-                f"{bound.label}: logits are spread bit by bit, but a token of this model holds an id of a codebook; "
-                "take another fill, or leave this policy out"
-            )
-
     def _refines(self, run: ScaleRun) -> bool:
         return self.refiner is not None and self.refiner.acts_at(run.scale.index, len(run.state.request.schedule))
 
@@ -255,6 +245,24 @@ class Engine:
             run.weight,
             request.temperatures[scale.index],
         )
+        residual_BZhw, lost = self._residual(run, heads, guided)
+        f_hat_BZHW = self.tokenizer.add(state.f_hat_BZHW, residual_BZhw, scale.index, len(request.schedule))
+        return _Outcome(
+            run=run,
+            trace=trace_of(run),
+            lost=lost,
+            f_hat_BZHW=f_hat_BZHW,
+            residual_BZhw=residual_BZhw,
+            signals=self._signals(run, logits, residual_BZhw, f_hat_BZHW),
+            difference=difference,
+            finite=finite_of(logits, guided, f_hat_BZHW),
+        )
+
+    def _residual(
+        self, run: ScaleRun, heads: _Heads, guided: Sequence[Float[Tensor, "_k V"]]
+    ) -> tuple[Float[Tensor, "B Z y x"], Tensor | None]:
+        """Samples, and looks up what the scale adds to the latent; also how many copies were lost (`residual_of`)."""
+        request, scale = run.state.request, run.scale
         values = [self.tokenizer.symbols(logits_kV) for logits_kV in guided]
         thresholds = thresholds_of(run, values[0].shape[1])
         asked = (scale.index, scale.grid, values, run.kept_images(), request.filters[scale.index])
@@ -267,17 +275,7 @@ class Engine:
         residual_BZhw, lost = residual_of(run, symbols, self.tokenizer, soft_Bld)
         if drawn is not None:
             residual_BZhw = residual_BZhw + self._refinement(run, heads, drawn, residual_BZhw)
-        f_hat_BZHW = self.tokenizer.add(state.f_hat_BZHW, residual_BZhw, scale.index, len(request.schedule))
-        return _Outcome(
-            run=run,
-            trace=trace_of(run),
-            lost=lost,
-            f_hat_BZHW=f_hat_BZHW,
-            residual_BZhw=residual_BZhw,
-            signals=self._signals(run, logits, residual_BZhw, f_hat_BZHW),
-            difference=difference,
-            finite=finite_of(logits, guided, f_hat_BZHW),
-        )
+        return residual_BZhw, lost
 
     def _signals(
         self, run: ScaleRun, logits: tuple[BranchLogits, ...], residual_BZhw: Tensor, f_hat_BZHW: Tensor
@@ -369,6 +367,16 @@ def _committed(outcome: _Outcome, share: int) -> ScaleStep:
         ]
         trace.unfired = unfired(trace, state.bound.directives)
     return ScaleStep(scale=outcome.trace.scale, f_hat_BZHW=state.f_hat_BZHW, trace=trace)
+
+
+def _refuse_spread(bound: Bound, request: Request, shape: ModelShape) -> None:
+    """Refuses a policy that spreads logits where a token holds an id: nobody has shown how."""
+    spreads = any(isinstance(bound.ceiling(s).base, Spread) for s in range(len(request.schedule)))
+    if spreads and not shape.draws_bits:
+        raise PlanConflictError(
+            f"{bound.label}: logits are spread bit by bit, but a token of this model holds an id of a codebook; "
+            "take another fill, or leave this policy out"
+        )
 
 
 def _refuse_equal_branches(bound: Bound, request: Request) -> None:

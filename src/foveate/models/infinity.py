@@ -148,6 +148,7 @@ class Infinity(Transformer):
             head_outputs=2 * config.bits,
             input_channels=config.bits,
             has_cross_attention=True,
+            draws_bits=True,
             row_flops=2 * 9 * width**2,
             text_token_flops=2 * width * (3 * config.text_width + 2 + width + 2 * config.depth * width),
         )

@@ -13,6 +13,7 @@ from foveate.core.errors import FoveateError
 from foveate.core.policy import Policy
 from foveate.core.schedule import ScaleSchedule
 from foveate.policies.depthvar import DepthVAR
+from foveate.policies.fovea import Fovea
 from foveate.policies.full import Full
 from foveate.policies.registry import all_policies, join
 
@@ -26,14 +27,12 @@ _FINEST = 5e-5
 
 
 def dialled(policy: Policy) -> Policy:
-    """The policy whose dial meets a budget: itself, or the default family in place of `full`.
+    """A policy whose dial can meet a budget; `full` stands for the default family (`Dial.of`).
 
     Raises:
         FoveateError: No part of it has a dial.
     """
-    if policy == Full():
-        return DepthVAR()
-    if any(part.dial for part in policy.parts_of()):
+    if policy == Full() or any(part.dial for part in policy.parts_of()):
         return policy
     known = ", ".join(name for name, kind in all_policies().items() if kind.dial)
     raise FoveateError(
@@ -53,12 +52,13 @@ class Dial:
 
     @classmethod
     def of(cls, policy: Policy, schedule: ScaleSchedule, shape: ModelShape) -> "Dial":
-        """The dial of a policy; `full` has none and stands for the default family.
+        """The dial of a policy; `full` has none and stands for fovea, or for DepthVAR where a token holds an id.
 
         Raises:
             FoveateError: No part has a dial.
         """
-        policy = dialled(policy)
+        default = Fovea() if shape.draws_bits else DepthVAR()
+        policy = default if policy == Full() else dialled(policy)
         places = [place for place, part in enumerate(policy.parts_of()) if part.dial]
         place = min(places, key=lambda place: policy.parts_of()[place].is_dial_coarse)
         return cls(policy=policy, place=place, schedule=schedule, shape=shape)

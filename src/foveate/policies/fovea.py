@@ -24,6 +24,18 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Signals
 from foveate.policies.lattice import dither_rank, lowest
 
+_PATH: tuple[tuple[float, tuple[float, ...], tuple[float, ...]], ...] = (
+    (0.0, (0.5, 0.25, 0.125), (0.5, 0.5, 0.5)),
+    (0.1, (1.0, 0.5, 0.25), (1.0, 0.5, 0.5)),
+    (0.3, (1.0, 0.5, 0.5), (1.0, 0.5, 0.5)),
+    (0.6, (1.0, 1.0, 0.5), (1.0, 1.0, 0.5)),
+    (0.85, (1.0, 1.0, 1.0), (1.0, 1.0, 0.5)),
+    (1.0, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
+)
+"""Levels of the dial: shares and guided shares of the last three scales, between these by straight lines.
+
+What costs least fidelity goes first: half of the guidance, half of the last scale, then the scale before it."""
+
 
 class BoundFovea(Bound):
     """Shares by the scale's index."""
@@ -76,6 +88,7 @@ class Fovea(Policy):
     """
 
     name: ClassVar[str] = "fovea"
+    dial: ClassVar[str] = "shares and guided_shares"
     shares: tuple[float, ...] = (0.75, 0.5)
     guided_shares: tuple[float, ...] = (1.0, 0.5)
     sigma: float = 1.0
@@ -98,6 +111,16 @@ class Fovea(Policy):
     def neutral(cls) -> "Fovea":
         """All tokens in both branches."""
         return cls(shares=(), guided_shares=())
+
+    def at_level(self, level: float, schedule: ScaleSchedule, shape: ModelShape) -> "Fovea":
+        """Thins the guidance of the last scale first, then its tokens, then the scales before it (`_PATH`)."""
+        (low, *below), (high, *above) = next(pair for pair in pairwise(_PATH) if level <= pair[1][0])
+        along = (level - low) / (high - low)
+        shares, guided = (
+            tuple(round(a + along * (b - a), 4) for a, b in zip(less, more, strict=True))
+            for less, more in zip(below, above, strict=True)
+        )
+        return self.replace(shares=shares, guided_shares=guided)
 
     def bind(self, schedule: ScaleSchedule, shape: ModelShape) -> Bound:
         """Counts from the end of the schedule."""
