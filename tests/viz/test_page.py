@@ -97,7 +97,7 @@ def test_figures_have_units_and_intervals(content: dict[str, Any]) -> None:
     assert ours["speedup.transformer"][3:] == ["1.70x", "1.65\u20131.75x"]
     assert ours["text_match.mean"][3:] == ["60.0 %", "50.0\u201370.0 %"]
     assert ours["flops_ratio"][3:] == ["58.8 %", ""]
-    assert ours["home_made"][3] == "1.235"
+    assert ours["home_made"][3] == "1.235", "four significant digits"
     assert [one["name"] for one in content["metrics"]][-1] == "home_made"
 
 
@@ -111,11 +111,23 @@ def test_equal_images_are_stored_once_and_pixels_are_kept(content: dict[str, Any
 
 
 def test_the_worst_pair_of_every_policy_comes_first_and_unmeasured_ones_before_it() -> None:
-    order = [(pair.policy, pair.prompt) for pair in worst_first(pairs())]
+    given = pairs()
+    order = [(pair.policy, pair.prompt) for pair in worst_first(given)]
     assert order[:3] == [(OURS, PROMPTS[2]), (DEPTH, PROMPTS[2]), (CONTROL, PROMPTS[2])]
     assert order[-2] == (DEPTH, PROMPTS[0]), "identical"
     unmeasured = replace(pairs()[0], figures={"psnr": None})
     assert worst_first([*pairs()[1:3], unmeasured])[0] is unmeasured
+
+
+def test_what_others_made_of_the_worst_prompts_comes_before_the_rest() -> None:
+    def made(policy: str, number: int, psnr: float) -> ImagePair:
+        return replace(pairs()[0], policy=policy, prompt=f"{number:02}", figures={"psnr": psnr})
+
+    given = [made(OURS, i, i) for i in range(20)] + [made(CONTROL, i, 40 - i) for i in range(20)]
+    order = [(pair.policy, pair.prompt) for pair in worst_first(given)]
+    assert order[:4] == [(OURS, "00"), (CONTROL, "19"), (OURS, "01"), (CONTROL, "18")]
+    assert {prompt for _, prompt in order[16:32]} == {f"{i:02}" for i in (*range(8), *range(12, 20))}
+    assert len(order) == 40
 
 
 def test_a_page_beyond_its_size_keeps_the_worst_and_says_so() -> None:

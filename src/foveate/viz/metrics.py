@@ -21,18 +21,18 @@ class Metric:
         name: Dotted, as in JSON.
         label: In the table and on the axes.
         unit: Behind the number, with its blank if it needs one.
-        digits: Behind the point.
+        digits: Behind the point; None prints four significant ones.
         axis: Of the frontier.
         is_high_good: Whether more is better.
         factor: From the stored number to the printed one: 100 for shares.
         is_against_reference: Whether it compares images with the reference's, so that it says nothing about that one.
-        ceiling: The plot draws larger values here: equal images would press all others into a corner.
+        ceiling: The plot draws larger values at its edge: equal images would press all others into a corner.
     """
 
     name: str
     label: str
     unit: str = ""
-    digits: int = 2
+    digits: int | None = 2
     axis: Axis = Axis.NONE
     is_high_good: bool = True
     factor: float = 1.0
@@ -43,18 +43,22 @@ class Metric:
         """With its unit; "n/a" for what is no number."""
         if value is None or not math.isfinite(value):
             return "n/a"
-        return f"{self.factor * value:.{self.digits}f}{self.unit}"
+        return self._number(value) + self.unit
 
     def print_interval(self, low: int | float | None, high: int | float | None) -> str:
         """Both ends with the unit behind them; nothing where an end is missing."""
         if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
             return ""
-        return f"{self.factor * low:.{self.digits}f}\u2013{self.print(high)}"
+        return f"{self._number(low)}\u2013{self.print(high)}"
+
+    def _number(self, value: float) -> str:
+        form = ".4g" if self.digits is None else f".{self.digits}f"
+        return format(self.factor * value, form)
 
 
 _COST, _FIDELITY = Axis.COST, Axis.FIDELITY
 _STATISTICS = {"mean": "mean", "p10": "10th percentile", "p90": "90th percentile", "min": "worst", "max": "worst"}
-_PSNR_CEILING = 60.0
+_PSNR_CEILING = 50.0
 _DISTRIBUTIONS = (
     Metric(name="psnr", label="PSNR", unit=" dB", digits=1, axis=_FIDELITY, is_against_reference=True,
            ceiling=_PSNR_CEILING),
@@ -97,6 +101,9 @@ METRICS = {
 }
 """Known figures by dotted name, in the order of the table."""
 
+PLAIN = Metric(name="", label="", digits=None)
+"""Prints numbers that nothing is known about."""
+
 TILES = (
     "speedup.transformer", "speedup.end_to_end", "flops_ratio", "psnr.mean", "ssim.mean", "flip.mean",
     "text_match.mean", "identical",
@@ -106,4 +113,4 @@ TILES = (
 
 def metric(name: str) -> Metric:
     """The known metric, or one that prints the name as its label."""
-    return METRICS.get(name) or Metric(name=name, label=name.replace("_", " "), digits=3)
+    return METRICS.get(name) or Metric(name=name, label=name.replace("_", " "), digits=None)

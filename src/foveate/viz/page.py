@@ -12,12 +12,12 @@ import re
 from functools import cache
 from importlib.resources import files
 
-from foveate.viz.metrics import TILES, Metric, metric
+from foveate.viz.metrics import PLAIN, TILES, Metric, metric
 from foveate.viz.page_data import Cell, Figure, FrontierPoint, Lead, PageData, Role, ScaleTime, Table
 from foveate.viz.page_images import StoredImages, store
 from foveate.viz.page_payload import finite, headline, known_metrics, payload
 
-MAX_BYTES = 24_000_000
+MAX_BYTES = 14_000_000
 """Of the embedded images; the worst pairs are kept."""
 STYLES = ("theme.css", "view.css", "plot.css", "page.css")
 SCRIPTS = ("dom.js", "maps.js", "plot.js", "bars.js", "view.js", "table.js", "gallery.js", "page.js")
@@ -176,13 +176,13 @@ def _head(label: str, first: str) -> str:
 
 def _policy_row(point: FrontierPoint, columns: list[Metric]) -> str:
     name = html.escape(point.name)
-    told = [point.role.value if point.role is not Role.POLICY else "", *(f"{k} {v}" for k, v in point.details.items())]
-    role = html.escape(", ".join(text for text in told if text))
+    role = [point.role.value] if point.role in (Role.CONTROL, Role.REFERENCE) else []
+    told = html.escape(", ".join([*role, *(f"{key} {text}" for key, text in point.details.items())]))
     cells = "".join(_figure_cell(point.figures.get(one.name), one) for one in columns)
     return (
         f'<tr data-name="{name}"><th scope="row" data-value="{name}">'
         f'<button type="button" class="pg-name" data-choose="{name}">{name}</button>'
-        f'<span class="pg-role">{role}</span></th>{cells}</tr>'
+        f'<span class="pg-role">{told}</span></th>{cells}</tr>'
     )
 
 
@@ -211,7 +211,7 @@ def _cell(cell: Cell) -> str:
         return f'<td class="pg-text" data-value="{html.escape(cell)}">{html.escape(cell)}</td>'
     if isinstance(cell, int):
         return f'<td data-value="{cell}">{cell}</td>'
-    return _figure_cell(cell if isinstance(cell, Figure) else Figure(value=cell), Metric(name="", label="", digits=3))
+    return _figure_cell(cell if isinstance(cell, Figure) else Figure(value=cell), PLAIN)
 
 
 def _lead(lead: Lead) -> str:
@@ -222,7 +222,8 @@ def _lead(lead: Lead) -> str:
         for i, chart in enumerate(lead.charts)
     )
     copies = "".join(_copied(f"pg-file-{i}", name, content) for i, (name, content) in enumerate(lead.files.items()))
-    return f"<h2>{html.escape(lead.heading)}</h2>{text}{charts}{''.join(map(_table, lead.tables))}{copies}"
+    tables = "".join(map(_table, lead.tables))
+    return f'<h2>{html.escape(lead.heading)}</h2>{text}<div class="pg-charts">{charts}</div>{tables}{copies}'
 
 
 def _copied(name: str, title: str, content: str, kind: str = "") -> str:

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from foveate.viz.metrics import METRICS, TILES, Metric, metric
+from foveate.viz.metrics import METRICS, PLAIN, TILES, Metric, metric
 from foveate.viz.page_data import Chart, Figure, FrontierPoint, PageData, Role, ScaleTime
 from foveate.viz.page_images import StoredImages, StoredPair, pair_metrics
 from foveate.viz.scale_map import ScaleMap
 
-CHART_METRIC = Metric(name="", label="", digits=3)
 REFERENCE_NAME = "reference"
 """What the left image is called where no point is the reference."""
 
@@ -137,7 +136,7 @@ def _chart(chart: Chart) -> dict[str, Any]:
                 "points": [
                     {
                         "x": finite(point.x),
-                        "y": figure(point.y, CHART_METRIC),
+                        "y": figure(point.y, PLAIN),
                         "label": point.label,
                         "isFaint": point.is_faint,
                     }

@@ -65,7 +65,7 @@ export class FoveateBars extends HTMLElement {
       const x = left + place * width;
       const said = `${one.name}, ${titles[group]}: ${value.toPrecision(3)}${unit}`;
       svg.append(draw("rect", {
-        class: `fv-bar fv-bar-${place} fv-tone-${one.tone}`, x: x + 0.5, y: y(value), width: Math.max(1, width - 1),
+        class: `fv-bar fv-tone-${one.tone}`, x: x + 0.5, y: y(value), width: Math.max(1, width - 1),
         height: Math.max(0, bottom - y(value)), rx: Math.min(2, width / 4),
       }, draw("title", {}, said)));
       if (Number.isFinite(low) && Number.isFinite(high) && width > 5) {

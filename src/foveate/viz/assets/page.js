@@ -58,8 +58,9 @@ function undominated(points, x, y) {
 
 function plotted(point, x, y) {
   const [fx, fy] = [figureOf(point, x.name), figureOf(point, y.name)];
+  const isBeyond = y.ceiling !== null && fy[0] >= y.ceiling;
   return {
-    id: point.name, label: point.name, x: numbers(x, fx), y: numbers(y, fy),
+    id: point.name, label: isBeyond ? `${point.name} \u2191 ${fy[3]}` : point.name, x: numbers(x, fx), y: numbers(y, fy),
     text: `${ROLE[point.role]}; ${x.label} ${printed(fx)}; ${y.label} ${printed(fy)}`,
   };
 }
@@ -79,6 +80,11 @@ function frontier() {
     const name = role === "control" ? "best controls" : "best policies";
     const tone = role === "control" ? "control" : "0";
     series.push({ name, tone, line, isDashed: role === "control", points: best.map((p) => plotted(p, x, y)) });
+  }
+  for (const name of new Set(shown.map((point) => point.series).filter(Boolean))) {
+    const members = shown.filter((point) => point.series === name).map((point) => ({ point, ...plotted(point, x, y) }));
+    members.sort((a, b) => a.x[0] - b.x[0]);
+    series.push({ name, tone: toneOf(members[0].point), line: "straight", isThin: true, points: members });
   }
   for (const point of shown) {
     const isHollow = point.role === "control";

@@ -4,8 +4,8 @@
  *
  *   plot.figure = {
  *     label: "Frontier",                                     // what a screen reader says
- *     x: { label: "speedup" }, y: { label: "PSNR (dB)", ceiling: 60 },
- *     series: [{ name, tone: "0", mark: "circle", line: null | "straight" | "hv" | "vh", isDashed,
+ *     x: { label: "speedup" }, y: { label: "PSNR (dB)", ceiling: 50 },
+ *     series: [{ name, tone: "0", mark: "circle", line: null | "straight" | "hv" | "vh", isDashed, isThin,
  *                points: [{ id, label, text, x: [value, low, high], y: [value, low, high], isFaint }] }], // the interval is optional
  *     rules: [{ x | y: 1, label }],                          // dashed lines across the plot
  *   };
@@ -104,17 +104,19 @@ export class FoveatePlot extends HTMLElement {
   #space(height) {
     const { series, rules = [], y: yAxis } = this.#figure;
     const points = series.flatMap((one) => one.points);
-    const capped = (v) => (yAxis.ceiling === undefined ? v : Math.min(v, yAxis.ceiling));
+    const limit = yAxis.ceiling ?? Infinity;
     const xs = [...points.flatMap((p) => p.x), ...rules.map((r) => r.x)].filter(Number.isFinite);
-    const ys = [...points.flatMap((p) => p.y), ...rules.map((r) => r.y)].filter(Number.isFinite).map(capped);
+    const all = [...points.flatMap((p) => p.y), ...rules.map((r) => r.y)].filter(Number.isFinite);
+    const below = all.filter((v) => v < limit);
+    const ys = below.length ? below : all;
     const [x0, x1] = domain(xs.length ? xs : [0, 1]);
     const [y0, y1] = domain(ys.length ? ys : [0, 1]);
     const right = this.#width - MARGIN.right;
     const bottom = height - MARGIN.bottom;
     return {
-      height, right, bottom, x0, x1, y0, y1, capped,
+      height, right, bottom, x0, x1, y0, y1,
       x: (v) => MARGIN.left + ((v - x0) / (x1 - x0)) * (right - MARGIN.left),
-      y: (v) => bottom - ((capped(v) - y0) / (y1 - y0)) * (bottom - MARGIN.top),
+      y: (v) => (v >= limit && below.length ? MARGIN.top : bottom - ((v - y0) / (y1 - y0)) * (bottom - MARGIN.top)),
     };
   }
 
@@ -159,7 +161,7 @@ export class FoveatePlot extends HTMLElement {
     const points = one.points.filter((p) => Number.isFinite(p.x[0]) && Number.isFinite(p.y[0]));
     const placed = points.map((point) => ({ ...point, one, at: [space.x(point.x[0]), space.y(point.y[0])] }));
     if (one.line && placed.length > 1) {
-      const kind = `fv-line fv-tone-${one.tone}${one.isDashed ? " fv-dashed" : ""}`;
+      const kind = `fv-line fv-tone-${one.tone}${one.isDashed ? " fv-dashed" : ""}${one.isThin ? " fv-thin" : ""}`;
       svg.append(draw("path", { class: kind, d: lineThrough(placed.map((p) => p.at), one.line) }));
     }
     for (const point of one.mark ? placed : []) svg.append(...whiskers(point, space));
