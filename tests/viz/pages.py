@@ -34,10 +34,8 @@ def scales() -> tuple[ScaleMap, ...]:
     """One scale in full, one in part, one that did not run."""
     part = np.array([[3, -1, 0, 2], [3, 3, -1, -1], [1, 2, 3, 3], [3, 3, 3, 3]], dtype=np.int16)
     return (
-        ScaleMap(
-            scale=0, grid=(1, 1), num_blocks=3, depth_hw=np.full((1, 1), 3, np.int16), num_guided=1, block_share=1.0
-        ),
-        ScaleMap(scale=1, grid=(4, 4), num_blocks=3, depth_hw=part, block_share=0.5),
+        ScaleMap(scale=0, grid=(1, 1), num_blocks=3, depth_hw=np.full((1, 1), 3, np.int16), num_guided=1),
+        ScaleMap(scale=1, grid=(4, 4), num_blocks=3, depth_hw=part),
         ScaleMap(scale=2, grid=(6, 6), num_blocks=3, depth_hw=None),
     )
 

@@ -50,9 +50,9 @@ def test_a_scale_that_did_not_run_is_pale() -> None:
 @pytest.mark.parametrize(
     ("unconditional", "text"),
     [
-        (0, "3/4 tokens, 75 % of blocks, one branch"),
-        (2, "3/4 tokens, 75 % of blocks, two branches on 2 tokens"),
-        (3, "3/4 tokens, 75 % of blocks, two branches"),
+        (0, "3/4 tokens, 50 % of blocks, one branch"),
+        (2, "3/4 tokens, 50 % of blocks, two branches on 2 tokens"),
+        (3, "3/4 tokens, 50 % of blocks, two branches"),
     ],
 )
 def test_a_caption_names_tokens_blocks_and_branches(unconditional: int, text: str) -> None:

@@ -146,7 +146,7 @@ def test_what_ran_is_packed_one_byte_a_token(content: dict[str, Any]) -> None:
     full, part, skipped = content["pairs"][0]["scales"]
     assert (full["depth"], skipped["depth"]) == (3, None)
     assert list(base64.b64decode(part["depth"])) == [4, 0, 1, 3, 4, 4, 0, 0, 2, 3, 4, 4, 4, 4, 4, 4]
-    assert part["caption"] == "13/16 tokens, 50 % of blocks, one branch"
+    assert part["caption"] == "13/16 tokens, 67 % of blocks, one branch"
 
 
 def test_parts_without_data_are_left_out() -> None:

@@ -75,6 +75,7 @@ def test_the_worst_image_of_the_headline_is_shown_first(page: Any) -> None:
     assert {found["select"], found["row"], found["filter"], found["point"]} == {OURS}
     assert found["prompt"] == PROMPTS[2]
     assert found["tile"] == "1.70x"
+    assert [page.locator(f".fv-{side}").inner_text() for side in ("left", "right")] == [FULL, OURS]
     assert FULL in found["bars"]
     assert OURS in found["bars"]
     assert page.locator(".pg-thumb").all_inner_texts() == ["20.0 dB", "25.0 dB", "30.0 dB"]
@@ -182,7 +183,7 @@ def test_the_difference_is_that_of_the_pixels(page: Any) -> None:
 
 def test_the_flip_map_is_that_of_the_pair(page: Any) -> None:
     view(page, "flip")
-    assert page.locator(".fv-caption").inner_text() == "perceived difference, mean FLIP 0.500"
+    assert page.locator(".fv-caption").inner_text() == "perceived difference, mean FLIP 0.50"
     heat = pixels(page).sum(-1)
     assert heat[0].mean() < heat[24].mean() < heat[-1].mean()
 
@@ -193,7 +194,7 @@ def test_the_compute_map_shows_what_ran_scale_by_scale(page: Any) -> None:
     assert page.locator(".fv-none").is_visible()
     page.locator(".fv-scrub").focus()
     page.keyboard.press("ArrowLeft")
-    caption = "scale 1, 4 x 4: 13/16 tokens, 50 % of blocks, one branch"
+    caption = "scale 1, 4 x 4: 13/16 tokens, 67 % of blocks, one branch"
     says(page, ".fv-caption", caption)
     assert page.locator(".fv-none").is_hidden()
     found = pixels(page)

@@ -1,1 +1,1 @@
-"""What ran where, drawn over the image."""
+"""What ran where, drawn over the image, and the report as one HTML page."""

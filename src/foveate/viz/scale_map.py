@@ -3,12 +3,13 @@
 Axes: h, w grid of the scale.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int16
 
-from foveate.core.cost import RowWork
+from foveate.core.cost import Row, RowWork
 from foveate.core.errors import FoveateError
 from foveate.core.schedule import Grid
 from foveate.core.trace import ScaleTrace, Trace
@@ -25,7 +26,6 @@ class ScaleMap:
         depth_hw: Blocks that each token ran in the conditional branch, -1 where it did not run; None where the whole
             scale did not.
         num_guided: Tokens that ran in the unconditional branch, too; 0 means one branch.
-        block_share: Blocks that the conditional branch ran, of all blocks of all tokens, in [0, 1].
     """
 
     scale: int
@@ -33,7 +33,6 @@ class ScaleMap:
     num_blocks: int
     depth_hw: Int16[np.ndarray, "h w"] | None
     num_guided: int = 0
-    block_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.depth_hw is not None and self.depth_hw.shape != self.grid:
@@ -43,6 +42,13 @@ class ScaleMap:
     def num_tokens(self) -> int:
         """Tokens that ran."""
         return 0 if self.depth_hw is None else int((self.depth_hw >= 0).sum())
+
+    @property
+    def block_share(self) -> float:
+        """Blocks that the conditional branch ran, of all blocks of all tokens, in [0, 1]."""
+        if self.depth_hw is None:
+            return 0.0
+        return int(self.depth_hw.clip(0).sum()) / (self.num_blocks * self.depth_hw.size)
 
     @property
     def caption(self) -> str:
@@ -75,23 +81,21 @@ def scale_map(scale: ScaleTrace, image_index: int, num_blocks: int) -> ScaleMap:
         raise FoveateError(f"image_index must be from 0 to {len(scale.keep_Bl) - 1}, got {image_index}")
     keep_hw = scale.keep_Bl[image_index].view(scale.grid).numpy()
     depth_hw = scale.depth_Bl[image_index].view(scale.grid).numpy()
-    row = scale.work.rows[(image_index, True)]
     return ScaleMap(
         scale=scale.scale,
         grid=scale.grid,
         num_blocks=num_blocks,
         depth_hw=np.where(keep_hw, depth_hw, -1).astype(np.int16),
-        num_guided=_num_guided(row, scale.work.rows.get((image_index, False)), int(keep_hw.sum())),
-        block_share=sum(row.block_tokens) / max(1, num_blocks * scale.work.grid_tokens),
+        num_guided=_num_guided(scale.work.rows, image_index, int(keep_hw.sum())),
     )
 
 
-def _num_guided(conditional: RowWork, unconditional: RowWork | None, num_tokens: int) -> int:
+def _num_guided(rows: Mapping[Row, RowWork], image_index: int, num_tokens: int) -> int:
     """Tokens of the unconditional branch; a branch that ran what the other did counts all, whatever their depth."""
-    if unconditional is None:
+    if (image_index, False) not in rows:
         return 0
-    most = max(unconditional.block_tokens, default=0)
-    return num_tokens if most >= max(conditional.block_tokens, default=0) else most
+    conditional, unconditional = (max(rows[image_index, branch].block_tokens, default=0) for branch in (True, False))
+    return num_tokens if unconditional >= conditional else unconditional
 
 
 def scale_maps(trace: Trace, image_index: int = 0) -> tuple[ScaleMap, ...]:

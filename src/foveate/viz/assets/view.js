@@ -271,7 +271,7 @@ export class FoveateView extends HTMLElement {
     paintHeat(target, grey);
     this.#put(target);
     const mean = grey.data.reduce((sum, value, i) => sum + (i % 4 ? 0 : value), 0) / (grey.data.length / 4) / 255;
-    this.#parts.caption.textContent = `perceived difference, mean FLIP ${mean.toFixed(3)}`;
+    this.#parts.caption.textContent = `perceived difference, mean FLIP ${mean.toFixed(2)}`;
     this.#parts.legend.append(chip("fv-magma", ""), "0 to 1");
   }
 
