@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from foveate.core.errors import BrokenNumbersError, FoveateError
 from foveate.core.warnings import WARNING_CODES, CallWarning, log_warnings
 from foveate.pipeline.pipeline import Pipeline
+from foveate.policies.registry import load_policy
 
 pytestmark = pytest.mark.usefixtures("on_a_machine_with_c_code")
 
@@ -75,10 +77,32 @@ def test_plain_kernels_are_said_on_a_cpu(toy_pipe: Pipeline, monkeypatch, caplog
 
 
 def test_codes_are_those_of_the_contract(caplog):
-    assert len(set(WARNING_CODES)) == 9
+    assert len(set(WARNING_CODES)) == 10
     with caplog.at_level(logging.WARNING, logger="foveate"):
         log_warnings(CallWarning(code=code, message=f"100 % {code}") for code in WARNING_CODES)
     assert [record.getMessage() for record in caplog.records] == [f"100 % {code}" for code in WARNING_CODES]
+
+
+def test_a_setting_that_was_chosen_on_another_model_is_said(toy_pipe: Pipeline, tmp_path: Path):
+    def codes(policy: str, **options: float) -> list[str]:
+        out = toy_pipe("a red cat", seed=1, output_type="latent", policy=policy, **options)
+        assert out.row_config(0).get("warnings", []) == [warning.to_json() for warning in out.report.warnings]
+        return [warning.code for warning in out.report.warnings if warning.code != "policy_without_effect"]
+
+    path = tmp_path / "tuned.yaml"
+    said = {"model": "toy", "sha256": toy_pipe.model.sha256, "bound": "psnr.mean >= 30", "command": "foveate tune"}
+    load_policy("random-tokens").to_yaml(path, said)
+    assert codes(str(path)) == []
+    load_policy("random-tokens").to_yaml(path, {**said, "sha256": "0123456789abcdef"})
+    assert codes(str(path)) == ["policy_measured_elsewhere"]
+    assert codes(str(path), budget=0.6) == []
+    assert codes("preset-draft") == ["policy_measured_elsewhere"]
+    assert codes("preset-draft:skip_last=2") == codes("ld-pruning:skip_last=1") == []
+    warnings = toy_pipe("a red cat", seed=1, output_type="latent", policy=str(path)).report.warnings
+    assert [warning.message for warning in warnings if warning.code == "policy_measured_elsewhere"] == [
+        f"{path} was chosen on toy (0123456789ab), where it keeps psnr.mean >= 30; nothing is known of it on these "
+        f"weights of toy: measure it with foveate compare --policy {path} --model toy"
+    ]
 
 
 # Broken numbers

@@ -53,17 +53,17 @@ def test_parts_stay_in_order():
 
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_presets_load_and_take_changes(name: str):
-    assert load_policy(name) == load_policy(PRESETS[name][0])
+    assert load_policy(name) == load_policy(PRESETS[name])
     assert load_policy(name.replace("-", "_")) == load_policy(name)
     changed = load_policy(f"{name}:energy_share=0.75")
     assert changed == load_policy(name).replace(energy_share=0.75)
-    assert PRESETS[name][1]
 
 
 def test_names_of_presets_are_fixed():
     assert set(PRESETS) == {"ld-pruning-draft", "preset-faithful", "preset-balanced", "preset-draft"}
     assert load_policy("ld-pruning-draft") == LDPruning(skip_last=2)
     assert not set(PRESETS) & set(REGISTRY)
+    assert sorted(path.stem for path in PRESETS["preset-draft"].parent.iterdir()) == sorted(PRESETS)
 
 
 @pytest.mark.parametrize("spec", [*REGISTRY, *PRESETS, "ld-pruning:sats=false|depthvar:fill=identity"])

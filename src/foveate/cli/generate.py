@@ -184,7 +184,6 @@ def _draw(
     from foveate.policies.registry import load_policy  # noqa: PLC0415
 
     place, policy, spec = options.place, load_policy(call["policy"]), spec_of(model)
-    call = {**call, "policy": policy}
     refuse_numbers(typed, draws_classes=draws_classes(spec))
     encoder = Encoder.for_file(f"x{place.suffix}", options.quality, is_lossless=options.lossless)
     refuse_long_prompts(prompts, call, encoder, options.batch_size if options.store_batch else 0)

@@ -86,16 +86,23 @@ def _policy(name: str, policy: type["foveate.core.policy.Policy"]) -> dict[str, 
 
 
 def _preset(name: str) -> dict[str, Any]:
-    from foveate.policies.registry import PRESETS, load_policy  # noqa: PLC0415
+    from foveate.policies.registry import load_policy, provenance_of  # noqa: PLC0415
 
-    spec, summary = PRESETS[name]
-    policy = load_policy(spec)
+    policy, measured = load_policy(name), provenance_of(name)
+    assert measured is not None, "every preset says where it comes from"
     return {
         "name": name,
-        "spec": spec,
-        "summary": summary,
-        "details": _plain_text(inspect.getdoc(type(policy)) or ""),
-        "fields": _fields(type(policy), policy.settings()),
+        "spec": policy.spec,
+        "summary": measured.summary,
+        "details": " | ".join(_plain_text(inspect.getdoc(type(part)) or "") for part in policy.parts_of()),
+        "fields": [field for part in policy.parts_of() for field in _fields(type(part), part.settings())],
+        "provenance": {
+            "bound": list(measured.bound),
+            "model": measured.model,
+            "sha256": measured.sha256,
+            "command": measured.command,
+            **measured.rest,
+        },
     }
 
 
@@ -137,9 +144,21 @@ def _print_list(found: dict[str, Any]) -> None:
 def _print_one(entry: dict[str, Any]) -> None:
     facts = [("name", entry["name"])]
     facts += [("spec", entry["spec"])] if "spec" in entry else []
-    print_facts([*facts, ("what it does", entry["summary"]), ("in detail", entry["details"])])
+    facts += [("what it does", entry["summary"]), ("in detail", entry["details"])]
+    print_facts([*facts, *(_measured(entry["provenance"]) if "provenance" in entry else [])])
     print_gap()
     print_table(("field", "type", "default"), [(f["name"], f["type"], written(f["default"])) for f in entry["fields"]])
+
+
+def _measured(provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a preset keeps, on which model, and how that was measured."""
+    bound, model, sha256 = provenance["bound"], provenance["model"], provenance["sha256"]
+    facts = [("keeps", " and ".join(bound) if bound else "no bound was measured")]
+    facts += [("on", model if sha256 is None else f"{model}, weights {sha256[:12]}")] if model is not None else []
+    rest = {name: value for name, value in provenance.items() if name not in ("bound", "model", "sha256", "command")}
+    facts += [(name, ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value))
+              for name, value in rest.items()]  # fmt: skip
+    return [*facts, *([("measured by", provenance["command"])] if provenance["command"] is not None else [])]
 
 
 def _setting(field: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -153,10 +153,19 @@ class Policy(ABC):
         text = "|".join(f"{part.name}:{part.revision}:{c}" for part, c in zip(self.parts_of(), changed, strict=True))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
-    def to_yaml(self, path: str | Path) -> None:
-        """Writes the policy with every field, so that later defaults cannot change it."""
-        parts = [part.stored() for part in self.parts_of()]
-        write_text(path, yaml.safe_dump(parts if len(parts) > 1 else parts[0], sort_keys=False))
+    def to_yaml(self, path: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
+        """Writes the policy with every field, so that later defaults cannot change it.
+
+        Args:
+            path: A file that ends in .yaml or .yml; an existing one is replaced.
+            provenance: Where the setting comes from, as plain data (`foveate.policies.provenance`); decides nothing.
+        """
+        parts, said = [part.stored() for part in self.parts_of()], {} if provenance is None else dict(provenance)
+        if len(parts) == 1:
+            content: Any = parts[0] | ({"provenance": said} if said else {})
+        else:
+            content = parts + ([{"provenance": said}] if said else [])
+        write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     def replace(self: P, **changes: Any) -> P:
         """The same policy with some fields changed and checked again."""

@@ -15,6 +15,7 @@ WarningCode = Literal[
     "kernels_plain",
     "graphs_plain",
     "deadline_missed",
+    "policy_measured_elsewhere",
 ]
 """Codes are stable; messages are for people and may change."""
 

@@ -19,7 +19,8 @@ from foveate.families import registry
 from foveate.families.spec import Defaults, ModelSpec, per_scale
 from foveate.pipeline.options import OPTIONS, Option, Options, checked, finite, is_number, is_whole
 from foveate.policies.fit_budget import dialled
-from foveate.policies.registry import load_policy
+from foveate.policies.provenance import Provenance
+from foveate.policies.registry import load_policy, provenance_of
 
 Prompts = str | SupportsIndex | Sequence[str | SupportsIndex]
 """One text or several; an index where a model generates classes."""
@@ -44,7 +45,7 @@ class Job:
     `guidance_scale` is the family's `cfg` of every scale, `guidance` what it means to the engine.
     `smooth_scales` are the first scale that mixes codes and the first one behind it, None where none does.
     `options` are those of the call, checked; `kept` is what an image's file keeps of them, as it was used. `policy` is
-    the family until a budget is fitted (`pipeline.budget`), which may have `notes`.
+    the family until a budget is fitted (`pipeline.budget`), which may have `notes`; `provenance` is that of its file.
     """
 
     options: Options
@@ -62,6 +63,7 @@ class Job:
     smooth_scales: tuple[int, int] | None
     policy: Policy
     notes: tuple[str, ...] = ()
+    provenance: Provenance | None = None
 
     @property
     def asked(self) -> dict[str, float]:
@@ -138,15 +140,17 @@ def resolve(prompts: Prompts, options: Options, spec: ModelSpec) -> Job:
         filters=tuple(Filter(top_k=k, top_p=p) for k, p in zip(scaled["top_k"], scaled["top_p"], strict=True)),
         smooth_scales=smooth_scales,
         policy=policy,
+        provenance=provenance_of(call["policy"]),
     )
 
 
-def warnings_of(job: Job, spec: ModelSpec, *, is_trained: bool) -> tuple[CallWarning, ...]:
+def warnings_of(job: Job, spec: ModelSpec, sha256: str, *, is_trained: bool) -> tuple[CallWarning, ...]:
     """Warnings about a call that are known before anything runs.
 
     Args:
         job: The call.
         spec: The model.
+        sha256: Of its weights.
         is_trained: Whether its weights have seen images, so that there are sizes that they never saw.
     """
     found = []
@@ -156,6 +160,9 @@ def warnings_of(job: Job, spec: ModelSpec, *, is_trained: bool) -> tuple[CallWar
             f"{spec.name} was trained on {known}; {job.ratio} at {job.budget} is outside of that and may look wrong"
         )
         found.append(CallWarning(code="untrained_size", message=message))
+    measured = job.provenance
+    if is_trained and measured is not None and not job.asked and not measured.is_of(spec.name, sha256):
+        found.append(_measured_elsewhere(str(job.options["policy"]), measured, spec))
     weights = job.guidance.weights
     if max(weights) <= 0:
         asked, without = job.guidance_scale[0], "the negative prompt" if job.negatives else "no prompt at all"
@@ -165,6 +172,16 @@ def warnings_of(job: Job, spec: ModelSpec, *, is_trained: bool) -> tuple[CallWar
         message = f"negative_prompt has no effect without guidance, guidance_scale {job.guidance_scale[0]:g}; raise it"
         found.append(CallWarning(code="negative_prompt_ignored", message=message))
     return tuple(found)
+
+
+def _measured_elsewhere(policy: str, measured: Provenance, spec: ModelSpec) -> CallWarning:
+    weights = "" if measured.sha256 is None else f" ({measured.sha256[:12]})"
+    kept = f", where it keeps {' and '.join(measured.bound)}" if measured.bound else ""
+    message = (
+        f"{policy} was chosen on {measured.model}{weights}{kept}; nothing is known of it on these weights of "
+        f"{spec.name}: measure it with foveate compare --policy {policy} --model {spec.name}"
+    )
+    return CallWarning(code="policy_measured_elsewhere", message=message)
 
 
 def _require(ok: bool, message: str) -> None:

@@ -317,7 +317,8 @@ class Pipeline:
         )
 
     def _warnings_of(self, job: Job) -> tuple[CallWarning, ...]:
-        return warnings_of(job, self.model.spec, is_trained=self.model.weights == "pretrained")
+        model = self.model
+        return warnings_of(job, model.spec, model.sha256, is_trained=model.weights == "pretrained")
 
     def _events(self, job: Job, previews: int) -> Generator[ScaleEvent[Any], None, None]:
         began = time.perf_counter()

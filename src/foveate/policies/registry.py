@@ -8,8 +8,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
-import yaml
-
 from foveate.core.composition import Composed
 from foveate.core.errors import FoveateError, unknown
 from foveate.core.fields import parsed, split, typed, words
@@ -26,6 +24,7 @@ from foveate.policies.full import Full
 from foveate.policies.kv_eviction import KVEviction
 from foveate.policies.late_bfloat16 import LateBfloat16
 from foveate.policies.ld_pruning import LDPruning
+from foveate.policies.provenance import Provenance, read_policy_file
 from foveate.policies.random_tokens import RandomTokens
 from foveate.policies.skip_scales import SkipScales
 from foveate.policies.skipvar import SkipVAR
@@ -60,13 +59,13 @@ REGISTRY: dict[str, type[Policy]] = {
 }
 """Every policy that foveate ships, by name."""
 
-PRESETS: dict[str, tuple[str, str]] = {
-    "ld-pruning-draft": ("ld-pruning:skip_last=2", "LD-Pruning with the last two scales left out, as its fastest rows"),
-    "preset-faithful": ("ld-pruning:energy_share=0.9", "small loss, small saving"),
-    "preset-balanced": ("ld-pruning", "LD-Pruning as published, every scale runs"),
-    "preset-draft": ("ld-pruning:skip_last=1", "for previews: the last scale does not run"),
+_FOLDER = Path(__file__).parents[1] / "data" / "presets"
+
+PRESETS: dict[str, Path] = {
+    name: _FOLDER / f"{name}.yaml"
+    for name in ("ld-pruning-draft", "preset-faithful", "preset-balanced", "preset-draft")
 }
-"""Names for settings: (spec, what it is for)."""
+"""Names for settings, each a policy file with its provenance."""
 
 
 def all_policies() -> dict[str, type[Policy]]:
@@ -127,12 +126,18 @@ def _from_spec(text: str) -> Policy:
     return join([_part(part) for part in split(text, "|")])
 
 
+def _normal(name: str) -> str:
+    """A policy's name as it is printed."""
+    return name.strip().replace("_", "-")
+
+
 def _build(name: str, given: dict[str, Any]) -> Policy:
     """A policy from its name and fields, as text or as values."""
-    known = all_policies()
-    name = name.strip().replace("_", "-")
+    known, name = all_policies(), _normal(str(name))
     if name in PRESETS:
-        preset = load_policy(PRESETS[name][0])
+        preset = _from_yaml(PRESETS[name])
+        if given and len(preset.parts_of()) > 1:
+            raise FoveateError(f"{name} has several parts; to change one, write it out: {preset.spec}")
         return _with(preset, type(preset), given)
     if name not in known:
         raise unknown("policy", name, [*known, *PRESETS])
@@ -162,18 +167,8 @@ def _part(text: str) -> Policy:
 
 
 def _from_yaml(path: Path) -> Policy:
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FoveateError(f"cannot read policy file {path}: {str(error).splitlines()[0]}") from None
-    entries = data if isinstance(data, list) else [data]
-    parts = []
-    for entry in entries:
-        if not isinstance(entry, dict) or "policy" not in entry:
-            raise FoveateError(f"policy file {path} needs a mapping with the key policy, or a list of them")
-        given = {str(key): value for key, value in entry.items() if key != "policy"}
-        parts.append(_build(str(entry["policy"]), given))
-    return join(parts)
+    parts, _ = read_policy_file(path)
+    return join([_build(part["policy"], {name: part[name] for name in part if name != "policy"}) for part in parts])
 
 
 def from_stored(parts: Sequence[Mapping[str, Any]]) -> Policy:
@@ -211,3 +206,17 @@ def load_policy(policy: str | Path | Policy) -> Policy:
         return policy
     text = str(policy)
     return _from_yaml(Path(text)) if text.endswith((".yaml", ".yml")) else _from_spec(text)
+
+
+def provenance_of(policy: str | Path | Policy) -> Provenance | None:
+    """Where a setting comes from, for a preset as it is and a policy file; None for all others.
+
+    Raises:
+        FoveateError: The file cannot be read.
+    """
+    if isinstance(policy, Policy):
+        return None
+    path = PRESETS.get(_normal(str(policy)))
+    if path is None and str(policy).endswith((".yaml", ".yml")):
+        path = Path(policy)
+    return None if path is None else read_policy_file(path)[1]
