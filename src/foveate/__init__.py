@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from foveate.core.errors import FoveateError as FoveateError
     from foveate.eval.compare import compare as compare
     from foveate.pipeline.fit_budget import fit_budget as fit_budget
+    from foveate.pipeline.guard import Guard as Guard
     from foveate.pipeline.options import CallOptions as CallOptions
     from foveate.pipeline.options import Options as Options
     from foveate.pipeline.pipeline import Pipeline as Pipeline
@@ -52,6 +53,7 @@ _HOMES = {
     "Full": "foveate.policies.full",
     "Fovea": "foveate.policies.fovea",
     "KVEviction": "foveate.policies.kv_eviction",
+    "Guard": "foveate.pipeline.guard",
     "LDPruning": "foveate.policies.ld_pruning",
     "LateBfloat16": "foveate.policies.late_bfloat16",
     "Options": "foveate.pipeline.options",

@@ -16,6 +16,7 @@ WarningCode = Literal[
     "graphs_plain",
     "deadline_missed",
     "policy_measured_elsewhere",
+    "guard_switched",
 ]
 """Codes are stable; messages are for people and may change."""
 
