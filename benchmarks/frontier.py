@@ -51,6 +51,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     ),
     "random-tokens": ("random-tokens", "random-tokens:num_scales=1"),
     "uniform-depth": ("uniform-depth:num_scales=1",),
+    "blocks-per-scale": ("blocks-per-scale:keep_ratios=[0.75,0.5]",),
     "fastvar": ("fastvar", "fastvar:skip_last=0,reference_scale=-3"),
     "sparsevar": ("sparsevar:num_scales=1",),
     "skipvar": ("skipvar",),
@@ -101,7 +102,15 @@ HEADER = (
 )
 CONTROLS = ("full", "skip-scales", "drop-branch")
 """Families that every run measures, so that its other rows have baselines from the same run."""
-BASELINES = (*CONTROLS, "random-tokens", "uniform-depth", "feature-magnitude", "token-variance", "late-bfloat16")
+BASELINES = (
+    *CONTROLS,
+    "random-tokens",
+    "uniform-depth",
+    "blocks-per-scale",
+    "feature-magnitude",
+    "token-variance",
+    "late-bfloat16",
+)
 """Families that share one page and have no table there: their rows stand beside each other."""
 
 HEADLINE = (
