@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from foveate.core.errors import FoveateError
 
-Stage = Literal["corpus", "tokenizer", "places", "transformer", "export", "sampling", "all"]
+Stage = Literal["corpus", "tokenizer", "places", "transformer", "export", "sampling", "model", "all"]
 
 BAD_USAGE, INTERRUPTED = 2, 130
 
@@ -27,7 +27,7 @@ class TrainOptions:
 
     Attributes:
         output: Folder for the corpus, the checkpoints and the finished model; the same command resumes from it.
-        stage: The part to run.
+        stage: The part to run; "model" is all but sampling, which alone needs the scorer.
         device: cpu or cuda; default: a GPU if there is one.
         minutes_scale: Multiplies the training minutes of both networks.
         dry_run: Take one small step of everything in OUTPUT/dry and write an untrained model there.

@@ -132,6 +132,12 @@ class Run:
             self.recent[name] = 0.98 * self.recent.get(name, value) + 0.02 * value
 
 
+def averages_of(checkpoint: Path) -> tuple[dict[str, Tensor], float]:
+    """The averaged weights of a checkpoint, on the CPU, and the minutes of training behind them."""
+    state: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return state["average"], state["clock_s"] / 60
+
+
 def flops_of(forward: Callable[[], object]) -> int:
     """FLOPs of the matmuls and convolutions of a call, counted once."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -43,7 +43,7 @@ from foveate.weights.infinity import load_autoencoder, load_transformer
 from foveate.weights.stored import State
 from recipes.emoji.contrast import rim_contrast
 from recipes.emoji.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
-from recipes.emoji.loop import Limits, Optimisation, PauseError
+from recipes.emoji.loop import Limits, Optimisation, PauseError, averages_of
 from recipes.emoji.places import PlacesRecipe, placed_share, teach_places
 from recipes.emoji.sampling import SamplingSearch, ScoreBook, choose_sampling, require_scorer
 from recipes.emoji.scenes import SceneConfig
@@ -53,9 +53,12 @@ from recipes.emoji.transformer import Length, TransformerRecipe, train_transform
 from recipes.emoji.weights import DrawWeights, drawing_weights
 from recipes.emoji.window import SceneSequence, Window
 
-Stage = Literal["corpus", "tokenizer", "places", "transformer", "export", "sampling", "all"]
+Stage = Literal["corpus", "tokenizer", "places", "transformer", "export", "sampling", "model", "all"]
 Log = Callable[[str], None]
 M = TypeVar("M", bound=nn.Module)
+
+BATCH = 16
+"""Drawings that are reconstructed together."""
 
 SAMPLING = "sampling.json"
 """What the validation scenes chose, in the folder of a run."""
@@ -273,7 +276,7 @@ def train(
     Args:
         config: The training file; for the corpus alone, a corpus file does as well.
         out: Folder of the run; give it again to resume.
-        stage: What to run; "all" runs what is missing.
+        stage: What to run; "all" runs what is missing, "model" the same without sampling.
         log: Receives progress lines.
         route: Device, minutes, dry run.
         start: What to begin with; a checkpoint in `out` goes before it.
@@ -297,7 +300,7 @@ def train(
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
     run = TrainingFolder(recipe, folder, log, start or Start(), deadline, corpus_at=out)
-    stages = ["corpus", "tokenizer", "places", "transformer", "export", "sampling"] if stage == "all" else [stage]
+    stages = {"all": [*_MODEL, "sampling"], "model": [*_MODEL]}.get(stage, [stage])
     if "sampling" in stages:
         require_scorer()
     result = out
@@ -312,6 +315,9 @@ def train(
             "sampling": run.sampling,
         }[name]()
     return result
+
+
+_MODEL = ("corpus", "tokenizer", "places", "transformer", "export")
 
 
 def make_corpus(config: CorpusConfig, out: Path, log: Log) -> Path:
@@ -332,10 +338,14 @@ class TrainingFolder:
 
     def limits(self, dtype: str, device: str) -> Limits:
         """The deadline, and the device's peak, measured now; one step of a dry run is not worth the seconds."""
-        if self.corpus_at != self.out:
+        if self._is_dry:
             return Limits(deadline=self.deadline)
         peak = matmul_peak(getattr(torch, dtype), torch.device(device))
         return Limits(deadline=self.deadline, peak=peak.flops_per_s)
+
+    @property
+    def _is_dry(self) -> bool:
+        return self.corpus_at != self.out
 
     def corpus(self) -> Path:
         """Builds the corpus, unless it is there."""
@@ -370,7 +380,7 @@ class TrainingFolder:
         _save(weights, path)
         draw(self.autoencoder())
         for name in ("train", "test"):
-            drawings = _drawings(corpus, name)
+            drawings = _drawings(corpus, name)[: BATCH if self._is_dry else None]
             if len(drawings):
                 self.log(f"tokenizer PSNR on drawings of the {name} split: {self._psnr(drawings):.2f} dB")
         return path
@@ -459,7 +469,7 @@ class TrainingFolder:
         )
 
     def export(self) -> Path:
-        """Writes the model folder that `Pipeline.from_pretrained` reads."""
+        """Writes the model folder that `Pipeline.from_pretrained` reads, of a run under way from its checkpoint."""
         folder = self.out / self.recipe.name
         spec = ModelSpec(
             name=self.recipe.name,
@@ -474,13 +484,28 @@ class TrainingFolder:
         save_folder(
             folder,
             config=spec.to_json(),
-            transformer=self._infinity(load_file(self.out / "transformer.safetensors")),
+            transformer=self._infinity(self._latest()),
             autoencoder=self.autoencoder(),
             text_encoder=self.encoder(),
             notice=self.recipe.notice,
             model_card=self.recipe.card,
         )
         return folder
+
+    def _latest(self) -> Mapping[str, Tensor]:
+        """The transformer's weights, finished or not.
+
+        Raises:
+            FoveateError: Its training has not begun.
+        """
+        path, checkpoint = self.out / "transformer.safetensors", self.out / "transformer.ckpt"
+        if path.exists():
+            return load_file(path)
+        if not checkpoint.exists():
+            raise FoveateError(f"nothing to export: no transformer in {self.out}; run --stage transformer first")
+        average, minutes = averages_of(checkpoint)
+        self.log(f"exported after {minutes:.1f} of {self.recipe.transformer.optimisation.minutes} minutes")
+        return average
 
     def sampling(self) -> Path:
         """Chooses guidance and temperature of every scale, unless that was done, and exports the model with them."""
@@ -531,7 +556,7 @@ class TrainingFolder:
         model = self.autoencoder()
         values = [
             psnr_of(reconstruct(model, part, self.recipe.tokenizer.grids), part)
-            for part in composite(drawings).split(16)
+            for part in composite(drawings).split(BATCH)
         ]
         return float(torch.cat(values).mean())
 

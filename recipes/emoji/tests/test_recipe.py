@@ -1,6 +1,8 @@
 """Recipes: every shipped one runs from corpus to a model that draws, on either route, and a call may pause."""
 
 import json
+import subprocess
+import tarfile
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,14 +64,40 @@ def test_a_call_pauses_and_the_same_call_goes_on(tmp_path: Path, monkeypatch: py
     data["sampling"] = {"guidance": [2.0], "temperatures": [0.5], "factors": [], "prompts": 2}
     file.write_text(yaml.safe_dump(data), encoding="utf-8")
     lines: list[str] = []
+    with pytest.raises(FoveateError, match="nothing to export"):
+        train(file, tmp_path / "run", "export", log=lines.append, route=Route(device="cpu"))
+    train(file, tmp_path / "run", "tokenizer", log=lines.append, route=Route(device="cpu"))
     with pytest.raises(PauseError, match=r"paused at 0\.0 of"):
         train(file, tmp_path / "run", log=lines.append, route=Route(device="cpu"), stop_after=0.0)
-    assert (tmp_path / "run" / "tokenizer.ckpt").exists() or (tmp_path / "run" / "transformer.ckpt").exists()
+    early = train(file, tmp_path / "run", "export", log=lines.append, route=Route(device="cpu"))
+    assert lines[-1] == "exported after 0.0 of 0.02 minutes"
+    assert (early / "config.json").is_file()
     folder = train(file, tmp_path / "run", log=lines.append, route=Route(device="cpu"))
     written = (folder / "config.json").read_bytes()
     (folder / "config.json").unlink()
     train(file, tmp_path / "run", "sampling", log=lines.append, route=Route(device="cpu"))
     assert (folder / "config.json").read_bytes() == written, "a choice that was not exported is exported now"
+
+
+@pytest.mark.soak
+def test_a_run_away_from_home_brings_back_what_an_export_here_needs(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "run" / "corpus", 256)
+    bundle, root = tmp_path / "bundle", CONFIGS.parents[2]
+    bundle.mkdir()
+    with tarfile.open(bundle / "corpus.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "run" / "corpus", "corpus")
+    shape = load_recipe(CONFIGS / "emoji.yaml", Route(device="cpu")).tokenizer.shape
+    save_file(new_autoencoder(shape).half().state_dict(), bundle / "tokenizer.safetensors")
+    command = ["bash", "recipes/emoji/away.sh", bundle, tmp_path / "away", tmp_path / "out", "600"]
+    subprocess.run([*map(str, command), "--device", "cpu", "--dry-run"], cwd=root, check=True, capture_output=True)
+    back = list((tmp_path / "out").iterdir())
+    assert len(back) <= 8
+    assert max(path.stat().st_size for path in back) < 16 * 2**20
+    start, route = Start(model=tmp_path / "out"), Route(device="cpu", minutes_scale=0.0)
+    folder = train(CONFIGS / "emoji.yaml", tmp_path / "run", "model", lambda _: None, route, start)
+    brought = load_file(tmp_path / "out" / "autoencoder.safetensors")
+    kept = load_file(folder / "autoencoder.safetensors")
+    assert all(torch.equal(kept[name], brought[name]) for name in brought)
 
 
 def test_sections_of_a_device_go_over_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
