@@ -83,16 +83,23 @@ class Trace:
         """The directives that took effect within a scale that ran."""
         rows = s.work.rows
         conditional = [rows[(image, True)] for image in images]
-        pairs = [(rows[(i, True)], rows[(i, False)]) for i in images if (i, False) in rows]
+        pairs = [
+            (self._own_tokens(s, (i, True)), self._own_tokens(s, (i, False))) for i in images if (i, False) in rows
+        ]
         happened = {
             Directive.TOKENS: any(row.head_tokens < s.work.grid_tokens for row in conditional),
             Directive.BLOCKS: any(tokens < row.head_tokens for row in conditional for tokens in row.block_tokens),
             Directive.SUBLAYERS: any(row.sublayer_tokens for row in conditional),
-            Directive.GUIDED_TOKENS: any(max(un.block_tokens) < max(cond.block_tokens) for cond, un in pairs),
+            Directive.GUIDED_TOKENS: any(un < cond for cond, un in pairs),
             Directive.KEYS: bool(s.work.evicted) and self.shape.is_cached,
             Directive.DTYPE: s.narrow_dtype is not None,
         }
         return {directive for directive, is_so in happened.items() if is_so}
+
+    def _own_tokens(self, s: ScaleTrace, row: Row) -> int:
+        """The most tokens of a row that a block ran, a text in front of the first scale left out."""
+        ahead = self.shape.prefix_tokens(self.text_tokens[row]) if s.scale == 0 else 0
+        return max(s.work.rows[row].block_tokens) - ahead
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back (maps are left out)."""
