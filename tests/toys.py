@@ -11,7 +11,7 @@ from foveate.core.conditions import ClassLabel
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.plan import ScalePlan
 from foveate.core.policy import Bound, Policy
-from foveate.core.protocols import NextScaleModel, ScaleTokenizer
+from foveate.core.protocols import NextScaleModel, Refiner, ScaleTokenizer
 from foveate.core.schedule import Grid, ScaleSchedule
 from foveate.core.trace import Trace
 from foveate.engine.executor import Engine
@@ -46,6 +46,7 @@ class Toy:
     model: NextScaleModel
     tokenizer: ScaleTokenizer
     schedule: ScaleSchedule
+    refiner: Refiner | None = None
 
     @property
     def num_blocks(self) -> int:
@@ -166,7 +167,19 @@ class SpySampler(Sampler):
     def choose(self, scale, grid, logits, kept, rule):
         if scale == self.fails_at:
             raise RuntimeError("the toy broke")
-        symbols = self.inner.choose(scale, grid, logits, kept, rule)
+        return self._noted(scale, logits, kept, self.inner.choose(scale, grid, logits, kept, rule))
+
+    def choose_with_draws(self, scale, grid, logits, kept, rule):
+        symbols, drawn = self.inner.choose_with_draws(scale, grid, logits, kept, rule)
+        return self._noted(scale, logits, kept, symbols), drawn
+
+    def seed_of(self, image):
+        return self.inner.seed_of(image)
+
+    def generator_of(self):
+        return self.inner.generator_of()
+
+    def _noted(self, scale, logits, kept, symbols):
         kept = None if kept is None else tuple(kept)
         self.choices[scale] = Choice(logits=tuple(logits), kept=kept, symbols=tuple(symbols))
         return symbols
@@ -243,7 +256,7 @@ def run(
     model = model or subject.model
     bound = SpyBound(policy.bind(subject.schedule, model.shape) if isinstance(policy, Policy) else policy)
     spy = SpySampler(inner=request.sampler)
-    engine = Engine(model, subject.tokenizer, uses_triton=uses_triton)
+    engine = Engine(model, subject.tokenizer, refiner=subject.refiner, uses_triton=uses_triton)
     steps = list(engine.run(bound, with_sampler(request, spy)))
     f_hats = tuple(step.f_hat_BZHW for step in steps)
     return Result(f_hats=f_hats, trace=steps[-1].trace, choices=spy.choices, bound=bound)

@@ -24,7 +24,7 @@ from foveate.engine.forecast import forecast
 from foveate.engine.state import Request, RequestState, ceiling_tokens
 from foveate.policies.full import Full
 from foveate.policies.registry import all_policies, load_policy
-from foveate.testing.toys import TINY_GRIDS, tiny_engine, tiny_request
+from foveate.testing.toys import TINY_MODELS, tiny_engine, tiny_request
 
 NUM_IMAGES = 2
 
@@ -163,9 +163,9 @@ def _counts(plan: ScalePlan, num_tokens: int, num_blocks: int) -> list[list[int]
 def check_runs(policy: Policy, *, is_neutral: bool = False) -> None:
     """On tiny real models: effects happen or are reported, costs are known before, batching changes nothing."""
     has_effect = False
-    for name in TINY_GRIDS:
+    for name in TINY_MODELS:
         engine, schedule = tiny_engine(name)
-        request = tiny_request(schedule, (3, 7))
+        request = tiny_request(schedule, (3, 7), name=name)
         bound = policy.bind(schedule, engine.model.shape)
         latent, trace = _run(engine, bound, request)
         full, _ = _run(engine, Full().bind(schedule, engine.model.shape), request)
@@ -180,7 +180,8 @@ def check_runs(policy: Policy, *, is_neutral: bool = False) -> None:
         assert fired <= promised, f"{where}: {fired - promised} happened, but no directive says so"
         assert promised - fired == set(trace.unfired), f"{where}: what never happened is not reported"
     assert has_effect or is_neutral, f"{policy.spec} changed nothing on any model; give a setting that does"
-    _check_company(policy)
+    for name in ("square", "text"):
+        _check_company(policy, name)
 
 
 def _run(engine: Engine, bound: Bound, request: Request) -> tuple[Tensor, Trace]:
@@ -197,10 +198,10 @@ def _check_cost(bound: Bound, request: Request, engine: Engine, trace: Trace, wh
     assert is_below, f"{where}: {after} ran, above the forecast {before}"
 
 
-def _check_company(policy: Policy) -> None:
+def _check_company(policy: Policy, name: str) -> None:
     """Three images in one batch, each starting one scale later than the one before, equal each one alone."""
-    engine, schedule = tiny_engine("square")
-    requests = [tiny_request(schedule, (seed,)) for seed in (3, 7, 11)]
+    engine, schedule = tiny_engine(name)
+    requests = [tiny_request(schedule, (seed,), name=name) for seed in (3, 7, 11)]
     bounds = [policy.bind(schedule, engine.model.shape) for _ in requests]
     alone = [_run(engine, bound, request)[0] for bound, request in zip(bounds, requests, strict=True)]
     states: list[RequestState] = []
