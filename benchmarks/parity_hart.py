@@ -42,8 +42,8 @@ from foveate.models.hart import HART
 from foveate.policies.full import Full
 from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.tokenizers.vq import VQTokenizer
-from foveate.weights.hart import infer_hart_config, load_hart, load_hart_autoencoder
-from foveate.weights.vq import infer_vq_config
+from foveate.weights.hart import infer_hart_config, load_hart
+from foveate.weights.vq import infer_vq_config, load_vq
 
 MIXED_TOLERANCE = 1e-3
 """Largest difference of a soft code: its small temperature magnifies rounding."""
@@ -198,7 +198,7 @@ def build_networks(case: Case) -> tuple[HART, VQTokenizer]:
     load_hart(model, state)
     state = named_weights(case["vae_weights"], case["vae_seed"])
     autoencoder = Autoencoder(infer_vq_config(state))
-    load_hart_autoencoder(autoencoder, state)
+    load_vq(autoencoder, state)
     return model.eval(), MixedTokenizer(autoencoder.eval(), refines_last=False)
 
 

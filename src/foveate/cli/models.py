@@ -49,7 +49,7 @@ def models(*, options: ModelsOptions = _DEFAULTS) -> int:
 def all_models() -> list[dict[str, Any]]:
     """Every name: models of installed packages, the demonstration models that are not installed, published models."""
     from foveate.families.packaged import DEMO_NAMES, packaged_models  # noqa: PLC0415 - torch is loaded here
-    from foveate.families.published import PUBLISHED  # noqa: PLC0415
+    from foveate.families.published import ALIASES, PUBLISHED  # noqa: PLC0415
 
     packaged = packaged_models()
     missing = [name for name in DEMO_NAMES if name not in packaged]
@@ -57,7 +57,9 @@ def all_models() -> list[dict[str, Any]]:
         _entry(name, entry.spec, None) | {"hub": entry.transformer.repo, "licence": entry.licence}
         for name, entry in PUBLISHED.items()
     ]
-    return [*(_packaged(name, folder) for name, folder in packaged.items()), *map(_describe, missing), *published]
+    aliases = [_describe(alias, alias_of=name) for alias, name in ALIASES.items()]
+    own = [_packaged(name, folder) for name, folder in packaged.items()]
+    return [*own, *map(_describe, missing), *published, *aliases]
 
 
 def _packaged(name: str, folder: Path) -> dict[str, Any]:

@@ -23,14 +23,13 @@ from foveate.core.transfer import to_device
 from foveate.engine.sample import keyed_uniform
 from foveate.families.family import Conditioning, Family, Network, TextEncoderFiles, TextShape
 from foveate.families.spec import Defaults, ModelSpec, Published, WeightSource, budget_of
-from foveate.families.vq import codes, infer_vq, quantiser
+from foveate.families.vq import VQ, codes, quantiser
 from foveate.models.hart import HART, HARTConfig
 from foveate.models.residual_diffusion import NUM_STEPS
 from foveate.tokenizers.autoencoder import VQ_F16, Autoencoder, AutoencoderConfig
 from foveate.tokenizers.vq import VQTokenizer
-from foveate.weights.hart import hart_state, infer_hart_config, load_hart, load_hart_autoencoder
+from foveate.weights.hart import hart_state, infer_hart_config, load_hart
 from foveate.weights.stored import State
-from foveate.weights.vq import vq_state
 
 DIFFUSION_STREAM = 2
 """Philox stream of the residual's noise (`engine.sample`)."""
@@ -51,7 +50,7 @@ class ResidualRefiner:
 
     def refine(self, image: RefineInput) -> Float[Tensor, "k Z"]:
         """The residual of each token, by noise that is keyed by the image's seed or drawn in the published order."""
-        noise_SlZ = to_device(self._noise(image), image.cond_kC.device)
+        noise_SlZ = to_device(self.noise(image), image.cond_kC.device)
         return self.residual(image, noise_SlZ if image.index_k is None else noise_SlZ[:, image.index_k])
 
     def residual(self, image: RefineInput, noise_SkZ: Float[Tensor, "S k Z"]) -> Float[Tensor, "k Z"]:
@@ -72,7 +71,7 @@ class ResidualRefiner:
         residual_kZ[index_u] = guided_uZ
         return residual_kZ
 
-    def _noise(self, image: RefineInput) -> Float[Tensor, "S l Z"]:
+    def noise(self, image: RefineInput) -> Float[Tensor, "S l Z"]:
         """Normal draws of the whole grid, on the host or where the generator is."""
         shape = (NUM_STEPS, *image.grid, self.tokenizer.latent_channels)
         if image.seed is not None:
@@ -168,6 +167,8 @@ def _published() -> tuple[Published, ...]:
             autoencoder=WeightSource(repo=repo, path="tokenizer"),
             text_encoders=(QWEN2_HART,),
             licence="see the model card (not the MIT of the code)",
+            aliases=("hart-0.7b",),
+            facts="llm/config.json",
         ),
     )
 
@@ -183,14 +184,7 @@ FAMILY = Family(
         plain=hart_state,
         unseen={"num_heads": 1},
     ),
-    autoencoder=Network(
-        kind="VQ",
-        config=AutoencoderConfig,
-        build=Autoencoder,
-        load=load_hart_autoencoder,
-        infer=infer_vq,
-        plain=vq_state,
-    ),
+    autoencoder=VQ,
     tokenizer=_tokenizer,
     refiner=_refiner,
     symbols=codes,

@@ -23,7 +23,7 @@ from foveate.core.warnings import CallWarning
 from foveate.families.family import TextEncoderFiles
 from foveate.families.minilm import OWN
 from foveate.families.packaged import packaged_models, refuse_missing_demo
-from foveate.families.published import PUBLISHED
+from foveate.families.published import ALIASES, PUBLISHED, published_model
 from foveate.families.residency import Residency
 from foveate.families.sources import Sources, fetch_model, fetch_published, local_sources, unpinned
 from foveate.families.spec import ModelSpec
@@ -125,7 +125,7 @@ class LoadedModel:
 
 def model_names() -> list[str]:
     """Every registered name."""
-    return [*packaged_models(), *PUBLISHED]
+    return [*packaged_models(), *PUBLISHED, *ALIASES]
 
 
 def load_model(
@@ -180,8 +180,9 @@ def find_spec(origin: Origin) -> ModelSpec:
         CheckpointError: Its files do not say what it is.
     """
     name = str(origin.name_or_path)
-    if name in PUBLISHED:
-        return PUBLISHED[name].spec
+    published = published_model(name)
+    if published is not None:
+        return published.spec
     folder = _own_folder(origin)
     return ModelSpec.from_json(read_config(folder)) if folder is not None else _find_sources(origin).spec
 
@@ -211,7 +212,7 @@ def _own_folder(origin: Origin) -> Path | None:
         return folder
     if not path.exists():
         refuse_missing_demo(name)
-    if name in PUBLISHED or path.is_file():
+    if published_model(name) is not None or path.is_file():
         return None
     if not path.is_dir():
         if not is_repository(origin.name_or_path):
@@ -245,9 +246,10 @@ def _is_ours(folder: Path) -> bool:
 
 def _find_sources(origin: Origin) -> Sources:
     name = str(origin.name_or_path)
-    if name in PUBLISHED:
+    published = published_model(name)
+    if published is not None:
         return fetch_published(
-            PUBLISHED[name], origin.autoencoder, origin.text_encoder, origin.revision, origin.local_files_only
+            published, origin.autoencoder, origin.text_encoder, origin.revision, origin.local_files_only
         )
     path = Path(origin.name_or_path)
     if not path.exists():

@@ -131,14 +131,15 @@ def memory_need(  # noqa: PLR0913 - everything that the size of a request follow
     rows = (2 if is_guided else 1) * num_images
     tokens = rows * schedule.scales[-1].num_tokens
     bound = policy.bind(schedule, shape)
-    bounds = bounds_of(bound, _request(schedule, num_images, is_guided), shape)
     longest = spec.kind.text(spec.transformer).tokens
     read = longest if text_tokens is None else min(text_tokens, longest)
+    bounds = bounds_of(bound, _request(schedule, num_images, is_guided), shape, shape.prefix_tokens(longest))
+    remembered = 0 if shape.has_text_prefix else read
     return MemoryNeed(
         transformer=transformer_bytes(spec, dtype, quantization) + _narrowed_bytes(bound, schedule, networks, dtype),
         autoencoder=count(networks["autoencoder"]) * size,
         text_encoder=spec.conditioning.num_bytes(dtype),
-        text=rows * shape.num_blocks * shape.width * (2 * read * size + _MODULATION_VALUES * 4),
+        text=rows * shape.num_blocks * shape.width * (2 * remembered * size + _MODULATION_VALUES * 4),
         kv=bounds.kv_bytes(shape.num_heads * shape.head_width, size),
         fills=bounds.fill_bytes(size),
         blocks=tokens * shape.width * (_STREAM_BYTES + _COMPUTE_VALUES * size),

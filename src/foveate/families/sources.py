@@ -5,6 +5,7 @@ is given. Wrong pairs are refused with the reason, also those that agree in ever
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,12 @@ def fetch_published(
     text_encoders = _text_encoders(text_encoder, entry)
     revision = entry.revision if revision is None else revision
     transformer = _fetch(entry.transformer, revision, local_files_only)
+    spec = entry.spec
+    if entry.facts is not None:
+        facts = _facts_of(
+            _fetch(WeightSource(repo=entry.transformer.repo, path=entry.facts), revision, local_files_only)
+        )
+        spec = replace(spec, transformer=_config_of(spec.kind, transformer, facts))
     warnings = unpinned(entry.transformer.repo, revision, transformer)
     if autoencoder is not None:
         second = Path(autoencoder)
@@ -96,7 +103,7 @@ def fetch_published(
         second = _fetch(entry.autoencoder, None, local_files_only)
         warnings = warnings or (_loose(entry.autoencoder.repo, "give a copy of its file as autoencoder"),)
     return Sources(
-        spec=entry.spec,
+        spec=spec,
         transformer=transformer,
         autoencoder=second,
         text_encoders=text_encoders,
@@ -139,10 +146,8 @@ def local_sources(
         CheckpointError: The weights are of no known family, or a file is missing or of another model.
     """
     path = _transformer_in(path)
-    state = read_weights(path)
-    family = _family_of(state, path)
-    with naming(path):
-        config = family.transformer.infer(state, _facts_beside(path))
+    family = _family_of(read_weights(path), path)
+    config = _config_of(family, path, _facts_of(path.parent / "config.json"))
     entry = _published_like(family, config, path)
     found = Path(autoencoder) if autoencoder is not None else _autoencoder_beside(path, family, entry)
     if entry is not None:
@@ -190,10 +195,17 @@ def _first_line(error: Exception) -> str:
 
 
 def _transformer_in(path: Path) -> Path:
-    """The transformer's file of a folder: the one that is not an autoencoder."""
+    """The transformer's file of a folder, or of the copy of a repository: the one that is not an autoencoder.
+
+    Of several, one that is called a moving average is taken.
+    """
     if not path.is_dir():
         return path
+    inside = [path / entry.transformer.path for entry in PUBLISHED.values() if "/" in entry.transformer.path]
     files = [file for file in sorted(path.iterdir()) if is_weight_file(file) and not _is_autoencoder(file)]
+    files = files or [file for file in inside if file.is_file()]
+    averages = [file for file in files if "ema" in re.split(r"[._-]", file.stem.lower())]
+    files = averages if len(averages) == 1 else files
     indices = [file for file in files if file.name.endswith(".index.json")]
     if len(indices or files) != 1:
         names = ", ".join(file.name for file in indices or files) or "none"
@@ -228,9 +240,14 @@ def _family_of(state: State, path: Path) -> Family:
     raise CheckpointError(f"{path}: unknown model family (known: {known}); the file holds {some(sorted(state))}")
 
 
-def _facts_beside(path: Path) -> dict[str, Any]:
-    """What a config.json beside the weights says; nothing if there is none."""
-    config = path.parent / "config.json"
+def _config_of(family: Family, path: Path, facts: dict[str, Any]) -> Any:  # noqa: ANN401 - of any family
+    """The transformer's configuration, from its weights and what is said beside them."""
+    with naming(path):
+        return family.transformer.infer(read_weights(path), facts)
+
+
+def _facts_of(config: Path) -> dict[str, Any]:
+    """What a config.json says; nothing if there is none."""
     refuse_stand_in(config)
     try:
         facts = json.loads(config.read_text(encoding="utf-8"))
@@ -249,6 +266,10 @@ def _published_like(family: Family, config: Any, path: Path) -> Published | None
 
 def _autoencoder_beside(path: Path, family: Family, entry: Published | None) -> Path:
     wanted = entry.autoencoder.path or entry.autoencoder.repo if entry is not None else ""
+    like = entry or family.published()[0]
+    if "/" in like.transformer.path and (path.parent.parent / like.autoencoder.path).is_dir():
+        # As in the repository, where each network has a folder of its own.
+        return path.parent.parent / like.autoencoder.path
     # Shards have a folder of their own; what belongs to them lies beside that folder.
     places = [path.parent, path.parent.parent] if path.name.endswith(".index.json") else [path.parent]
     files = [file for place in places for file in sorted(place.iterdir())]

@@ -180,6 +180,8 @@ class Published:
         licence: Of the weights, as the model card states it.
         revision: Commit of the transformer's repository at which the files are known; None where nobody has noted one,
             and then loading from the hub warns (`weights_unpinned`).
+        aliases: Other names of the model.
+        facts: A file of the transformer's repository that says what its weights do not; None where they say all.
     """
 
     spec: ModelSpec
@@ -188,6 +190,8 @@ class Published:
     text_encoders: tuple[str, ...]
     licence: str
     revision: str | None = None
+    aliases: tuple[str, ...] = ()
+    facts: str | None = None
 
 
 def _family_named(name: object) -> Family:

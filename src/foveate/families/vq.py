@@ -14,12 +14,11 @@ from foveate.weights.stored import State
 from foveate.weights.vq import infer_vq_config, load_vq, vq_state
 
 
-def infer_vq(state: State, _facts: Mapping[str, Any]) -> AutoencoderConfig:
-    """The shape of an autoencoder; facts beside its weights add nothing."""
+def _infer(state: State, _facts: Mapping[str, Any]) -> AutoencoderConfig:
     return infer_vq_config(state)
 
 
-VQ = Network(kind="VQ", config=AutoencoderConfig, build=Autoencoder, load=load_vq, infer=infer_vq, plain=vq_state)
+VQ = Network(kind="VQ", config=AutoencoderConfig, build=Autoencoder, load=load_vq, infer=_infer, plain=vq_state)
 
 
 def vq_tokenizer(autoencoder: Autoencoder, _patch: int) -> ScaleTokenizer:

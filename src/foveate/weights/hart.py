@@ -1,29 +1,20 @@
 """Published HART weights to ours: reads the shape off them and refuses what it does not know.
 
 Two constant buffers may be there or not; the mask alone takes 380 MB and is never allocated here. The number of heads
-is in no shape: `config.json` beside the weights says it. The tokenizer is VAR's; a second decoder, which the published
-code does not use for images, is dropped and named in the log.
+is in no shape: `config.json` beside the weights says it. The autoencoder is VAR's (`weights.vq`).
 Source: the published checkpoint of HART (arXiv 2410.10812) and its key names.
 """
-
-import logging
 
 import torch
 
 from foveate.models.hart import HART, HARTConfig
-from foveate.tokenizers.autoencoder import Autoencoder
-from foveate.weights.files import some
 from foveate.weights.key_map import WeightKind, axes_of, copy_weights, count_of, declare
 from foveate.weights.names import plain_state
-from foveate.weights.stored import State, Stored, renamed
-from foveate.weights.vq import load_vq, vq_state
+from foveate.weights.stored import State, Stored
 
 declare(WeightKind(name="HART", role="a HART transformer", marks=("context_embed.weight",)))
 
-_LOG = logging.getLogger("foveate")
-
 _CONSTANTS = ("zero_k_bias", "lvl_1L", "attn_bias_for_masking")
-_SECOND_DECODER = ("decoder2.", "post_quant_conv2.")
 
 
 def infer_hart_config(state: State, *, heads: int, text_tokens: int = 300) -> HARTConfig:
@@ -61,12 +52,3 @@ def load_hart(model: HART, state: State, *, dtype: torch.dtype | None = None) ->
 def hart_state(state: State) -> Stored:
     """A transformer's weights without nesting and constant buffers."""
     return plain_state(state, "HART", _CONSTANTS)
-
-
-def load_hart_autoencoder(model: Autoencoder, state: State, *, dtype: torch.dtype | None = None) -> None:
-    """Copies published weights into an autoencoder; a second decoder and a training's adversary are left out."""
-    own = vq_state(state)
-    second = sorted(key for key in own if key.startswith(_SECOND_DECODER))
-    if second:
-        _LOG.warning("weights of a second decoder are not loaded: %s", some(second))
-    load_vq(model, renamed(own, {key: key for key in own if key not in second}), dtype=dtype)

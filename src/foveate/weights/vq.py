@@ -1,8 +1,9 @@
-"""Published weights of the VQ autoencoders (VAR, Switti) to ours, without and inside a training checkpoint.
+"""Published weights of the VQ autoencoders (VAR, Switti, HART) to ours, without and inside a training checkpoint.
 
 The usage counts of the codebook are dropped: nothing reads them, and their number of scales is that of the training.
-Weights of the adversary, which checkpoints of a training hold beside the autoencoder, are dropped and named in the log.
-Source: the published checkpoints of VAR (arXiv 2404.02905) and their key names.
+Weights of the adversary, which checkpoints of a training hold beside the autoencoder, and of a second decoder (HART's),
+which no image goes through, are dropped and named in the log.
+Source: the published checkpoints of VAR (arXiv 2404.02905) and HART (arXiv 2410.10812), and their key names.
 """
 
 import logging
@@ -24,14 +25,20 @@ from foveate.weights.stored import State, Stored, renamed
 
 declare(
     WeightKind(
-        name="VQ", role="a VQ autoencoder (VAR, Switti)", marks=("quantize.embedding.weight",), is_autoencoder=True
+        name="VQ",
+        role="a VQ autoencoder (VAR, Switti, HART)",
+        marks=("quantize.embedding.weight",),
+        is_autoencoder=True,
     )
 )
 
 _LOG = logging.getLogger("foveate")
 
 _USAGE = "ema_vocab_hit_SV"
-_ADVERSARY = ("disc.", "discriminator.", "loss.")
+_DROPPED = {
+    "the training's adversary": ("disc.", "discriminator.", "loss."),
+    "a second decoder": ("decoder2.", "post_quant_conv2."),
+}
 
 
 def infer_vq_config(state: State) -> AutoencoderConfig:
@@ -53,10 +60,13 @@ def infer_vq_config(state: State) -> AutoencoderConfig:
 def load_vq(model: Autoencoder, state: State, *, dtype: torch.dtype | None = None) -> None:
     """Copies published weights into an autoencoder; `copy_weights` says what is refused."""
     own = vq_state(state)
-    dropped = sorted(key for key in own if key.startswith(_ADVERSARY))
-    if dropped:
-        _LOG.warning("weights of the training's adversary are not loaded: %s", some(dropped))
-    copy_weights(model, renamed(own, {key: key for key in own if key not in dropped}), "VQ autoencoder", dtype)
+    kept = {key: key for key in own}
+    for what, prefixes in _DROPPED.items():
+        dropped = sorted(key for key in own if key.startswith(prefixes))
+        if dropped:
+            _LOG.warning("weights of %s are not loaded: %s", what, some(dropped))
+        kept = {key: key for key in kept if key not in dropped}
+    copy_weights(model, renamed(own, kept), "VQ autoencoder", dtype)
 
 
 def vq_state(state: State) -> Stored:
