@@ -24,7 +24,7 @@ from pages import ROOT, fill_pages
 from foveate.bench.machine import describe_machine
 from foveate.bench.spread import Spread
 from foveate.conditioning.minilm import TextEncoder
-from foveate.eval.fidelity import fidelity_report
+from foveate.eval.pairs import fidelity_report
 from foveate.families.loading import Origin, find_folder
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
 from foveate.policies.registry import load_policy

@@ -18,7 +18,8 @@ from foveate.bench.rounds import alternate
 from foveate.bench.spread import Spread
 from foveate.core.prompt_file import read_prompt_file
 from foveate.engine.report import Milliseconds
-from foveate.eval.fidelity import psnr, summarise
+from foveate.eval.fidelity import psnr
+from foveate.eval.statistics import summarise
 from foveate.pipeline.pipeline import DTYPES, Pipeline, stack_uint8
 
 SIDES: dict[str, dict[str, Any]] = {

@@ -7,7 +7,9 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from foveate.core.errors import FoveateError
-from foveate.eval.fidelity import fidelity_report, foreground_psnr, psnr, ssim, summarise
+from foveate.eval.fidelity import flip_maps, foreground_psnr, ms_ssim, psnr, ssim
+from foveate.eval.pairs import fidelity, fidelity_report, score_pairs
+from foveate.eval.statistics import summarise
 
 
 def random_pairs(seed: int, num_images: int = 4, height: int = 24, width: int = 19) -> tuple[np.ndarray, np.ndarray]:
@@ -125,13 +127,65 @@ def test_summary_refuses_what_it_cannot_summarise(values: list[float]) -> None:
         summarise(values)
 
 
+def plain_ms_ssim(image: np.ndarray, reference: np.ndarray) -> float:
+    """MS-SSIM of one pair: contrast and structure at four sizes, all three terms at the fifth; slow and plain."""
+    weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    offsets = np.arange(11) - 5
+    line = np.exp(-(offsets**2) / (2 * 1.5**2))
+    line /= line.sum()
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+    def blurred(values: np.ndarray) -> np.ndarray:
+        padded = np.pad(values, ((5, 5), (5, 5), (0, 0)), "reflect")
+        rows = sum(w * padded[i : i + values.shape[0]] for i, w in enumerate(line))
+        return sum(w * rows[:, i : i + values.shape[1]] for i, w in enumerate(line))
+
+    x, y, product = image.astype(float), reference.astype(float), 1.0
+    for size, weight in enumerate(weights):
+        mean_x, mean_y = blurred(x), blurred(y)
+        var_x, var_y = blurred(x * x) - mean_x**2, blurred(y * y) - mean_y**2
+        contrast = (2 * (blurred(x * y) - mean_x * mean_y) + c2) / (var_x + var_y + c2)
+        if size == 4:
+            contrast *= (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+            product *= contrast.mean() ** weight
+            return float(product)
+        # The package leaves the border out where it takes the contrast alone.
+        product *= contrast[5:-5, 5:-5].mean() ** weight
+        x, y = (side.reshape(side.shape[0] // 2, 2, side.shape[1] // 2, 2, 3).mean(axis=(1, 3)) for side in (x, y))
+    raise AssertionError("the fifth size returns")
+
+
+def test_ms_ssim_equals_plain_twin_and_needs_room() -> None:
+    image, reference = random_pairs(6, num_images=3, height=176, width=192)
+    expected = [plain_ms_ssim(one, other) for one, other in zip(image, reference, strict=True)]
+    np.testing.assert_allclose(ms_ssim(image, reference), expected, rtol=1e-6)
+    assert 0.5 < expected[-1] < expected[0] < 1
+    assert ms_ssim(reference, reference) == pytest.approx(1)
+    with pytest.raises(FoveateError, match="at least 176 x 176"):
+        ms_ssim(image[:, :175], reference[:, :175])
+
+
+def test_flip_map_lies_where_the_images_differ_and_takes_bytes_as_they_are() -> None:
+    reference = np.full((2, 64, 64, 3), 255, np.uint8)
+    image = reference.copy()
+    image[1, :32, :32] = 0
+    maps = flip_maps(image, reference)
+    assert maps.shape == (2, 64, 64)
+    assert maps[0].max() == 0
+    # White against black is the largest difference that there is; far away nothing is seen.
+    assert maps[1, 8:24, 8:24].min() > 0.9
+    assert maps[1, 48:, 48:].max() < 0.05
+    small = np.clip(image.astype(int) - 3, 0, 255).astype(np.uint8)
+    assert 0 < flip_maps(small, image).mean() < 0.1 < maps[1].mean()
+
+
 def test_report_counts_identical_images_and_writes_the_agreed_keys() -> None:
     image, reference = random_pairs(5, num_images=5)
     image[1], image[3] = reference[1], reference[3]
     report = fidelity_report(image, reference)
     assert report.identical == 2
     data = json.loads(json.dumps(report.to_json()))
-    assert list(data) == ["n", "psnr", "ssim", "foreground_psnr", "identical"]
+    assert list(data) == ["n", "psnr", "ssim", "foreground_psnr", "flip", "identical", "constant", "intervals"]
     assert (data["n"], data["identical"]) == (5, 2)
     for name, values in (
         ("psnr", psnr(image, reference)),
@@ -143,6 +197,47 @@ def test_report_counts_identical_images_and_writes_the_agreed_keys() -> None:
             "p10": pytest.approx(np.percentile(values, 10)),
             "min": pytest.approx(values.min()),
         }
+        low, high = data["intervals"][f"{name}.mean"]
+        assert values.min() < low < values.mean() < high <= values.max()
+    errors = flip_maps(image, reference).mean(axis=(1, 2))
+    assert data["flip"] == {
+        "mean": pytest.approx(errors.mean()), "p90": pytest.approx(np.percentile(errors, 90)),
+        "max": pytest.approx(errors.max()),
+    }  # fmt: skip
+    assert "ms_ssim" in fidelity_report(*random_pairs(5, 1, 176, 176)).to_json()
+
+
+def test_a_constant_image_is_reported_and_never_perfect() -> None:
+    image, reference = random_pairs(7, num_images=4)
+    image[0] = reference[0] = 200
+    image[1] = 255
+    image[2], reference[2] = 0, 1
+    report = fidelity_report(image, reference)
+    assert (report.constant_images, report.constant_references, report.identical) == (3, 2, 0)
+    scored = psnr(image, reference)[[1, 3]]
+    assert report.psnr.mean == pytest.approx(scored.mean())
+    assert report.psnr.min == pytest.approx(scored.min())
+    with pytest.raises(FoveateError, match="no pair can be scored: 1 references, and all of them have one colour"):
+        fidelity_report(image[:1], reference[:1])
+
+
+class Brightness:
+    """A judge: how far the mean levels are apart."""
+
+    name, is_error = "brightness", True
+
+    def score(self, images, references, prompts):
+        return np.abs(images.mean(axis=(1, 2, 3)) - references.mean(axis=(1, 2, 3))) / (1 if len(prompts) else 0)
+
+
+def test_a_judge_is_one_more_figure() -> None:
+    image, reference = random_pairs(8)
+    pairs = score_pairs(image, reference, ["a"] * 4, [Brightness()])
+    found = fidelity(pairs, 4, ["brightness"])
+    expected = [abs(a.mean() - b.mean()) for a, b in zip(image, reference, strict=True)]
+    assert found.to_json()["brightness"]["max"] == pytest.approx(max(expected))
+    with np.errstate(divide="ignore"), pytest.raises(FoveateError, match="brightness must give one finite value"):
+        score_pairs(image, reference, [], [Brightness()])
 
 
 def test_bad_pairs_are_refused() -> None:

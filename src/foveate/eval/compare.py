@@ -23,7 +23,8 @@ from foveate.core.policy import Policy
 from foveate.core.prompt_file import read_prompt_file
 from foveate.engine.report import Report
 from foveate.eval.compare_page import Pair, render
-from foveate.eval.fidelity import FidelityReport, fidelity_report, missing_extra, psnr, ssim
+from foveate.eval.fidelity import missing_extra, psnr, ssim
+from foveate.eval.pairs import FidelityReport, fidelity_report
 from foveate.pipeline.options import Options
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline, stack_uint8

@@ -1,4 +1,4 @@
-"""How near one set of images comes to another: PSNR, SSIM, foreground PSNR and equal bytes.
+"""How near one set of images comes to another: PSNR, foreground PSNR, SSIM, MS-SSIM and FLIP, one value per image.
 
 Fidelity compares a run with our own full run of the same randomness; it says nothing about how good an image is. All
 functions take uint8 RGB, give one value per image, and lose nothing of an image to another: statistics are taken over
@@ -10,16 +10,14 @@ Source: SSIM is Wang et al. 2004, "Image quality assessment: from error visibili
 torchmetrics computes it: gaussian window of 11 pixels, sigma 1.5, one window around every pixel with the image
 reflected at its border, mean over the colour channels. Implementations that leave the border out, as the paper does,
 give other values for the same pair. We feed torchmetrics float64, where the variance of a flat background does not
-drown in rounding.
+drown in rounding. MS-SSIM is Wang et al. 2003, "Multiscale structural similarity for image quality assessment", five
+sizes with the paper's weights, negative contrasts as zero. FLIP is Andersson et al. 2020, "FLIP: a difference evaluator
+for alternating images", by its authors' package at its default of 67 pixels per degree.
 """
-
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float32, Float64, UInt8
 from torch import Tensor
 
 from foveate.core.errors import FoveateError
@@ -28,79 +26,13 @@ PSNR_CAP_DB = 100.0
 PIXEL_RANGE = 255.0
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
+MS_SSIM_SIDE = 176
+"""The smallest side whose five halvings all hold a window, as torchmetrics counts."""
 FOREGROUND_TOLERANCE = 8
 # SSIM needs about 15 float64 maps of every image; eight 512 px images take some 0.8 GB at most.
 SSIM_BATCH = 8
 
 WHITE = (255, 255, 255)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Summary:
-    """Mean, tenth percentile and minimum of per-image values.
-
-    Attributes:
-        mean: Arithmetic mean.
-        p10: Tenth percentile, linear between the two nearest values.
-        min: Smallest value.
-    """
-
-    mean: float
-    p10: float
-    min: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FidelityReport:
-    """Fidelity of a set of images to their references.
-
-    Attributes:
-        num_images: Number of pairs.
-        psnr: PSNR over all pixels, dB.
-        ssim: Structural similarity, at most 1.
-        foreground_psnr: PSNR over the pixels that are not background, dB.
-        identical: Number of pairs with equal bytes.
-    """
-
-    num_images: int
-    psnr: Summary
-    ssim: Summary
-    foreground_psnr: Summary
-    identical: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the report as plain data, in the keys that every JSON output of this library uses."""
-        return {
-            "n": self.num_images,
-            "psnr": asdict(self.psnr),
-            "ssim": asdict(self.ssim),
-            "foreground_psnr": asdict(self.foreground_psnr),
-            "identical": self.identical,
-        }
-
-
-def summarise(values: Iterable[float]) -> Summary:
-    """Summarises per-image values.
-
-    Args:
-        values: At least one finite value.
-
-    Returns:
-        Mean, tenth percentile and minimum.
-
-    Raises:
-        FoveateError: If there is no value, or one that is not finite.
-    """
-    array = np.asarray(list(values), dtype=np.float64)
-    if array.size == 0:
-        raise FoveateError("a summary needs at least one value, got none")
-    if not np.isfinite(array).all():
-        raise FoveateError(f"a summary needs finite values, got {array[~np.isfinite(array)][0]}")
-    return Summary(
-        mean=float(array.mean()),
-        p10=float(np.percentile(array, 10, method="linear")),
-        min=float(array.min()),
-    )
 
 
 def psnr(image: UInt8[np.ndarray, "n Y X 3"], reference: UInt8[np.ndarray, "n Y X 3"]) -> Float64[np.ndarray, " n"]:
@@ -169,6 +101,74 @@ def ssim(image: UInt8[np.ndarray, "n Y X 3"], reference: UInt8[np.ndarray, "n Y 
     return np.concatenate(values).astype(np.float64)
 
 
+def ms_ssim(image: UInt8[np.ndarray, "n Y X 3"], reference: UInt8[np.ndarray, "n Y X 3"]) -> Float64[np.ndarray, " n"]:
+    """Multi-scale structural similarity of each image.
+
+    Args:
+        image: Images to judge, at least 176 pixels high and wide.
+        reference: What they should look like.
+
+    Returns:
+        Values in [0, 1]; equal images get 1.
+
+    Raises:
+        FoveateError: If the arrays do not pair up or are too small, or torchmetrics is missing.
+    """
+    _check_pair(image, reference)
+    if min(image.shape[1:3]) < MS_SSIM_SIDE:
+        size = f"{image.shape[1]} x {image.shape[2]}"
+        raise FoveateError(f"ms_ssim needs images of at least {MS_SSIM_SIDE} x {MS_SSIM_SIDE} pixels, got {size}")
+    try:
+        from torchmetrics.functional.image import multiscale_structural_similarity_index_measure  # noqa: PLC0415
+    except ImportError as error:
+        raise FoveateError(missing_extra("ms_ssim")) from error
+
+    values = []
+    for start in range(0, len(image), SSIM_BATCH):
+        batch = slice(start, start + SSIM_BATCH)
+        value = multiscale_structural_similarity_index_measure(
+            _to_planes(image[batch]),
+            _to_planes(reference[batch]),
+            sigma=SSIM_SIGMA,
+            kernel_size=SSIM_WINDOW,
+            data_range=PIXEL_RANGE,
+            reduction="none",
+        )
+        values.append(value.numpy())
+    return np.concatenate(values).astype(np.float64)
+
+
+def flip_maps(
+    image: UInt8[np.ndarray, "n Y X 3"], reference: UInt8[np.ndarray, "n Y X 3"]
+) -> Float32[np.ndarray, "n Y X"]:
+    """What somebody sees who flips between each image and its reference, per pixel.
+
+    Args:
+        image: Images to judge.
+        reference: What they should look like.
+
+    Returns:
+        Values in [0, 1], 0 where nothing is seen. The mean of a map is the FLIP error of the image.
+
+    Raises:
+        FoveateError: If the arrays do not pair up, or flip-evaluator is missing.
+    """
+    _check_pair(image, reference)
+    try:
+        from flip_evaluator import evaluate  # type: ignore[import-untyped]  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise FoveateError(missing_extra("flip", "flip-evaluator")) from error
+
+    maps = np.empty(image.shape[:3], dtype=np.float32)
+    for index, (one, other) in enumerate(zip(image, reference, strict=True)):
+        unit_one, unit_other = (np.ascontiguousarray(side, dtype=np.float32) / PIXEL_RANGE for side in (one, other))
+        found, _, _ = evaluate(
+            unit_other.astype(np.float32), unit_one.astype(np.float32), "LDR", applyMagma=False, computeMeanError=False
+        )
+        maps[index] = found[..., 0]
+    return maps
+
+
 def foreground_psnr(
     image: UInt8[np.ndarray, "n Y X 3"],
     reference: UInt8[np.ndarray, "n Y X 3"],
@@ -202,34 +202,6 @@ def foreground_psnr(
     return values
 
 
-def fidelity_report(
-    images: UInt8[np.ndarray, "n Y X 3"],
-    references: UInt8[np.ndarray, "n Y X 3"],
-    background: tuple[int, int, int] = WHITE,
-) -> FidelityReport:
-    """Compares a set of images with their references.
-
-    Args:
-        images: Images to judge.
-        references: One for each image, in the same order.
-        background: RGB of the flat background, for the foreground PSNR.
-
-    Returns:
-        All fidelity figures of the set.
-
-    Raises:
-        FoveateError: If the arrays do not pair up or are empty, or torchmetrics is missing.
-    """
-    _check_pair(images, references)
-    return FidelityReport(
-        num_images=len(images),
-        psnr=summarise(psnr(images, references)),
-        ssim=summarise(ssim(images, references)),
-        foreground_psnr=summarise(foreground_psnr(images, references, background)),
-        identical=int((images == references).all(axis=(1, 2, 3)).sum()),
-    )
-
-
 def _is_foreground(image: UInt8[np.ndarray, "Y X 3"], background: tuple[int, int, int]) -> np.ndarray:
     distance = np.abs(image.astype(np.int16) - np.asarray(background, dtype=np.int16))
     return np.asarray(distance.max(axis=-1) > FOREGROUND_TOLERANCE)
@@ -255,6 +227,6 @@ def _check_pair(image: np.ndarray, reference: np.ndarray) -> None:
         raise FoveateError("fidelity needs at least one pair of images, got none")
 
 
-def missing_extra(name: str) -> str:
+def missing_extra(name: str, package: str = "torchmetrics") -> str:
     """Says what `name` needs and how to get it."""
-    return f'{name} needs torchmetrics, which is not installed: pip install "foveate[eval]"'
+    return f'{name} needs {package}, which is not installed: pip install "foveate[eval]"'

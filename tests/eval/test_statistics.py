@@ -1,0 +1,58 @@
+"""Bootstrap intervals: what they cover, what they resample, and that they are always the same."""
+
+import numpy as np
+import pytest
+
+from foveate.eval.statistics import NUM_RESAMPLES, interval, spread
+from tests.randomness import seed_of
+
+
+def test_an_interval_of_a_mean_is_as_wide_as_theory_says() -> None:
+    values = np.random.default_rng(seed_of("bootstrap")).normal(30, 4, 200)
+    found = interval(values, 200)
+    assert found is not None
+    half = 1.96 * values.std() / np.sqrt(200)
+    assert found.low == pytest.approx(values.mean() - half, abs=0.3 * half)
+    assert found.high == pytest.approx(values.mean() + half, abs=0.3 * half)
+    wider = interval(values, 200, level=0.99)
+    assert wider is not None
+    assert wider.low < found.low < found.high < wider.high
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(seed_of("coverage"))
+    covered = 0
+    for _ in range(60):
+        found = interval(rng.normal(0, 1, 40), 40, level=0.8)
+        assert found is not None
+        covered += found.low <= 0 <= found.high
+    assert 0.6 < covered / 60 < 0.95
+
+
+def test_the_same_values_have_the_same_interval() -> None:
+    values = np.random.default_rng(1).random(12)
+    assert interval(values, 12, "p10") == interval(values.copy(), 12, "p10")
+    assert NUM_RESAMPLES >= 1000
+
+
+def test_images_of_one_prompt_count_as_one_observation() -> None:
+    of_prompts = np.random.default_rng(2).normal(0, 1, 10)
+    apart, together = interval(of_prompts, 10), interval(of_prompts.repeat(7), 10)
+    as_if_alone = interval(of_prompts.repeat(7), 70)
+    assert apart is not None
+    assert together is not None
+    assert as_if_alone is not None
+    assert (together.low, together.high) == pytest.approx((apart.low, apart.high)), "copies of an image say nothing new"
+    assert as_if_alone.high - as_if_alone.low < 0.6 * (apart.high - apart.low)
+
+
+def test_what_could_not_be_scored_is_left_out_and_one_prompt_says_nothing() -> None:
+    values = np.array([1.0, 2.0, 3.0, np.nan])
+    assert interval(values, 4) == interval(values[:3], 3)
+    assert interval([1.0, 2.0], 1) is None
+    assert interval([1.0, np.nan], 2) is None
+
+
+def test_spread() -> None:
+    found = spread(range(11))
+    assert (found.p10, found.median, found.p90) == (1, 5, 9)
