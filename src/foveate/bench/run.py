@@ -1,8 +1,6 @@
 """Runs a measurement: every size and batch in turn, all policies alternating within each."""
 
-import logging
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -22,6 +20,7 @@ from foveate.core.policy import Policy
 from foveate.families.loading import LoadedModel
 from foveate.pipeline.output import describe_precision, processor_name
 from foveate.pipeline.pipeline import Pipeline
+from foveate.pipeline.said_once import warnings_once
 
 T = TypeVar("T")
 
@@ -86,7 +85,7 @@ def run_bench(pipe: Pipeline, plan: BenchPlan, *, hides_progress: bool | None = 
     model, weights = pipe.model, weights_bytes(pipe.model)
     peak: MatmulPeak | None = None
     method: tuple[str, ...]
-    with _warnings_once():
+    with warnings_once():
         pictures = [check_workload(pipe, workload, plan.policies, num_rounds) for workload in plan.workloads]
         if plan.kind == "memory":
             meter = meter_for(model.device)
@@ -182,22 +181,3 @@ def _excluded(plan: BenchPlan) -> tuple[str, ...]:
         "loading the model",
         "encoding image files",
     )
-
-
-@contextmanager
-def _warnings_once() -> Generator[None, None, None]:
-    """Says a warning of the pipeline once, and not again in every round."""
-    seen: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        is_first = message not in seen
-        seen.add(message)
-        return is_first
-
-    logger = logging.getLogger("foveate")
-    logger.addFilter(is_new)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_new)
