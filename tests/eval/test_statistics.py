@@ -54,5 +54,5 @@ def test_what_could_not_be_scored_is_left_out_and_one_prompt_says_nothing() -> N
 
 
 def test_spread() -> None:
-    found = spread(range(11))
+    found = spread([float(value) for value in range(11)])
     assert (found.p10, found.median, found.p90) == (1, 5, 9)
