@@ -6,31 +6,19 @@ per-image values, not over pooled pixels.
 
 Axes: n images, Y rows, X columns.
 
-Source: SSIM is Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", as
-torchmetrics computes it: gaussian window of 11 pixels, sigma 1.5, one window around every pixel with the image
-reflected at its border, mean over the colour channels. Implementations that leave the border out, as the paper does,
-give other values for the same pair. We feed torchmetrics float64, where the variance of a flat background does not
-drown in rounding. MS-SSIM is Wang et al. 2003, "Multiscale structural similarity for image quality assessment", five
-sizes with the paper's weights, negative contrasts as zero. FLIP is Andersson et al. 2020, "FLIP: a difference evaluator
-for alternating images", by its authors' package at its default of 67 pixels per degree.
+Source: FLIP is Andersson et al. 2020, "FLIP: a difference evaluator for alternating images", by its authors' package at
+its default of 67 pixels per degree. SSIM and MS-SSIM: `structure`.
 """
 
 import numpy as np
-import torch
 from jaxtyping import Float32, Float64, UInt8
-from torch import Tensor
 
 from foveate.core.errors import FoveateError
+from foveate.eval.structure import SMALLEST_SIDE, WINDOW, multiscale_structural, structural
 
 PSNR_CAP_DB = 100.0
 PIXEL_RANGE = 255.0
-SSIM_WINDOW = 11
-SSIM_SIGMA = 1.5
-MS_SSIM_SIDE = 176
-"""The smallest side whose five halvings all hold a window, as torchmetrics counts."""
 FOREGROUND_TOLERANCE = 8
-# SSIM needs about 15 float64 maps of every image; eight 512 px images take some 0.8 GB at most.
-SSIM_BATCH = 8
 
 WHITE = (255, 255, 255)
 
@@ -46,20 +34,15 @@ def psnr(image: UInt8[np.ndarray, "n Y X 3"], reference: UInt8[np.ndarray, "n Y 
         dB, at most 100 (which equal images get).
 
     Raises:
-        FoveateError: If the arrays do not pair up, or torchmetrics is missing.
+        FoveateError: If the arrays do not pair up.
     """
     _check_pair(image, reference)
-    try:
-        from torchmetrics.functional.image import peak_signal_noise_ratio  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise FoveateError(missing_extra("psnr")) from error
-
-    # Image by image: a float64 copy of the whole set would take eight times its bytes, twice.
-    values = [
-        peak_signal_noise_ratio(_to_planes(one[None]), _to_planes(other[None]), data_range=PIXEL_RANGE).item()
-        for one, other in zip(image, reference, strict=True)
-    ]
-    return np.minimum(np.asarray(values, dtype=np.float64), PSNR_CAP_DB)
+    return np.asarray(
+        [
+            _decibel(float(np.square(_signed(one) - _signed(other)).mean()))
+            for one, other in zip(image, reference, strict=True)
+        ]
+    )
 
 
 def ssim(image: UInt8[np.ndarray, "n Y X 3"], reference: UInt8[np.ndarray, "n Y X 3"]) -> Float64[np.ndarray, " n"]:
@@ -73,32 +56,13 @@ def ssim(image: UInt8[np.ndarray, "n Y X 3"], reference: UInt8[np.ndarray, "n Y 
         Values of at most 1, which equal images get.
 
     Raises:
-        FoveateError: If the arrays do not pair up or are too small, or torchmetrics is missing.
+        FoveateError: If the arrays do not pair up or are too small.
     """
     _check_pair(image, reference)
-    if min(image.shape[1:3]) < SSIM_WINDOW:
+    if min(image.shape[1:3]) < WINDOW:
         size = f"{image.shape[1]} x {image.shape[2]}"
-        raise FoveateError(f"ssim needs images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got {size}")
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise FoveateError(missing_extra("ssim")) from error
-
-    values = []
-    for start in range(0, len(image), SSIM_BATCH):
-        batch = slice(start, start + SSIM_BATCH)
-        value = structural_similarity_index_measure(
-            _to_planes(image[batch]),
-            _to_planes(reference[batch]),
-            gaussian_kernel=True,
-            sigma=SSIM_SIGMA,
-            kernel_size=SSIM_WINDOW,
-            data_range=PIXEL_RANGE,
-            reduction="none",
-        )
-        assert isinstance(value, Tensor), "torchmetrics gives a pair only when asked for more than the index"
-        values.append(value.numpy())
-    return np.concatenate(values).astype(np.float64)
+        raise FoveateError(f"ssim needs images of at least {WINDOW} x {WINDOW} pixels, got {size}")
+    return np.asarray([structural(one, other) for one, other in zip(image, reference, strict=True)])
 
 
 def ms_ssim(image: UInt8[np.ndarray, "n Y X 3"], reference: UInt8[np.ndarray, "n Y X 3"]) -> Float64[np.ndarray, " n"]:
@@ -112,30 +76,13 @@ def ms_ssim(image: UInt8[np.ndarray, "n Y X 3"], reference: UInt8[np.ndarray, "n
         Values in [0, 1]; equal images get 1.
 
     Raises:
-        FoveateError: If the arrays do not pair up or are too small, or torchmetrics is missing.
+        FoveateError: If the arrays do not pair up or are too small.
     """
     _check_pair(image, reference)
-    if min(image.shape[1:3]) < MS_SSIM_SIDE:
+    if min(image.shape[1:3]) < SMALLEST_SIDE:
         size = f"{image.shape[1]} x {image.shape[2]}"
-        raise FoveateError(f"ms_ssim needs images of at least {MS_SSIM_SIDE} x {MS_SSIM_SIDE} pixels, got {size}")
-    try:
-        from torchmetrics.functional.image import multiscale_structural_similarity_index_measure  # noqa: PLC0415
-    except ImportError as error:
-        raise FoveateError(missing_extra("ms_ssim")) from error
-
-    values = []
-    for start in range(0, len(image), SSIM_BATCH):
-        batch = slice(start, start + SSIM_BATCH)
-        value = multiscale_structural_similarity_index_measure(
-            _to_planes(image[batch]),
-            _to_planes(reference[batch]),
-            sigma=SSIM_SIGMA,
-            kernel_size=SSIM_WINDOW,
-            data_range=PIXEL_RANGE,
-            reduction="none",
-        )
-        values.append(value.numpy())
-    return np.concatenate(values).astype(np.float64)
+        raise FoveateError(f"ms_ssim needs images of at least {SMALLEST_SIDE} x {SMALLEST_SIDE} pixels, got {size}")
+    return np.asarray([multiscale_structural(one, other) for one, other in zip(image, reference, strict=True)])
 
 
 def flip_maps(
@@ -197,7 +144,7 @@ def foreground_psnr(
         counts_YX = _is_foreground(one, background) | _is_foreground(other, background)
         if not counts_YX.any():
             counts_YX = np.ones_like(counts_YX)
-        error = one[counts_YX].astype(np.float64) - other[counts_YX].astype(np.float64)
+        error = _signed(one[counts_YX]) - _signed(other[counts_YX])
         values[index] = _decibel(float(np.square(error).mean()))
     return values
 
@@ -213,8 +160,8 @@ def _decibel(mean_square: float) -> float:
     return min(PSNR_CAP_DB, float(10 * np.log10(PIXEL_RANGE**2 / mean_square)))
 
 
-def _to_planes(images: UInt8[np.ndarray, "n Y X 3"]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).double()
+def _signed(levels: np.ndarray) -> np.ndarray:
+    return levels.astype(np.float64)
 
 
 def _check_pair(image: np.ndarray, reference: np.ndarray) -> None:
@@ -227,6 +174,6 @@ def _check_pair(image: np.ndarray, reference: np.ndarray) -> None:
         raise FoveateError("fidelity needs at least one pair of images, got none")
 
 
-def missing_extra(name: str, package: str = "torchmetrics") -> str:
+def missing_extra(name: str, package: str) -> str:
     """Says what `name` needs and how to get it."""
     return f'{name} needs {package}, which is not installed: pip install "foveate[eval]"'

@@ -15,9 +15,10 @@ import numpy as np
 from jaxtyping import UInt8
 
 from foveate.core.errors import FoveateError
-from foveate.eval.fidelity import MS_SSIM_SIDE, WHITE, flip_maps, foreground_psnr, ms_ssim, psnr, ssim
+from foveate.eval.fidelity import WHITE, flip_maps, foreground_psnr, ms_ssim, psnr, ssim
 from foveate.eval.judges import Judge
 from foveate.eval.statistics import LEVEL, ErrorSummary, Interval, Summary, interval, summarise, summarise_errors
+from foveate.eval.structure import SMALLEST_SIDE
 
 SCORES = ("psnr", "foreground_psnr", "ssim", "ms_ssim")
 """Of which more is better."""
@@ -126,7 +127,7 @@ def score_pairs(
             extra `eval` is missing.
     """
     flat, flat_reference = _is_constant(images), _is_constant(references)
-    is_large = min(images.shape[1:3]) >= MS_SSIM_SIDE
+    is_large = min(images.shape[1:3]) >= SMALLEST_SIDE
     columns: dict[str, list[Any]] = {
         "psnr": psnr(images, references).tolist(),
         "foreground_psnr": foreground_psnr(images, references, background).tolist(),

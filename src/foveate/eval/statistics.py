@@ -75,11 +75,21 @@ class Interval:
     high: float
 
 
+def _percentile(share: float) -> Statistic:
+    """A percentile, linear between values; NumPy's that leaves NaN out takes a hundred times as long."""
+
+    def found(values: np.ndarray) -> np.ndarray:
+        take = np.nanpercentile if np.isnan(values).any() else np.percentile
+        return np.asarray(take(values, share, axis=-1))
+
+    return found
+
+
 STATISTICS: Mapping[str, Statistic] = {
     "mean": functools.partial(np.nanmean, axis=-1),
-    "median": functools.partial(np.nanpercentile, q=50, axis=-1),
-    "p10": functools.partial(np.nanpercentile, q=10, axis=-1),
-    "p90": functools.partial(np.nanpercentile, q=90, axis=-1),
+    "median": _percentile(50.0),
+    "p10": _percentile(10.0),
+    "p90": _percentile(90.0),
     "min": functools.partial(np.nanmin, axis=-1),
     "max": functools.partial(np.nanmax, axis=-1),
 }
