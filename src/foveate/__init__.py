@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from foveate.core.errors import Cancelled as Cancelled
     from foveate.core.errors import FoveateError as FoveateError
     from foveate.eval.compare import compare as compare
+    from foveate.eval.sweep import sweep as sweep
     from foveate.pipeline.fit_budget import fit_budget as fit_budget
     from foveate.pipeline.guard import Guard as Guard
     from foveate.pipeline.options import CallOptions as CallOptions
@@ -69,6 +70,7 @@ _HOMES = {
     "compare": "foveate.eval.compare",
     "fit_budget": "foveate.pipeline.fit_budget",
     "load_policy": "foveate.policies.registry",
+    "sweep": "foveate.eval.sweep",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604 - a list of strings, made from the table above

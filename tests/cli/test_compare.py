@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from foveate.cli.compare import BUILT_IN_CLASSES, BUILT_IN_PROMPTS
+from foveate.cli.study import BUILT_IN_CLASSES, BUILT_IN_PROMPTS
 from foveate.conditioning.label import class_index
 from foveate.core.errors import FoveateError
-from foveate.eval.compare import FIGURES, compare
+from foveate.eval.bounds import FIGURES, WITH_INTERVAL
+from foveate.eval.compare import compare
 from foveate.families.published import PUBLISHED
 from foveate.pipeline.pipeline import Pipeline
 from tests.pipeline.test_precision import SMALL
@@ -66,24 +67,30 @@ def test_what_a_comparison_sets_is_not_an_option(toy_pipe: Pipeline) -> None:
 @pytest.mark.soak
 def test_a_model_of_classes_draws_classes(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PUBLISHED, "var-d16", replace(PUBLISHED["var-d16"], spec=SMALL["var"]))
-    monkeypatch.setattr("foveate.cli.compare.BUILT_IN_CLASSES", BUILT_IN_CLASSES[:2])
+    monkeypatch.setattr("foveate.cli.study_run.BUILT_IN_CLASSES", BUILT_IN_CLASSES[:2])
     ran = run("compare", "-p", "skip-scales", "-m", "var-d16", "--weights", "random", "--runs", 1, "--json")
     assert ran.code == 0, ran.err
     assert [row["prompt"] for row in ran.data["images"]] == list(BUILT_IN_CLASSES[:2])
     assert len({class_index(name) for name in BUILT_IN_CLASSES}) == 16
 
 
-def test_help_names_every_figure_and_exit_code(run: Callable[..., Any]) -> None:
-    text = run("compare", "--help").out.partition("Figures for --fail-if:")[2]
+@pytest.mark.parametrize("command", ["compare", "sweep"])
+def test_help_names_every_figure_and_exit_code(run: Callable[..., Any], command: str) -> None:
+    text = run(command, "--help").out.partition("Figures of bounds:")[2]
     figures, _, codes = text.partition("Exit codes:")
-    assert set(re.findall(r"[a-z_.0-9]+", figures)) == set(FIGURES)
+    listed = figures.partition("Those of images")[0]
+    named = set(re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)*", listed)) - {"each", "also", "with", "and", "behind", "it"}
+    spreads = {f"speedup.{part}.{end}" for part in ("transformer", "decoder", "end_to_end") for end in ("p10", "p90")}
+    assert (named - {"p10", "p90"}) | spreads == set(FIGURES)
     assert re.findall(r"\d+", codes) == ["0", "1", "2", "130", "143"]
 
 
 def test_every_figure_can_be_bounded(toy_pipe: Pipeline) -> None:
-    report = compare(toy_pipe, "full", ["a cat"], runs=1)
-    assert set(report.figures()) == set(FIGURES)
-    assert all(report.check(f"{name} >= 0") for name in FIGURES)
+    report = compare(toy_pipe, "full", ["a cat", "a dog"], runs=1, controls=True)
+    assert set(FIGURES) <= set(report.figures())
+    ends = {f"{name}{end}" for name in WITH_INTERVAL for end in (".low", ".high")}
+    assert set(report.figures()) == set(FIGURES) | ends
+    assert all(report.check(f"{name} >= -1e9") for name in (*FIGURES, *ends))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +103,12 @@ def test_every_figure_can_be_bounded(toy_pipe: Pipeline) -> None:
         (["-p", "full", "--seeds", "0"], ["--seeds must be 1 or more"]),
         (["-p", "full", "--fail-if", "ssim is low"], ["a bound is written like"]),
         (["-p", "full", "--fail-if", "beauty < 1"], ["no figure 'beauty'"]),
-        (["-p", "full", "--html", "."], ["is a folder"]),
+        (["-p", "full", "--html", "."], ["--html must be a file, . is a folder"]),
+        (["-p", "full", "--csv", "a", "--html", "a"], ["--html and --csv name the same file"]),
+        (["-p", "full", "--fail-if", "depthvar psnr.mean < 1"], ["depthvar is not compared; there are full"]),
+        (["-p", "full", "--fail-if", "beats_controls_by_db < 1"], ["there are no controls; add --controls"]),
+        (["-p", "full", "--judge", "none"], ["no judge 'none'", "or name one as module:name"]),
+        (["-p", "full", "--judge", "foveate.eval.judges:GROUP"], ["cannot"]),
     ],
 )
 def test_refusals(run: Callable[..., Any], tmp_path: Path, arguments: list[str], parts: list[str]) -> None:

@@ -50,7 +50,7 @@ def test_flags_on_top_and_in_a_section_both_apply(
     assert (seen["num_images_per_prompt"], seen["top_k"], seen["quiet"]) == (2, 9, True)
     assert run("compare", "--config", "c.yaml").code == 0
     assert (seen["model"], seen["guidance_scale"], seen["seed"]) == ("toy", 3.0, 5)
-    assert (seen["policy"], seen["runs"], seen["quiet"]) == ("drop-branch", 5, True)
+    assert (seen["policy"], seen["runs"], seen["quiet"]) == (["drop-branch"], 5, True)
 
 
 def test_values_are_what_is_written(run: Callable[..., Any], config: Callable[[str], None], seen: Seen) -> None:
@@ -76,7 +76,7 @@ def test_anchors_are_merged_and_may_be_overridden(
 ) -> None:
     config("generate: &base {seed: 1, policy: full}\ncompare:\n  <<: *base\n  seed: 2\n")
     assert run("compare", "--config", "c.yaml").code == 0
-    assert (seen["policy"], seen["seed"]) == ("full", 2)
+    assert (seen["policy"], seen["seed"]) == (["full"], 2)
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,6 @@ def test_compare_keeps_an_earlier_report_and_what_it_measured(
     def refuse(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("foveate.eval.compare.write_text", refuse)
+    monkeypatch.setattr("foveate.viz.page.render", refuse)
     ran = run(*command, "--json")
     assert (ran.code, ran.data["identical"], ran.err) == (2, 1, "foveate: No space left on device\n")

@@ -21,7 +21,8 @@ INTERRUPTED = 130
 
 _COMMANDS = {
     "generate": "Generate images from prompts.",
-    "compare": "Compare a policy with another one: image fidelity and speedup.",
+    "compare": "Compare policies with another one: image fidelity and speedup.",
+    "sweep": "Compare a policy at many settings, and plot the frontier.",
     "bench": "Measure time, throughput or memory of policies, or write a profile of this machine.",
     "policies": "List the policies, their fields and presets.",
     "models": "List the models by name.",
@@ -29,16 +30,27 @@ _COMMANDS = {
     "convert": "Rewrite a published checkpoint as safetensors, with a manifest of hashes.",
 }
 
+# Written out, as the module that defines the figures imports torch; a test compares them.
+_FIGURES = """Figures of bounds:
+  psnr.mean, psnr.p10, psnr.min, foreground_psnr.mean, foreground_psnr.p10, foreground_psnr.min,
+  ssim.mean, ssim.p10, ssim.min, ms_ssim.mean, ms_ssim.p10, ms_ssim.min, flip.mean, flip.p90, flip.max,
+  speedup.transformer, speedup.decoder, speedup.end_to_end, each also with .p10 and .p90 behind it,
+  latency_ms.median, latency_ms.p10, latency_ms.p90, transformer_ms.median, transformer_ms.p10, transformer_ms.p90,
+  flops_ratio, beats_controls_by_db, yardstick_psnr, identical, constant.images, constant.references, n, runs
+Those of images and the medians of speedups also with .low and .high behind them, the ends of their 95 % interval;
+judges add their name with .mean, .p10 and .min, or .mean, .p90 and .max where less is better."""
+
 _EPILOGUES = {
     "generate": """Examples:
   foveate generate "green apple" owl --seed 7,8 --policy ld-pruning -o out/
   foveate generate --from out/owl-8.png""",
-    # Written out, as the module that defines the figures imports torch; a test compares them.
-    "compare": """Figures for --fail-if:
-  psnr.mean, psnr.p10, psnr.min, ssim.mean, ssim.p10, ssim.min,
-  foreground_psnr.mean, foreground_psnr.p10, foreground_psnr.min,
-  speedup.transformer, speedup.decoder, speedup.end_to_end,
-  flops_ratio, yardstick_psnr, identical, n, runs
+    "compare": f"""{_FIGURES}
+
+Exit codes: 0, 1 if a --fail-if holds, 2 bad usage or input, 130 interrupted, 143 terminated.""",
+    "sweep": f"""Example:
+  foveate sweep -p ld-pruning --over energy_share=0.8..0.95:0.05 --over sats=true,false --controls --plot frontier.png
+
+{_FIGURES}
 
 Exit codes: 0, 1 if a --fail-if holds, 2 bad usage or input, 130 interrupted, 143 terminated.""",
 }

@@ -1,244 +1,137 @@
-"""A policy against another one, mostly the full run: how much faster, how alike, how many FLOPs; from one process.
+"""Policies against a reference, mostly the full run: how much faster, how alike, how many FLOPs; from one process.
 
-Both run alternating (A B A B ...) after a warm-up, so that a machine that slows down slows both. Times are medians over
-the runs; images have the same keyed randomness. The yardstick is the PSNR between two seeds of the full run: a
-method below it changes as much as a new seed does.
+All run in turns (`eval.measure`) after a warm-up. Images have the same keyed randomness. The yardstick is the full run
+with another seed: a policy below it changes an image as much as a new seed does.
 """
 
-import json
-import operator
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 
-from foveate.core.atomic import write_text
-from foveate.core.errors import FoveateError, unknown
+from foveate.core.errors import FoveateError
 from foveate.core.policy import Policy
 from foveate.core.prompt_file import read_prompt_file
-from foveate.engine.report import Report
-from foveate.eval.compare_page import Pair, render
-from foveate.eval.fidelity import missing_extra, psnr, ssim
-from foveate.eval.pairs import FidelityReport, fidelity_report
+from foveate.eval.controls import ANOTHER_SEED, Contest, beats, valid_controls
+from foveate.eval.fidelity import missing_extra
+from foveate.eval.judges import Judge
+from foveate.eval.measure import Readings, Setup, Side, Sides, complete_batches, measure, num_sessions, read
+from foveate.eval.pairs import FidelityReport, fidelity
+from foveate.eval.report import ComparisonReport, ImageRow, PolicyResult, Reference, ShownImage, Speedup, Timing
+from foveate.eval.statistics import interval, spread
+from foveate.eval.store import Store, open_store
 from foveate.pipeline.options import Options
-from foveate.pipeline.output import PipelineOutput
-from foveate.pipeline.pipeline import Pipeline, stack_uint8
+from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import load_policy
+from foveate.viz.page_data import Role
 
-_CHECK = re.compile(r"\s*([a-z_]+(?:\.[a-z0-9_]+)?)\s*(>=|<=|==|>|<)\s*(-?\d+(?:\.\d+)?)\s*")
-_OPERATORS = {">=": operator.ge, "<=": operator.le, "==": operator.eq, ">": operator.gt, "<": operator.lt}
+MOST_SHOWN = 32
+"""Images of a policy that a report keeps for its page, the worst ones."""
 
-STATISTICS = ("mean", "p10", "min")
-FIGURES = (
-    "n", *(f"{name}.{part}" for name in ("psnr", "ssim", "foreground_psnr") for part in STATISTICS), "identical",
-    "yardstick_psnr", *(f"speedup.{part}" for part in ("transformer", "decoder", "end_to_end")), "flops_ratio", "runs",
-)  # fmt: skip
-"""Every number that a bound can be about, by its dotted name."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FigureBound:
-    """A condition on one figure, such as `ssim.p10 >= 0.88`."""
-
-    figure: str
-    comparison: str
-    limit: float
-
-    @classmethod
-    def parse(cls, text: str) -> "FigureBound":
-        """Reads a bound.
-
-        Raises:
-            FoveateError: It is not written as figure, comparison, number, or there is no such figure.
-        """
-        match = _CHECK.fullmatch(text)
-        if match is None:
-            raise FoveateError(f'a bound is written like "ssim.p10 >= 0.88", got {text!r}')
-        if match[1] not in FIGURES:
-            raise unknown("figure", match[1], FIGURES)
-        return cls(figure=match[1], comparison=match[2], limit=float(match[3]))
-
-    def holds(self, figures: Mapping[str, float]) -> bool:
-        """Whether it is true of these figures."""
-        return bool(_OPERATORS[self.comparison](figures[self.figure], self.limit))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Speedup:
-    """How many times faster the policy is than what it is compared with: median over median."""
-
-    transformer: float
-    decoder: float
-    end_to_end: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImageRow:
-    """One image of the comparison."""
-
-    prompt: str
-    seed: int
-    psnr: float
-    ssim: float
-    is_identical: bool
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class ComparisonReport:
-    """What a comparison found; `pictures` and `references` are uint8 (n, height, width, 3)."""
-
-    policy: str
-    against: str
-    fidelity: FidelityReport
-    yardstick_psnr: float
-    speedup: Speedup
-    flops_ratio: float
-    runs: int
-    rows: tuple[ImageRow, ...]
-    config: dict[str, Any]
-    pictures: np.ndarray
-    references: np.ndarray
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data in the keys that every JSON output of this library uses."""
-        return {
-            **self.fidelity.to_json(),
-            "yardstick_psnr": self.yardstick_psnr,
-            "speedup": asdict(self.speedup),
-            "flops_ratio": self.flops_ratio,
-            "policy": self.policy,
-            "against": self.against,
-            "runs": self.runs,
-            "images": [asdict(row) for row in self.rows],
-            "config": self.config,
-        }
-
-    def check(self, bound: str) -> bool:
-        """Whether a bound such as `ssim.p10 >= 0.88` holds.
-
-        Raises:
-            FoveateError: The bound is not written as figure, comparison, number, or there is no such figure.
-        """
-        return FigureBound.parse(bound).holds(self.figures())
-
-    def figures(self) -> dict[str, float]:
-        """The values of `FIGURES`."""
-        found: dict[str, float] = {}
-        for name, value in self.to_json().items():
-            if isinstance(value, dict) and name != "config":
-                found |= {f"{name}.{part}": float(number) for part, number in value.items()}
-            elif isinstance(value, int | float):
-                found[name] = float(value)
-        return found
-
-    def to_html(self, path: str | Path) -> Path:
-        """Writes one self-contained page; returns its path."""
-        pairs = [
-            Pair(
-                title=f"{row.prompt} (seed {row.seed})",
-                note="identical" if row.is_identical else f"PSNR {row.psnr:.1f} dB, SSIM {row.ssim:.3f}",
-                reference=reference,
-                picture=picture,
-            )
-            for row, reference, picture in zip(self.rows, self.references, self.pictures, strict=True)
-        ]
-        figures = {name: _printed(value) for name, value in self.figures().items()}
-        page = render(self.policy, self.against, figures, pairs, json.dumps(self.config, indent=1))
-        write_text(path, page)
-        return Path(path)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Side:
-    """One policy's pass over all prompts."""
-
-    pictures: np.ndarray
-    seeds: tuple[int, ...]
-    prompts: tuple[str, ...]
-    reports: tuple[Report, ...]
-    config: dict[str, Any]
-
-    def ms(self, part: str) -> float:
-        return float(sum(getattr(report.ms, part) for report in self.reports))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Work:
-    """What both sides generate: the batches of prompts, images per prompt, the first seed, and the other options."""
-
-    chunks: list[list[str]]
-    seeds: int
-    first_seed: int
-    options: Options
-
-
-_SET_HERE = ("policy", "seed", "generator", "num_images_per_prompt", "output_type")
+_PARTS = {"transformer": "transformer", "decoder": "decoder", "end_to_end": "total"}
 
 
 def compare(  # noqa: PLR0913 - what is generated, how it is judged, and how it is timed
     pipe: Pipeline,
-    policy: str | Path | Policy,
+    policy: str | Path | Policy | Sequence[str | Path | Policy],
     prompts: str | Path | Sequence[str],
     seeds: int = 1,
     against: str | Path | Policy = "full",
     *,
+    controls: bool = False,
     runs: int = 3,
     first_seed: int = 0,
-    batch_size: int = 8,
+    batch_size: int = 1,
     options: Options | None = None,
+    judges: Sequence[Judge] = (),
+    store: str | Path | None = None,
+    hides_progress: bool | None = None,
 ) -> ComparisonReport:
-    """Compares two policies on the same prompts and seeds.
+    """Compares any number of policies with a reference, on the same prompts and seeds.
 
     Args:
         pipe: The model.
-        policy: What is judged.
+        policy: What is judged, one policy or several.
         prompts: Texts, or a file with one prompt a line.
         seeds: Images per prompt, from `first_seed` on.
-        against: What it is judged by.
-        runs: How often each side is timed, at least once.
+        against: The reference.
+        controls: Whether trivial baselines run in the same turns, so that the report says by how much they are beaten.
+        runs: How often every batch is timed, at least once.
         first_seed: Of every prompt.
-        batch_size: Images generated as one batch at most (never less than one prompt's images).
+        batch_size: Images generated as one call at most (never less than one prompt's images). Ratios of time are
+            formed per call.
         options: Other options of every call, such as width and height or guidance_scale; a negative prompt is one text.
+        judges: Who else scores every image.
+        store: Folder that keeps every measurement; the same call goes on there after an interruption, and more policies
+            or runs may be added. None keeps them until the report is made.
+        hides_progress: False shows progress and the time left on stderr, True hides it, None shows it only where that
+            is a terminal.
+
+    Returns:
+        Figures of every policy; after Ctrl-C those of the prompts that were complete, and `missing_prompts` says so.
 
     Raises:
-        FoveateError: No prompts, an option that the comparison sets itself, fewer than one run or seed, torchmetrics is
-            missing, or what the pipeline refuses.
+        FoveateError: No prompts, an option that the comparison sets itself, fewer than one run or seed, flip-evaluator
+            is missing, a store of other settings, or what the pipeline refuses.
+        KeyboardInterrupt: Ctrl-C before the first prompt was complete.
     """
-    for name, value in (("seeds", seeds), ("runs", runs), ("batch_size", batch_size)):
-        if value < 1:
-            raise FoveateError(f"{name} must be 1 or more, got {value}")
-    taken = [name for name in _SET_HERE if name in (options or {})]
-    if taken:
-        raise FoveateError(f"a comparison sets {', '.join(taken)} itself; leave it out of options")
     refuse_without_extra()
-    texts = read_prompts(prompts)
-    sides = (load_policy(policy), load_policy(against))
-    per_batch = max(batch_size // seeds, 1)
-    chunks = [texts[i : i + per_batch] for i in range(0, len(texts), per_batch)]
-    work = _Work(chunks=chunks, seeds=seeds, first_seed=first_seed, options=options or {})
-    for side in sides:
-        _side(pipe, side, replace(work, chunks=chunks[:1]))
-    timed: tuple[list[_Side], list[_Side]] = ([], [])
-    for _ in range(runs):
-        for side, passes in zip(sides, timed, strict=True):
-            passes.append(_side(pipe, side, work))
-    yardstick = _yardstick(pipe, work, timed[1][0] if sides[1].spec == "full" else None)
-    return _report(sides, timed, yardstick)
+    several = [policy] if isinstance(policy, str | Path | Policy) else list(policy)
+    setup = Setup(
+        prompts=tuple(read_prompts(prompts)),
+        seeds=seeds,
+        first_seed=first_seed,
+        against=load_policy(against),
+        runs=runs,
+        batch_size=batch_size,
+        options=options or {},
+        judges=tuple(judges),
+    )
+    place = None if store is None else Path(store)
+    policies = [load_policy(one) for one in several]
+    return compare_policies(pipe, policies, setup, place, has_controls=controls, hides_progress=hides_progress)
+
+
+def compare_policies(
+    pipe: Pipeline,
+    policies: Sequence[Policy],
+    setup: Setup,
+    folder: Path | None,
+    *,
+    has_controls: bool = False,
+    hides_progress: bool | None = None,
+) -> ComparisonReport:
+    """`compare` with everything read and checked."""
+    if not policies:
+        raise FoveateError("a comparison needs at least one policy, got none")
+    spec, model = pipe.model.spec, pipe.model
+    schedule = setup.job(spec).schedule
+    rivals = valid_controls(schedule, model.transformer.shape, model.dtype) if has_controls else []
+    sides = Sides.of([*policies, *rivals], setup)
+    config = setup.config(spec, model)
+    with _store(folder, config) as store:
+        measure(pipe, sides, setup, store, hides_progress=hides_progress)
+        batches = complete_batches(sides, setup, store)
+        if not batches:
+            raise KeyboardInterrupt
+        return _Reader(setup=setup, sides=sides, store=store, batches=batches).report(
+            {policy.fingerprint for policy in policies}, {policy.fingerprint for policy in rivals}, config["generation"]
+        )
 
 
 def refuse_without_extra() -> None:
     """Refuses what is missing before anything is loaded or generated.
 
     Raises:
-        FoveateError: torchmetrics is not installed.
+        FoveateError: flip-evaluator is not installed.
     """
-    if find_spec("torchmetrics") is None:
-        raise FoveateError(missing_extra("a comparison"))
+    if find_spec("flip_evaluator") is None:
+        raise FoveateError(missing_extra("a comparison", "flip-evaluator"))
 
 
 def read_prompts(prompts: str | Path | Sequence[str]) -> list[str]:
@@ -253,61 +146,127 @@ def read_prompts(prompts: str | Path | Sequence[str]) -> list[str]:
     return texts
 
 
-def _side(pipe: Pipeline, policy: Policy, work: _Work) -> _Side:
-    call: Options = {
-        **work.options,
-        "num_images_per_prompt": work.seeds,
-        "seed": work.first_seed,
-        "policy": policy,
-        "output_type": "np",
-    }
-    outputs: list[PipelineOutput] = [pipe(texts, **call) for texts in work.chunks]
-    return _Side(
-        pictures=np.concatenate([stack_uint8(output.images) for output in outputs]),
-        seeds=tuple(seed for output in outputs for seed in output.seeds),
-        prompts=tuple(prompt for output in outputs for prompt in output.prompts),
-        reports=tuple(output.report for output in outputs),
-        config=outputs[0].config,
-    )
+@contextmanager
+def _store(folder: Path | None, config: Mapping[str, Any]) -> Iterator[Store]:
+    """The store of a folder, or one that goes when the report is made."""
+    if folder is not None:
+        with open_store(folder, config) as store:
+            yield store
+        return
+    with tempfile.TemporaryDirectory(prefix="foveate-") as name, open_store(Path(name) / "store", config) as store:
+        yield store
 
 
-def _yardstick(pipe: Pipeline, work: _Work, full: _Side | None) -> float:
-    """Mean PSNR between two seeds of the full run of a prompt; uses images that exist where it can."""
-    policy = load_policy("full")
-    first = full or _side(pipe, policy, work)
-    if work.seeds > 1:
-        return float(psnr(first.pictures[0 :: work.seeds], first.pictures[1 :: work.seeds]).mean())
-    other = _side(pipe, policy, replace(work, first_seed=work.first_seed + 1))
-    return float(psnr(first.pictures, other.pictures).mean())
+class _Reader:
+    """Makes a report of what a store has."""
 
+    def __init__(self, *, setup: Setup, sides: Sides, store: Store, batches: Sequence[int]) -> None:
+        self.setup, self.sides, self.store = setup, sides, store
+        self.batches = tuple(batches)
+        self.prompts = [prompt for batch in self.batches for prompt in setup.batches[batch]]
+        self.errors = [judge.name for judge in setup.judges if judge.is_error]
+        self.sessions = num_sessions(store, sides, self.batches)
 
-def _report(sides: tuple[Policy, Policy], timed: tuple[list[_Side], list[_Side]], yardstick: float) -> ComparisonReport:
-    ours, reference = timed[0][0], timed[1][0]
-    parts = ("transformer", "decoder", "total")
-    ours_ms, reference_ms = ({part: median(p.ms(part) for p in passes) for part in parts} for passes in timed)
-    speedup = {part: reference_ms[part] / max(ours_ms[part], 1e-9) for part in parts}
-    values = zip(
-        ours.prompts,
-        ours.seeds,
-        psnr(ours.pictures, reference.pictures).tolist(),
-        ssim(ours.pictures, reference.pictures).tolist(),
-        (ours.pictures == reference.pictures).all(axis=(1, 2, 3)).tolist(),
-        strict=True,
-    )
-    return ComparisonReport(
-        policy=sides[0].spec,
-        against=sides[1].spec,
-        fidelity=fidelity_report(ours.pictures, reference.pictures),
-        yardstick_psnr=yardstick,
-        speedup=Speedup(transformer=speedup["transformer"], decoder=speedup["decoder"], end_to_end=speedup["total"]),
-        flops_ratio=sum(r.flops_run for r in ours.reports) / sum(r.flops_full for r in ours.reports),
-        runs=len(timed[0]),
-        rows=tuple(ImageRow(prompt=t, seed=s, psnr=p, ssim=m, is_identical=i) for t, s, p, m, i in values),
-        config={key: value for key, value in ours.config.items() if key not in ("prompts", "seeds", "policy")},
-        pictures=ours.pictures,
-        references=reference.pictures,
-    )
+    def report(self, asked: set[str], rivals: set[str], config: Mapping[str, Any]) -> ComparisonReport:
+        """Everything; by fingerprint, `asked` are the policies in question and `rivals` the settings of controls."""
+        reference = self._read(self.sides.reference)
+        yardstick = self._fidelity(self._read(self.sides.other_seed))
+        results = [self._result(side, asked) for side in self.sides.policies]
+        if rivals:
+            results = self._with_beats(results, rivals, reference)
+        return ComparisonReport(
+            policies=tuple(result for result in results if result.role is Role.POLICY),
+            controls=tuple(result for result in results if result.role is Role.CONTROL),
+            reference=Reference(
+                policy=self.setup.against.spec,
+                timing=self._timing(reference),
+                flops_ratio=reference.flops_ratio,
+                judged=self._fidelity(reference) if reference.pairs else None,
+            ),
+            yardstick=yardstick,
+            config=config,
+            sessions=self.sessions,
+            missing_prompts=len(self.setup.prompts) - len(self.prompts),
+        )
 
+    def _read(self, side: Side) -> Readings:
+        return read(self.store, side, self.sides.reference, self.batches)
 
-def _printed(value: float) -> str:
-    return f"{value:.4g}"
+    def _fidelity(self, readings: Readings) -> FidelityReport:
+        return fidelity(readings.pairs, len(self.prompts), self.errors)
+
+    def _result(self, side: Side, asked: set[str]) -> PolicyResult:
+        readings = self._read(side)
+        seeds = range(self.setup.first_seed, self.setup.first_seed + self.setup.seeds)
+        names = [(prompt, seed) for prompt in self.prompts for seed in seeds]
+        rows = tuple(
+            ImageRow(prompt=prompt, seed=seed, scores=scores)
+            for (prompt, seed), scores in zip(names, readings.pairs, strict=True)
+        )
+        return PolicyResult(
+            policy=side.policy.spec,
+            fingerprint=side.policy.fingerprint,
+            role=Role.POLICY if side.policy.fingerprint in asked else Role.CONTROL,
+            fidelity=self._fidelity(readings),
+            timing=self._timing(readings),
+            flops_ratio=readings.flops_ratio,
+            beats=None,
+            rows=rows,
+            shown=self._shown(side, rows),
+        )
+
+    def _shown(self, side: Side, rows: Sequence[ImageRow]) -> tuple[ShownImage, ...]:
+        places = [i for batch in self.batches for i in self._places(batch)]
+        worst = sorted(range(len(rows)), key=lambda i: rows[i].psnr)[:MOST_SHOWN]
+        return tuple(
+            ShownImage(
+                row=rows[i],
+                picture=self.store.image(side.key, places[i]),
+                reference=self.store.image(side.judged_by, places[i]),
+                maps=self.store.maps(side.key, places[i]),
+            )
+            for i in sorted(worst)
+        )
+
+    def _places(self, batch: int) -> range:
+        first = self.setup.first_image(batch)
+        return range(first, first + len(self.setup.batches[batch]) * self.setup.seeds)
+
+    def _timing(self, readings: Readings) -> Timing:
+        speedups = {name: spread(readings.ratios[part]) for name, part in _PARTS.items()}
+        num_batches = len(self.batches)
+        by_scale = np.asarray(readings.scale_ms, dtype=np.float64).T
+        return Timing(
+            speedup=Speedup(**{name: found.median for name, found in speedups.items()}),
+            speedups=speedups,
+            intervals={n: interval(readings.ratios[part], num_batches, "median") for n, part in _PARTS.items()},
+            latency_ms=spread(readings.ms["total"]),
+            transformer_ms=spread(readings.ms["transformer"]),
+            scales=tuple((grid, spread(ms.tolist())) for grid, ms in zip(readings.grids, by_scale, strict=True)),
+            runs=readings.runs,
+        )
+
+    def _with_beats(self, results: Sequence[PolicyResult], rivals: set[str], reference: Readings) -> list[PolicyResult]:
+        contests = {
+            side.policy.fingerprint: self._contest(side.policy.name, side.policy.spec, self._read(side))
+            for side in self.sides.policies
+        }
+        controls = [contest for key, contest in contests.items() if key in rivals]
+        if self.sides.full is self.sides.reference:
+            other = replace(self._read(self.sides.other_seed), ms=reference.ms, ratios=reference.ratios)
+            controls.append(self._contest(ANOTHER_SEED, ANOTHER_SEED, other))
+        return [
+            replace(result, beats=beats(contests[result.fingerprint], controls, len(self.prompts)))
+            if result.role is Role.POLICY
+            else result
+            for result in results
+        ]
+
+    def _contest(self, control: str, setting: str, readings: Readings) -> Contest:
+        psnrs = tuple(pair.value("psnr") for pair in readings.pairs)
+        ms, ratios = readings.ms["transformer"], readings.ratios["transformer"]
+        # Milliseconds of two processes say nothing; ratios were formed within turns.
+        cost = float(np.median(ms)) if self.sessions == 1 else 1 / float(np.median(ratios))
+        return Contest(
+            control=control, setting=setting, cost=cost, psnrs=psnrs, mean_psnr=float(np.nanmean(np.asarray(psnrs)))
+        )

@@ -63,8 +63,8 @@ def load_judge(name: str) -> Judge:
                 raise unknown("judge", name, sorted(known) or ["none installed"], "; or name one as module:name")
             make = known[name].load()
         judge = make()
-    except (ImportError, AttributeError) as error:
-        raise FoveateError(f"cannot import the judge {name}: {error}") from error
+    except (ImportError, AttributeError, TypeError) as error:
+        raise FoveateError(f"cannot load the judge {name}: {error}") from error
     if not isinstance(judge, Judge):
         raise FoveateError(f"{name} gives no judge: it needs name, is_error and score, got {type(judge).__name__}")
     return judge
