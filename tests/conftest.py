@@ -1,7 +1,9 @@
 """Toys for all tests: the real classes at tiny sizes, with random weights, as a model folder and as a pipeline."""
 # ruff: noqa: E402
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -14,6 +16,7 @@ from tests import randomness, shape_checks
 shape_checks.install()  # Before the first module of the package, so that the checks of all of them are these.
 
 from foveate.conditioning.minilm import MiniLM, MiniLMConfig, TextEncoder
+from foveate.eval import measure
 from foveate.families.spec import Defaults, ModelSpec
 from foveate.kernels import native
 from foveate.models.infinity import Infinity, InfinityConfig
@@ -168,3 +171,34 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy_pipe(toy_folder: Path) -> Pipeline:
     """The toy as a pipeline; calls do not change it."""
     return Pipeline.from_pretrained(toy_folder)
+
+
+@pytest.fixture(scope="session")
+def compared() -> dict[tuple[object, ...], Any]:
+    """What comparisons on the toy generated and how it was scored; `calls` fills it."""
+    return {}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, compared: dict[tuple[object, ...], Any]) -> list[str]:
+    """Keys of the sides that a comparison ran, warm-up included; what ran in an earlier test is not run again."""
+    made: list[str] = []
+    real_generate, real_score = measure._Runner.generate, measure.score_pairs
+
+    def generate(runner: measure._Runner, side: measure.Side, prompts: Sequence[str]) -> Any:
+        made.append(side.key)
+        setup = runner.setup
+        key = (side.policy.spec, side.seed_offset, *prompts, setup.seeds, setup.first_seed, str(setup.options))
+        if key not in compared:
+            compared[key] = real_generate(runner, side, prompts)
+        return compared[key]
+
+    def score(images: Any, references: Any, prompts: Sequence[str], judges: Sequence[Any]) -> Any:
+        key = (images.tobytes(), references.tobytes(), tuple(prompts), tuple(judge.name for judge in judges))
+        if key not in compared:
+            compared[key] = real_score(images, references, prompts, judges)
+        return compared[key]
+
+    monkeypatch.setattr(measure._Runner, "generate", generate)
+    monkeypatch.setattr(measure, "score_pairs", score)
+    return made

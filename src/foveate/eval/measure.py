@@ -216,7 +216,7 @@ def measure(pipe: Pipeline, sides: Sides, setup: Setup, store: Store, *, hides_p
     """
     turns = [(batch, run) for batch in range(len(setup.batches)) for run in range(setup.runs)]
     due = {turn: _due(sides, store, *turn) for turn in turns}
-    fresh = {side.key: side for calls in due.values() for side in calls}
+    fresh = {side.key: side for calls in due.values() for side in calls if side.is_timed}
     runner = _Runner(pipe=pipe, setup=setup, store=store, session=secrets.token_hex(4))
     num_calls = len(fresh) + sum(map(len, due.values()))
     try:

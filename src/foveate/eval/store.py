@@ -183,7 +183,7 @@ def check_store(folder: Path, config: Mapping[str, Any]) -> None:
 
 def _differences(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """What two configurations say differently, one text each."""
-    for name in there.keys() & now.keys():
+    for name in (name for name in there if name in now):
         before, after = there[name], now[name]
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _differences(before, after, f"{prefix}{name}.")
