@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from foveate.core.errors import FoveateError as FoveateError
     from foveate.eval.compare import compare as compare
     from foveate.eval.sweep import sweep as sweep
+    from foveate.eval.tune import tune as tune
     from foveate.pipeline.fit_budget import fit_budget as fit_budget
     from foveate.pipeline.guard import Guard as Guard
     from foveate.pipeline.options import CallOptions as CallOptions
@@ -71,6 +72,7 @@ _HOMES = {
     "fit_budget": "foveate.pipeline.fit_budget",
     "load_policy": "foveate.policies.registry",
     "sweep": "foveate.eval.sweep",
+    "tune": "foveate.eval.tune",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604 - a list of strings, made from the table above

@@ -74,7 +74,7 @@ def test_a_model_of_classes_draws_classes(run: Callable[..., Any], monkeypatch: 
     assert len({class_index(name) for name in BUILT_IN_CLASSES}) == 16
 
 
-@pytest.mark.parametrize("command", ["compare", "sweep"])
+@pytest.mark.parametrize("command", ["compare", "sweep", "tune"])
 def test_help_names_every_figure_and_exit_code(run: Callable[..., Any], command: str) -> None:
     text = run(command, "--help").out.partition("Figures of bounds:")[2]
     figures, _, codes = text.partition("Exit codes:")

@@ -61,6 +61,25 @@ COMPARE = [
     (["--seed", "-1"], "seed must be"),
     (["--html", "in-the-way/a.html"], "cannot write to in-the-way"),
 ]
+SWEEP = [
+    (["--over", "count=1..9"], "count must be less than the 7 scales"),
+    (["--over", "keep=1..2"], "no field 'keep' in skip-scales"),
+    (["--over", "count"], "--over is written FIELD="),
+    (["--over", "count=1..2", "--plot", "a.jpeg"], "a plot ends with .png, .svg, .pdf"),
+    (["--over", "count=1..2", "--plot", "in-the-way/a.png"], "cannot write to in-the-way"),
+    (["--over", "count=1..2", "--store", "in-the-way"], "--store must be a folder"),
+    (["--over", "count=1..2", "--fail-if", "depthvar n < 1"], "depthvar is not compared"),
+]
+TUNE = [
+    (["--over", "count=0..x", "--subject-to", "n > 0"], "count must be an int"),
+    (["--over", "count=0..3", "--subject-to", "beauty > 0"], "no figure 'beauty'"),
+    (["--over", "count=0..3", "--subject-to", "n == 0"], "is an inequality"),
+    (["--over", "count=0..3", "--subject-to", "n > 0", "--minimize", "speed"], "no figure 'speed'"),
+    (["--over", "count=0..3", "--subject-to", "n > 0", "--held-out", "none.txt"], "cannot read prompts from none.txt"),
+    (["--over", "count=0..3", "--subject-to", "n > 0", "--trials", "0"], "trials must be 1 or more"),
+    (["--over", "count=0..3", "--subject-to", "n > 0", "-o", "a.json"], "--output must end with .yaml"),
+    (["--over", "count=0..3", "--subject-to", "n > 0", "-o", "in-the-way/a.yaml"], "cannot write to in-the-way"),
+]
 BENCH = [
     (["--output", "in-the-way"], "--output must be a folder"),
     (["--output", "in-the-way/out"], "cannot write to in-the-way/out"),
@@ -73,6 +92,11 @@ BENCH = [
         *(("generate a", *case) for case in SHARED + SAMPLING + GENERATE),
         *(("compare -p full", *case) for case in SAMPLING + COMPARE),
         *(("compare", *case) if "--policy" in case[0] else ("compare -p full", *case) for case in SHARED),
+        *(("sweep -p skip-scales", *case) for case in SWEEP),
+        *(
+            ("tune -p skip-scales", case[0] if "-o" in case[0] else [*case[0], "-o", "a.yaml"], case[1])
+            for case in TUNE
+        ),
         *(("bench latency", *case) for case in SHARED + BENCH),
     ],
 )

@@ -13,7 +13,7 @@ import pytest
 
 from foveate.cli.staging import Staging, slug
 
-COMMANDS = ("generate", "compare", "sweep", "bench", "policies", "models", "env", "convert")
+COMMANDS = ("generate", "compare", "sweep", "tune", "bench", "policies", "models", "env", "convert")
 
 
 def foveate(*arguments: str) -> subprocess.CompletedProcess[str]:

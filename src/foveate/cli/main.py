@@ -23,6 +23,7 @@ _COMMANDS = {
     "generate": "Generate images from prompts.",
     "compare": "Compare policies with another one: image fidelity and speedup.",
     "sweep": "Compare a policy at many settings, and plot the frontier.",
+    "tune": "Find the fastest setting of a policy that holds a bound, and write it as YAML.",
     "bench": "Measure time, throughput or memory of policies, or write a profile of this machine.",
     "policies": "List the policies, their fields and presets.",
     "models": "List the models by name.",
@@ -53,6 +54,12 @@ Exit codes: 0, 1 if a --fail-if holds, 2 bad usage or input, 130 interrupted, 14
 {_FIGURES}
 
 Exit codes: 0, 1 if a --fail-if holds, 2 bad usage or input, 130 interrupted, 143 terminated.""",
+    "tune": f"""Example:
+  foveate tune -p drop-branch --over count=0..4 --subject-to "psnr.p10 >= 27" -o tuned.yaml
+
+{_FIGURES}
+
+Exit codes: 0, 1 if no setting holds the bounds, 2 bad usage or input, 130 interrupted, 143 terminated.""",
 }
 """What help says below the flags."""
 
