@@ -91,12 +91,20 @@ def beats(policy: Contest, controls: Sequence[Contest], num_prompts: int) -> dic
     for name in dict.fromkeys(control.control for control in controls if control.control != policy.control):
         rivals = [c for c in controls if c.control == name and c.cost <= policy.cost]
         best = max(rivals, key=lambda rival: rival.mean_psnr, default=None)
-        found[name] = Beat(
-            by_db=None if best is None else policy.mean_psnr - best.mean_psnr,
-            setting=best and best.setting,
-            interval=best and interval(np.subtract(policy.psnrs, best.psnrs), num_prompts),
+        found[name] = (
+            Beat(by_db=None, setting=None, interval=None) if best is None else _lead(policy, best, num_prompts)
         )
     return found
+
+
+def _lead(policy: Contest, best: Contest | None, num_prompts: int) -> Beat:
+    if best is None:
+        return Beat(by_db=None, setting=None, interval=None)
+    return Beat(
+        by_db=policy.mean_psnr - best.mean_psnr,
+        setting=best.setting,
+        interval=interval(np.subtract(policy.psnrs, best.psnrs), num_prompts),
+    )
 
 
 def beats_all_by(found: Sequence[Beat]) -> float | None:

@@ -10,7 +10,7 @@ from foveate.eval.controls import ANOTHER_SEED
 from foveate.eval.fidelity import flip_maps
 from foveate.eval.pairs import ERRORS, SCORES, FidelityReport
 from foveate.eval.report import ComparisonReport, PolicyResult, ShownImage, Timing
-from foveate.eval.statistics import Spread
+from foveate.eval.statistics import Interval, Spread
 from foveate.viz.page_data import Figure, FrontierPoint, ImagePair, Lead, PageData, Role, ScaleTime
 
 
@@ -81,7 +81,7 @@ def _points(report: ComparisonReport) -> Iterator[FrontierPoint]:
 def _figures(result: PolicyResult) -> dict[str, Figure]:
     ends = result.timing.intervals
     speeds = {
-        f"speedup.{part}": Figure(value=spread.median, low=end and end.low, high=end and end.high)
+        f"speedup.{part}": _with_ends(spread.median, end)
         for (part, spread), end in zip(result.timing.speedups.items(), ends.values(), strict=True)
     }
     lead = result.figures().get("beats_controls_by_db")
@@ -107,13 +107,16 @@ def _spread(found: Spread) -> Figure:
     return Figure(value=found.median, low=found.p10, high=found.p90)
 
 
+def _with_ends(value: float, ends: Interval | None) -> Figure:
+    return Figure(value=value) if ends is None else Figure(value=value, low=ends.low, high=ends.high)
+
+
 def _fidelity(found: FidelityReport) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     for name, summary in found.summaries().items():
         for part in type(summary).__slots__:
             ends = found.intervals[f"{name}.{part}"]
-            value = getattr(summary, part)
-            figures[f"{name}.{part}"] = Figure(value=value, low=ends and ends.low, high=ends and ends.high)
+            figures[f"{name}.{part}"] = _with_ends(getattr(summary, part), ends)
     counts = {"identical": Figure(value=float(found.identical)), "n": Figure(value=float(found.num_images))}
     return {**figures, **counts}
 

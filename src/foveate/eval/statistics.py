@@ -85,8 +85,12 @@ def _percentile(share: float) -> Statistic:
     return found
 
 
+def _mean(values: np.ndarray) -> np.ndarray:
+    return np.asarray(np.nanmean(values, axis=-1))
+
+
 STATISTICS: Mapping[str, Statistic] = {
-    "mean": functools.partial(np.nanmean, axis=-1),
+    "mean": _mean,
     "median": _percentile(50.0),
     "p10": _percentile(10.0),
     "p90": _percentile(90.0),

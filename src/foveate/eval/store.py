@@ -209,8 +209,8 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def _arrays(maps: Sequence[ScaleMap]) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {
+def _arrays(maps: Sequence[ScaleMap]) -> dict[str, Any]:
+    found: dict[str, Any] = {
         "facts": np.array(
             [(m.scale, *m.grid, m.num_blocks, m.num_guided, m.block_share) for m in maps],
             dtype=np.float64,

@@ -16,7 +16,7 @@ from foveate.eval.report import ComparisonReport, PolicyResult
 from foveate.pipeline.options import Options
 from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import load_policy
-from foveate.viz.page_data import Lead, Table
+from foveate.viz.page_data import Cell, Lead, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ class SweepReport:
         """The comparison as one self-contained HTML page, the settings on top."""
         fields = self._fields()
         figures = {result.policy: result for result in self.comparison.policies}
-        rows = tuple(
+        rows: tuple[tuple[Cell, ...], ...] = tuple(
             (*(values[name] for name in fields), *_cells(figures[spec])) for spec, values in self.settings.items()
         )
         columns = (*fields, "speedup", "FLOPs", "PSNR dB", "PSNR p10", "SSIM", "FLIP")
