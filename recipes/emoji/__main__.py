@@ -158,8 +158,8 @@ def oracle(
         budget: Schedule of TOKENIZER: 0.06M, 0.25M, 0.60M or 1M.
         drawings: Number of drawings.
         choice: RULE:SHARE,SHARE,...:FILL with a share of tokens for each of the last scales; repeat it for several.
-            Rules: mass, residual, energy, energy-lattice, checkerboard, random. Fills: zero, previous, nearest,
-            half-nearest. Default: a table of them.
+            Rules: mass, residual, energy, energy-fine, energy-lattice, checkerboard, random. Fills: zero, previous,
+            nearest, half-nearest. Default: a table of them.
     """
     if not corpus.is_dir():
         raise FoveateError(f"no corpus at {corpus}; see python -m recipes.emoji train --help")

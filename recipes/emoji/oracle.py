@@ -11,7 +11,7 @@ Axes: B images, Z latent channels, (h, w) the grid of a scale, (H, W) the last g
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from foveate.engine.fills import nearest_ran
 from foveate.eval.fidelity import psnr
 from foveate.pipeline.output import to_uint8
 from foveate.policies.ld_pruning import detail_energy, share_of_mean
-from foveate.tokenizers.accumulate import resize
+from foveate.tokenizers.accumulate import resize, shrink
 from foveate.tokenizers.autoencoder import Autoencoder
 from foveate.tokenizers.bsq import bits_to_codes, quantise
 from foveate.weights.files import read_weights
@@ -53,8 +53,12 @@ class Seen:
 
 
 def _energy(seen: Seen) -> Float[Tensor, "B l"]:
-    latent_BZhw = functional.interpolate(seen.f_hat_BZHW, size=seen.residual_BZhw.shape[-2:], mode="area")
-    maps = (detail_energy(one, seen.grid) for one in (seen.residual_BZhw, latent_BZhw))
+    grid = (seen.residual_BZhw.shape[-2], seen.residual_BZhw.shape[-1])
+    return _fine_energy(replace(seen, f_hat_BZHW=shrink(seen.f_hat_BZHW, grid)))
+
+
+def _fine_energy(seen: Seen) -> Float[Tensor, "B l"]:
+    maps = (detail_energy(one, seen.grid) for one in (seen.residual_BZhw, seen.f_hat_BZHW))
     return torch.stack([share_of_mean(energy_Byx) for energy_Byx in maps]).sum(0).flatten(1)
 
 
@@ -87,11 +91,16 @@ RULES: dict[str, Callable[[Seen], Float[Tensor, "B l"]]] = {
     "mass": _residual_energy,
     "residual": _residual_energy,
     "energy": _energy,
+    "energy-fine": _fine_energy,
     "energy-lattice": _energy_and_lattice,
     "checkerboard": _checkerboard,
     "random": _random,
 }
-"""Scores of tokens. "mass" keeps a share of the energy, as LD-Pruning does; the others keep a share of the tokens."""
+"""Scores of tokens. "mass" keeps a share of the energy, as LD-Pruning does; the others keep a share of the tokens.
+
+"energy" adds the latent's to the residual's, on the residual's grid, as `energy_of` of LD-Pruning does; "energy-fine"
+reads the latent on its own grid.
+"""
 
 FILLS = ("zero", "previous", "nearest", "half-nearest")
 """What the other tokens commit: nothing, the previous residual, or (half of) the code of the nearest token kept."""
@@ -139,8 +148,10 @@ DEFAULT_CHOICES = (
     "random:0:zero", "random:0,0:zero", "random:0,0,0:zero",
     "mass:0.5,0.5,0.5:previous", "mass:0.5,0.5,0.5:zero", "mass:0.5:previous", "mass:0.5:zero",
     "random:0.5,0.5,0.5:zero", "random:0.5:zero", "checkerboard:0.5:zero",
-    "residual:0.7,0.7:zero", "energy:0.7,0.7:zero", "energy:0.7,0.7,0.7:zero", "energy-lattice:0.7,0.7,0.7:nearest",
-    "energy:0.5,0.3:zero", "energy:0.5,0.3:half-nearest", "energy:0.7,0.5,0.3:zero", "energy:0.5,0.3,0:zero",
+    "residual:0.7,0.7:zero", "energy:0.7,0.7:zero", "energy-fine:0.7,0.7:zero",
+    "energy-fine:0.7,0.7,0.7:zero", "energy-lattice:0.7,0.7,0.7:nearest",
+    "energy:0.5,0.3:zero", "energy-fine:0.5,0.3:zero", "energy:0.5,0.3:half-nearest",
+    "energy:0.7,0.5,0.3:zero", "energy:0.5,0.3,0:zero",
 )  # fmt: skip
 
 
