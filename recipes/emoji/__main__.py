@@ -67,18 +67,18 @@ def train(recipe: Path, /, *, options: TrainOptions) -> int:
     """
     if not recipe.is_file():
         raise FoveateError(f"no recipe at {recipe}; one is recipes/emoji/configs/emoji_tiny.yaml")
-    from recipes.emoji import loop  # noqa: PLC0415 - torch is loaded when the command runs
-    from recipes.emoji import recipe as recipes  # noqa: PLC0415
+    from recipes.emoji import loop, stages  # noqa: PLC0415 - torch is loaded when the command runs
+    from recipes.emoji.recipe import Route  # noqa: PLC0415
 
-    route = recipes.Route(
+    route = Route(
         device=options.device,
         minutes_scale=options.minutes_scale,
         keeps_tokenizer=options.keep_tokenizer,
         is_dry=options.dry_run,
     )
-    start = recipes.Start(model=options.start_from, tokenizer=options.tokenizer)
+    start = stages.Start(model=options.start_from, tokenizer=options.tokenizer)
     try:
-        made = recipes.train(recipe, options.output, options.stage, _log, route, start, options.stop_after)
+        made = stages.train(recipe, options.output, options.stage, _log, route, start, options.stop_after)
     except loop.PauseError as pause:
         _log(str(pause))
         return PAUSED

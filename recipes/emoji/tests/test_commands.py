@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes.emoji import heads, recipe, text_match
+from recipes.emoji import heads, stages, text_match
 from recipes.emoji.__main__ import main
 from recipes.emoji.loop import PauseError
+from recipes.emoji.recipe import Route
 from recipes.emoji.tests.toy_corpus import write_corpus
 
 Run = Callable[..., tuple[int, str, str]]
@@ -42,13 +43,13 @@ def test_train_passes_everything_on(run: Run, tmp_path: Path, monkeypatch: pytes
             raise PauseError("paused at 9.0 of 15 minutes")
         return out / "model"
 
-    monkeypatch.setattr(recipe, "train", train)
+    monkeypatch.setattr(stages, "train", train)
     (tmp_path / "r.yaml").write_text("name: toy\n")
     command = ("train", "r.yaml", "--output", "run", "--stage", "export", "--device", "cpu")
     options = ("--minutes-scale", 0.5, "--dry-run", "--start-from", "old", "--tokenizer", "t", "--keep-tokenizer")
     assert run(*command, *options) == (0, "run/model\n", "half done\n")
-    route = recipe.Route(device="cpu", minutes_scale=0.5, keeps_tokenizer=True, is_dry=True)
-    start = recipe.Start(model=Path("old"), tokenizer=Path("t"))
+    route = Route(device="cpu", minutes_scale=0.5, keeps_tokenizer=True, is_dry=True)
+    start = stages.Start(model=Path("old"), tokenizer=Path("t"))
     assert seen == [Path("r.yaml"), Path("run"), "export", route, start, None]
     assert run(*command, "--stop-after", 9) == (75, "", "half done\npaused at 9.0 of 15 minutes\n")
     assert seen[-1] == 9.0

@@ -27,8 +27,9 @@ from recipes.emoji.captions import (
 from recipes.emoji.concepts import code_point_key
 from recipes.emoji.corpus import CorpusConfig, build_corpus, choose_test_pairs, load_corpus
 from recipes.emoji.packages import FLUENT_3D, CorpusError, Package, fetch_package, verify_package
-from recipes.emoji.recipe import load_corpus_config, train
+from recipes.emoji.recipe import load_corpus_config
 from recipes.emoji.sources import svg_of_icon
+from recipes.emoji.stages import train
 from recipes.emoji.tests.toy_corpus import write_corpus
 
 APPLE = Drawing(

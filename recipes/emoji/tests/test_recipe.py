@@ -13,10 +13,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from foveate.core.errors import FoveateError
+from foveate.models.infinity import Infinity
 from foveate.pipeline.pipeline import Pipeline
-from recipes.emoji import recipe as recipes
+from recipes.emoji import stages
 from recipes.emoji.loop import PauseError
-from recipes.emoji.recipe import Route, Start, load_corpus_config, load_recipe, train
+from recipes.emoji.recipe import Route, load_corpus_config, load_recipe
+from recipes.emoji.stages import Start, train
 from recipes.emoji.tests.toy_corpus import write_corpus
 from recipes.emoji.tokenizer import new_autoencoder
 
@@ -47,7 +49,7 @@ def test_a_dry_run_of_every_shipped_recipe_ends_in_a_model_that_draws(name: str,
 
 def test_a_call_pauses_and_the_same_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole recipe at toy size, from corpus to a model that generates."""
-    monkeypatch.setattr(recipes, "matmul_peak", partial(recipes.matmul_peak, sizes=(64,)))
+    monkeypatch.setattr(stages, "matmul_peak", partial(stages.matmul_peak, sizes=(64,)))
     write_corpus(tmp_path / "run" / "corpus", 256)
     file = tmp_path / "toy.yaml"
     data = yaml.safe_load((CONFIGS / "emoji_tiny.yaml").read_text(encoding="utf-8"))
@@ -121,13 +123,13 @@ def test_the_default_model_has_the_scales_and_size_that_the_methods_need() -> No
     assert recipe.ratios == ("1:1", "4:3", "3:4")
     assert [schedule.grids[-1] for schedule in transformer.schedules] == [(32, 32), (27, 36), (36, 27)]
     assert transformer.path_rate == 0.1
-    assert 10e6 < sum(p.numel() for p in recipes.Infinity(transformer.shape).parameters()) < 16e6
+    assert 10e6 < sum(p.numel() for p in Infinity(transformer.shape).parameters()) < 16e6
 
 
 def test_a_given_tokenizer_stays_as_it_is(tmp_path: Path) -> None:
     write_corpus(tmp_path / "run" / "corpus", 256)
     beside = {"corpus": "emoji_corpus.yaml", "notice": "emoji_NOTICE.txt", "card": "emoji_card.md"}
-    own = {"base": str(CONFIGS / "emoji.yaml"), "autoencoder": {"channel_multipliers": [1, 1]}}
+    own = {"base": str(CONFIGS / "emoji.yaml"), "autoencoder": {"channel_multipliers": [1, 1]}, "dtype": "float32"}
     file = tmp_path / "toy.yaml"
     file.write_text(yaml.safe_dump(own | {name: str(CONFIGS / path) for name, path in beside.items()}))
     route = Route(device="cpu", keeps_tokenizer=True, is_dry=True)
