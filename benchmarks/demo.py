@@ -17,7 +17,8 @@ from rich.table import Table
 
 from foveate.core.atomic import replace_file
 from foveate.core.errors import FoveateError
-from foveate.eval.compare import ComparisonReport, compare
+from foveate.eval.compare import compare
+from foveate.eval.report import ComparisonReport
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline
 from foveate.pipeline.provenance import save_image

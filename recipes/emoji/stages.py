@@ -391,7 +391,12 @@ class TrainingFolder:
             schedule=schedule,
             guidance=GuidanceSchedule(weights=per_scale(defaults.guidance_scale, len(schedule))),
             temperatures=per_scale(defaults.temperature, len(schedule)),
-            filters=(Filter(top_k=defaults.top_k, top_p=defaults.top_p),) * len(schedule),
+            filters=tuple(
+                Filter(top_k=int(k), top_p=p)
+                for k, p in zip(
+                    per_scale(defaults.top_k, len(schedule)), per_scale(defaults.top_p, len(schedule)), strict=True
+                )
+            ),
             sampler=KeyedSampler(seeds=tuple(range(len(prompts)))),
             conditions=tuple(text.cpu() for text in encoder.encode(list(prompts))),
             num_images=len(prompts),

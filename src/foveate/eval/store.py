@@ -212,7 +212,7 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 def _arrays(maps: Sequence[ScaleMap]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "facts": np.array(
-            [(m.scale, *m.grid, m.num_blocks, m.num_guided, m.block_share) for m in maps],
+            [(m.scale, *m.grid, m.num_blocks, m.num_guided) for m in maps],
             dtype=np.float64,
         )
     }
@@ -227,7 +227,6 @@ def _maps(arrays: Mapping[str, np.ndarray]) -> tuple[ScaleMap, ...]:
             num_blocks=int(blocks),
             depth_hw=arrays.get(f"depth_{int(scale)}"),
             num_guided=int(guided),
-            block_share=float(share),
         )
-        for scale, rows, columns, blocks, guided, share in arrays["facts"].tolist()
+        for scale, rows, columns, blocks, guided in arrays["facts"].tolist()
     )
