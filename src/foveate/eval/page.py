@@ -14,22 +14,31 @@ from foveate.eval.statistics import Interval, Spread
 from foveate.viz.page_data import Figure, FrontierPoint, ImagePair, Lead, PageData, Role, ScaleTime
 
 
-def page_data(report: ComparisonReport, command: str, lead: Lead | None = None) -> PageData:
+def page_data(
+    report: ComparisonReport,
+    command: str,
+    lead: Lead | None = None,
+    title: str | None = None,
+    headline: str | None = None,
+) -> PageData:
     """The page of a report.
 
     Args:
         report: What was measured.
         command: What to type to get this again.
         lead: What stands on top of the page.
+        title: What is compared; None names the policy or counts several.
+        headline: Spec of the policy whose figures stand first; None takes the first one.
     """
     several = len(report.policies)
-    title = report.policy if several == 1 else f"{several} policies"
+    subject = title or (report.policy if several == 1 else f"{several} policies")
     config = report.config
     count = len(report.policies[0].rows)
     return PageData(
-        title=f"{title} against {report.against}",
+        title=f"{subject} against {report.against}",
         summary=f"{count} images of {config.get('model')}, {config.get('dtype')}, on {config.get('machine')}",
         points=tuple(_points(report)),
+        headline=headline,
         pairs=tuple(_pair(result, shown) for result in report.results() for shown in result.shown),
         scale_times=tuple(_scale_times(report)),
         facts=_facts(report),

@@ -312,17 +312,21 @@ class ComparisonReport:
             writer.writerow([result.policy, result.role.value, result.fingerprint, *values])
         return file.getvalue()
 
-    def page(self, command: str = "", lead: Lead | None = None) -> str:
+    def page(
+        self, command: str = "", lead: Lead | None = None, title: str | None = None, headline: str | None = None
+    ) -> str:
         """The report as one self-contained HTML page.
 
         Args:
             command: What to type to get this again.
             lead: What stands on top of the page.
+            title: What is compared; None names the policy or counts several.
+            headline: Spec of the policy whose figures stand first; None takes the first one.
         """
         from foveate.eval.page import page_data  # noqa: PLC0415 - it reads this class
         from foveate.viz.page import render  # noqa: PLC0415
 
-        return render(page_data(self, command, lead))
+        return render(page_data(self, command, lead, title, headline))
 
     def to_html(self, path: str | Path, command: str = "") -> Path:
         """Writes the page; returns its path."""

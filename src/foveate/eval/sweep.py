@@ -57,7 +57,8 @@ class SweepReport:
         )
         columns = (*fields, "speedup", "FLOPs", "PSNR dB", "PSNR p10", "SSIM", "FLIP")
         table = Table(caption=f"Settings of {self.policy}", columns=columns, rows=rows)
-        return self.comparison.page(command, Lead(heading="Sweep", text=f"{len(rows)} settings.", tables=(table,)))
+        lead = Lead(heading="Sweep", text=f"{len(rows)} settings.", tables=(table,))
+        return self.comparison.page(command, lead, f"{self.policy} over {', '.join(fields)}")
 
     def to_html(self, path: str | Path, command: str = "") -> Path:
         """Writes the page; returns its path."""

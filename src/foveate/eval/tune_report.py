@@ -175,7 +175,8 @@ class TuneReport:
         """
         if self.held_out is None:
             raise FoveateError("no trial held the bounds on the tuning prompts, so there is no comparison to show")
-        return self.held_out.page(command, _lead(self, command))
+        winner = None if self.winner is None else self.winner.spec
+        return self.held_out.page(command, _lead(self, command), f"{self.base} tuned", winner)
 
     def _winning(self) -> tuple[PolicyResult, Candidate]:
         if self.winner is None or self.held_out is None:
