@@ -19,7 +19,7 @@ from foveate.viz.page_payload import finite, headline, known_metrics, payload
 
 MAX_BYTES = 14_000_000
 """Of the embedded images; the worst pairs are kept."""
-STYLES = ("theme.css", "view.css", "plot.css", "page.css")
+STYLES = ("theme.css", "view.css", "plot.css", "page.css", "gallery.css", "table.css")
 SCRIPTS = ("dom.js", "maps.js", "plot.js", "bars.js", "view.js", "table.js", "gallery.js", "page.js")
 """In the order of their imports."""
 

@@ -24,12 +24,19 @@ export class Gallery {
     this.#page = page;
     const part = (name) => root.querySelector(`[data-part="${name}"]`);
     this.#parts = {
-      view: root.querySelector("foveate-view"), list: part("thumbs"), filter: part("filter"), sort: part("sort"),
-      count: part("count"), details: part("details"),
+      view: root.querySelector("foveate-view"),
+      list: part("thumbs"),
+      filter: part("filter"),
+      sort: part("sort"),
+      count: part("count"),
+      details: part("details"),
     };
     const { filter, sort } = this.#parts;
     const names = page.points.map((point) => point.name).filter((name) => page.pairs.some((p) => p.policy === name));
-    filter.append(make("option", { value: "" }, "all policies"), ...names.map((name) => make("option", { value: name }, name)));
+    filter.append(
+      make("option", { value: "" }, "all policies"),
+      ...names.map((name) => make("option", { value: name }, name)),
+    );
     sort.append(...page.pairMetrics.map((metric, i) => make("option", { value: i }, `worst ${metric.label} first`)));
     sort.append(make("option", { value: "prompt" }, "prompt, A to Z"));
     filter.addEventListener("change", () => (filter.value ? onPolicy(filter.value) : this.filter("")));
@@ -62,7 +69,8 @@ export class Gallery {
     const text = pair.isIdentical ? "identical" : printed;
     const said = `${pair.prompt}, seed ${pair.seed}, ${pair.policy}: ${metric?.label ?? ""} ${text}`;
     return make(
-      "button", { type: "button", class: "pg-thumb", tabindex: "-1", "aria-label": said, onclick: () => this.#show(pair) },
+      "button",
+      { type: "button", class: "pg-thumb", tabindex: "-1", "aria-label": said, onclick: () => this.#show(pair) },
       make("img", { src: this.#page.images[pair.picture], alt: "", loading: "lazy", decoding: "async" }),
       make("span", {}, text),
     );
@@ -84,8 +92,12 @@ export class Gallery {
     this.#now = pair;
     const { images, referenceName } = this.#page;
     this.#parts.view.show({
-      reference: images[pair.reference], picture: images[pair.picture], referenceName, pictureName: pair.policy,
-      flip: pair.flip === null ? null : images[pair.flip], scales: this.#scales(pair),
+      reference: images[pair.reference],
+      picture: images[pair.picture],
+      referenceName,
+      pictureName: pair.policy,
+      flip: pair.flip === null ? null : images[pair.flip],
+      scales: this.#scales(pair),
     });
     [...this.#parts.list.children].forEach((button, index) => {
       const isNow = this.#shown[index] === pair;
@@ -98,9 +110,17 @@ export class Gallery {
   /** Depths are unpacked once per pair, when it is first looked at. */
   #scales(pair) {
     if (!this.#depths.has(pair)) {
-      this.#depths.set(pair, pair.scales.map(({ scale, grid, blocks, depth, caption }) => ({
-        scale, rows: grid[0], columns: grid[1], blocks, caption, depth: readDepth(depth, grid[0] * grid[1]),
-      })));
+      this.#depths.set(
+        pair,
+        pair.scales.map(({ scale, grid, blocks, depth, caption }) => ({
+          scale,
+          rows: grid[0],
+          columns: grid[1],
+          blocks,
+          caption,
+          depth: readDepth(depth, grid[0] * grid[1]),
+        })),
+      );
     }
     return this.#depths.get(pair);
   }
@@ -108,15 +128,25 @@ export class Gallery {
   #details(pair) {
     const { pairMetrics, pairs } = this.#page;
     const figures = pairMetrics.filter((metric) => metric.name in pair.figures);
-    const said = [["seed", String(pair.seed)], ...figures.map((metric) => [metric.label, pair.figures[metric.name][1]])];
+    const said = [
+      ["seed", String(pair.seed)],
+      ...figures.map((metric) => [metric.label, pair.figures[metric.name][1]]),
+    ];
     if (pair.isIdentical) said.push(["bytes", "identical"]);
     const others = pairs.filter((other) => other.prompt === pair.prompt && other.seed === pair.seed);
     this.#parts.details.replaceChildren(
       make("h3", {}, pair.prompt),
-      make("dl", { class: "pg-figures" }, ...said.map(([name, text]) => make("div", {}, make("dt", {}, name), make("dd", {}, text)))),
+      make(
+        "dl",
+        { class: "pg-figures" },
+        ...said.map(([name, text]) => make("div", {}, make("dt", {}, name), make("dd", {}, text))),
+      ),
       make("h4", {}, "The same prompt and seed by"),
-      make("div", { class: "pg-others", role: "group", "aria-label": "Policies of this prompt" },
-        ...others.map((other) => this.#other(other, pair))),
+      make(
+        "div",
+        { class: "pg-others", role: "group", "aria-label": "Policies of this prompt" },
+        ...others.map((other) => this.#other(other, pair)),
+      ),
     );
   }
 
@@ -127,7 +157,8 @@ export class Gallery {
       this.#parts.details.querySelector('[aria-pressed="true"]')?.focus();
     };
     return make(
-      "button", { type: "button", class: "pg-other", "aria-pressed": String(other === pair), onclick: choose },
+      "button",
+      { type: "button", class: "pg-other", "aria-pressed": String(other === pair), onclick: choose },
       make("code", {}, other.policy),
       make("span", {}, other.isIdentical ? "identical" : (other.figures[metric?.name]?.[1] ?? "")),
     );

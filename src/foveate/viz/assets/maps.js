@@ -3,8 +3,20 @@
  * else, so that it can be called for any pair and at any time.
  */
 
-const VIRIDIS = [[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]];
-const MAGMA = [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]];
+const VIRIDIS = [
+  [68, 1, 84],
+  [59, 82, 139],
+  [33, 145, 140],
+  [94, 201, 98],
+  [253, 231, 37],
+];
+const MAGMA = [
+  [0, 0, 4],
+  [81, 18, 124],
+  [183, 55, 121],
+  [252, 137, 97],
+  [252, 253, 191],
+];
 const FULL = [236, 236, 228];
 const DARK = [26, 27, 30];
 
@@ -45,7 +57,7 @@ export function paintHeat(target, grey) {
 
 /**
  * One scale over the image: tokens that ran all blocks as they are, with fewer blocks tinted, the others dark.
- * `scale` has rows, columns, blocks, and `depth` per token, -1 where it did not run; null where the whole scale did not.
+ * `scale` has rows, columns, blocks, and `depth` per token: -1 where it did not run, null where no token of it did.
  */
 export function paintCompute(target, image, scale) {
   const [out, pixels] = [target.data, image.data];
@@ -66,12 +78,21 @@ export function paintCompute(target, image, scale) {
 
 function shade(out, pixels, i, depth, blocks) {
   const grey = (pixels[i] + pixels[i + 1] + pixels[i + 2]) / 3;
-  if (depth === null) put(out, i, [222, 224, 228].map((pale) => 0.25 * grey + 0.75 * pale));
+  if (depth === null)
+    put(
+      out,
+      i,
+      [222, 224, 228].map((pale) => 0.25 * grey + 0.75 * pale),
+    );
   else if (depth < 0) put(out, i, [0.22 * grey + 12, 0.22 * grey + 12, 0.22 * grey + 12]);
   else if (depth >= blocks) put(out, i, [pixels[i], pixels[i + 1], pixels[i + 2]]);
   else {
     const tint = along(VIRIDIS, depth / blocks);
-    put(out, i, [0, 1, 2].map((c) => 0.45 * pixels[i + c] + 0.55 * tint[c]));
+    put(
+      out,
+      i,
+      [0, 1, 2].map((c) => 0.45 * pixels[i + c] + 0.55 * tint[c]),
+    );
   }
 }
 

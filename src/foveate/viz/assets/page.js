@@ -18,7 +18,8 @@ for (const point of page.points) {
   const series = point.series ?? point.name;
   if (point.role === "policy" && !tones.has(series)) tones.set(series, String(tones.size % TONES));
 }
-const toneOf = (point) => (point.role === "policy" ? tones.get(point.series ?? point.name) : point.role === "control" ? "control" : "ink");
+const toneOf = (point) =>
+  point.role === "policy" ? tones.get(point.series ?? point.name) : point.role === "control" ? "control" : "ink";
 const figureOf = (point, name) => point.figures[name] ?? NOTHING;
 const numbers = (metric, figure) => figure.slice(0, 3).map((v) => (v === null ? NaN : v * metric.factor));
 const printed = (figure) => figure[3] + (figure[4] ? ` (${figure[4]})` : "");
@@ -29,17 +30,26 @@ const isBetter = (metric, a, b) => (metric.isHighGood ? a > b : a < b);
 function tiles() {
   const point = page.points.find((one) => one.name === chosen);
   const known = page.tiles.filter((name) => name in point.figures);
-  byId("pg-tiles").replaceChildren(...known.map((name) => {
-    const figure = figureOf(point, name);
-    return make("div", { class: "pg-tile" }, make("span", { class: "pg-tile-name" }, metrics.get(name).label),
-      make("b", {}, figure[3]), make("small", {}, figure[4] || "\u00a0"));
-  }));
+  byId("pg-tiles").replaceChildren(
+    ...known.map((name) => {
+      const figure = figureOf(point, name);
+      return make(
+        "div",
+        { class: "pg-tile" },
+        make("span", { class: "pg-tile-name" }, metrics.get(name).label),
+        make("b", {}, figure[3]),
+        make("small", {}, figure[4] || "\u00a0"),
+      );
+    }),
+  );
 }
 
 // Frontier ------------------------------------------------------------------------------------------------------------
 
 function axisChoices(select, axis) {
-  const known = page.metrics.filter((m) => m.axis === axis && page.points.some((p) => Number.isFinite(figureOf(p, m.name)[0])));
+  const known = page.metrics.filter(
+    (m) => m.axis === axis && page.points.some((p) => Number.isFinite(figureOf(p, m.name)[0])),
+  );
   select.append(...known.map((metric) => make("option", { value: metric.name }, metric.label)));
   select.addEventListener("change", frontier);
   return known.length;
@@ -49,10 +59,15 @@ function axisChoices(select, axis) {
 function undominated(points, x, y) {
   const value = (point, metric) => figureOf(point, metric.name)[0];
   const known = points.filter((p) => Number.isFinite(value(p, x)) && Number.isFinite(value(p, y)));
-  const best = known.filter((p) => !known.some((q) => {
-    const [dx, dy] = [x, y].map((m) => (isBetter(m, value(q, m), value(p, m)) ? 1 : value(q, m) === value(p, m) ? 0 : -1));
-    return dx >= 0 && dy >= 0 && dx + dy > 0;
-  }));
+  const best = known.filter(
+    (p) =>
+      !known.some((q) => {
+        const [dx, dy] = [x, y].map((m) =>
+          isBetter(m, value(q, m), value(p, m)) ? 1 : value(q, m) === value(p, m) ? 0 : -1,
+        );
+        return dx >= 0 && dy >= 0 && dx + dy > 0;
+      }),
+  );
   return best.sort((a, b) => value(a, x) - value(b, x));
 }
 
@@ -60,7 +75,10 @@ function plotted(point, x, y) {
   const [fx, fy] = [figureOf(point, x.name), figureOf(point, y.name)];
   const isBeyond = y.ceiling !== null && fy[0] >= y.ceiling;
   return {
-    id: point.name, label: isBeyond ? `${point.name} \u2191 ${fy[3]}` : point.name, x: numbers(x, fx), y: numbers(y, fy),
+    id: point.name,
+    label: isBeyond ? `${point.name} \u2191 ${fy[3]}` : point.name,
+    x: numbers(x, fx),
+    y: numbers(y, fy),
     text: `${ROLE[point.role]}; ${x.label} ${printed(fx)}; ${y.label} ${printed(fy)}`,
   };
 }
@@ -75,7 +93,11 @@ function frontier() {
   const shown = page.points.filter((point) => hasPlace(point, y));
   const series = [];
   for (const role of ["control", "policy"]) {
-    const best = undominated(shown.filter((point) => point.role === role), x, y);
+    const best = undominated(
+      shown.filter((point) => point.role === role),
+      x,
+      y,
+    );
     const line = x.isHighGood === y.isHighGood ? "vh" : "hv";
     const name = role === "control" ? "best controls" : "best policies";
     const tone = role === "control" ? "control" : "0";
@@ -88,9 +110,22 @@ function frontier() {
   }
   for (const point of shown) {
     const isHollow = point.role === "control";
-    series.push({ name: point.name, tone: toneOf(point), mark: MARK[point.role], isHollow, isNamed: point.role !== "seed", points: [plotted(point, x, y)] });
+    series.push({
+      name: point.name,
+      tone: toneOf(point),
+      mark: MARK[point.role],
+      isHollow,
+      isNamed: point.role !== "seed",
+      points: [plotted(point, x, y)],
+    });
   }
-  byId("pg-frontier").figure = { label: `${y.label} over ${x.label}`, x: axis(x), y: axis(y), series, rules: rules(x, y) };
+  byId("pg-frontier").figure = {
+    label: `${y.label} over ${x.label}`,
+    x: axis(x),
+    y: axis(y),
+    series,
+    rules: rules(x, y),
+  };
   byId("pg-frontier").selected = chosen;
 }
 
@@ -120,7 +155,9 @@ function legend() {
   const roles = [...new Set(page.points.map((point) => point.role))];
   const tone = { policy: "0", control: "control", reference: "ink", seed: "ink" };
   byId("pg-legend").append(
-    ...roles.map((role) => make("span", { class: "fv-key" }, legendMark(MARK[role], tone[role], role === "control"), ROLE[role])),
+    ...roles.map((role) =>
+      make("span", { class: "fv-key" }, legendMark(MARK[role], tone[role], role === "control"), ROLE[role]),
+    ),
     make("span", { class: "fv-key" }, make("i", { class: "pg-solid" }), "best policies"),
     make("span", { class: "fv-key" }, make("i", { class: "pg-dashed" }), "best controls"),
   );
@@ -133,19 +170,29 @@ function times() {
   const shown = [named, chosen].filter((name, i, all) => page.times[name] !== undefined && all.indexOf(name) === i);
   const scales = shown.length ? page.times[shown[0]] : [];
   byId("pg-bars").figure = {
-    label: `Milliseconds per scale of ${shown.join(" and ")}; the table below has the numbers`, unit: "",
-    groups: scales.map((one) => String(one.scale)), titles: scales.map((one) => `scale ${one.scale}, ${one.grid[0]} x ${one.grid[1]}`),
+    label: `Milliseconds per scale of ${shown.join(" and ")}; the table below has the numbers`,
+    unit: "",
+    groups: scales.map((one) => String(one.scale)),
+    titles: scales.map((one) => `scale ${one.scale}, ${one.grid[0]} x ${one.grid[1]}`),
     series: shown.map((name) => ({
-      name, tone: name === named ? "control" : toneOf(page.points.find((point) => point.name === name)),
+      name,
+      tone: name === named ? "control" : toneOf(page.points.find((point) => point.name === name)),
       values: scales.map((one) => page.times[name].find((other) => other.scale === one.scale)?.ms ?? NOTHING),
     })),
   };
-  byId("pg-bars-legend").replaceChildren(...shown.map((name) => {
-    const tone = name === named ? "control" : toneOf(page.points.find((point) => point.name === name));
-    const total = page.times[name].reduce((sum, one) => sum + (one.ms[0] ?? 0), 0);
-    return make("span", { class: `fv-key fv-tone-${tone}` }, make("i", { class: "fv-chip pg-filled" }), make("code", {}, name),
-      ` ${total.toFixed(0)} ms in all`);
-  }));
+  byId("pg-bars-legend").replaceChildren(
+    ...shown.map((name) => {
+      const tone = name === named ? "control" : toneOf(page.points.find((point) => point.name === name));
+      const total = page.times[name].reduce((sum, one) => sum + (one.ms[0] ?? 0), 0);
+      return make(
+        "span",
+        { class: `fv-key fv-tone-${tone}` },
+        make("i", { class: "fv-chip pg-filled" }),
+        make("code", {}, name),
+        ` ${total.toFixed(0)} ms in all`,
+      );
+    }),
+  );
 }
 
 // Lead ----------------------------------------------------------------------------------------------------------------
@@ -154,16 +201,27 @@ function charts() {
   for (const [index, chart] of page.charts.entries()) {
     const plot = byId(`pg-chart-${index}`);
     const series = chart.series.map((one, place) => ({
-      name: one.name, tone: String(place % TONES), mark: one.line === "hv" ? null : "dot", line: one.line, isNamed: false,
+      name: one.name,
+      tone: String(place % TONES),
+      mark: one.line === "hv" ? null : "dot",
+      line: one.line,
+      isNamed: false,
       points: one.points.map((point, i) => ({
-        id: `${place}.${i}`, label: point.label || one.name, x: [point.x], y: point.y.slice(0, 3).map((v) => v ?? NaN),
-        text: `${chart.x} ${point.x}; ${chart.y} ${printed(point.y)}${point.isFaint ? "; breaks a bound" : ""}`, isFaint: point.isFaint,
+        id: `${place}.${i}`,
+        label: point.label || one.name,
+        x: [point.x],
+        y: point.y.slice(0, 3).map((v) => v ?? NaN),
+        text: `${chart.x} ${point.x}; ${chart.y} ${printed(point.y)}${point.isFaint ? "; breaks a bound" : ""}`,
+        isFaint: point.isFaint,
       })),
     }));
     const rules = chart.limit === null ? [] : [{ y: chart.limit, label: `bound ${chart.limit}` }];
     plot.figure = { label: chart.caption, x: { label: chart.x }, y: { label: chart.y }, series, rules };
-    byId(`pg-chart-legend-${index}`).append(...chart.series.map((one, place) =>
-      make("span", { class: `fv-key fv-tone-${place % TONES}` }, make("i", { class: "fv-chip pg-filled" }), one.name)));
+    byId(`pg-chart-legend-${index}`).append(
+      ...chart.series.map((one, place) =>
+        make("span", { class: `fv-key fv-tone-${place % TONES}` }, make("i", { class: "fv-chip pg-filled" }), one.name),
+      ),
+    );
   }
 }
 
@@ -186,7 +244,9 @@ async function copy(button) {
 
 function toggleTheme() {
   const root = document.documentElement;
-  const isDark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  const isDark = root.dataset.theme
+    ? root.dataset.theme === "dark"
+    : matchMedia("(prefers-color-scheme: dark)").matches;
   root.dataset.theme = isDark ? "light" : "dark";
 }
 
@@ -200,7 +260,8 @@ function choose(name) {
   if (byId("pg-frontier") !== null) byId("pg-frontier").selected = name;
   gallery?.filter(name);
   if (byId("pg-bars") !== null) times();
-  for (const row of document.querySelectorAll("#pg-policies tbody tr")) row.classList.toggle("pg-now", row.dataset.name === name);
+  for (const row of document.querySelectorAll("#pg-policies tbody tr"))
+    row.classList.toggle("pg-now", row.dataset.name === name);
 }
 
 function start() {

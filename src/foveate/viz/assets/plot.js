@@ -1,12 +1,13 @@
 /**
- * <foveate-plot>: points with intervals on two axes, as SVG. Every point can be reached with Tab and the arrow keys, says
- * its values, and is chosen with Enter, Space or a click.
+ * <foveate-plot>: points with intervals on two axes, as SVG. Every point can be reached with Tab and the arrow keys,
+ * says its values, and is chosen with Enter, Space or a click.
  *
  *   plot.figure = {
  *     label: "Frontier",                                     // what a screen reader says
  *     x: { label: "speedup" }, y: { label: "PSNR (dB)", ceiling: 50 },
  *     series: [{ name, tone: "0", mark: "circle", line: null | "straight" | "hv" | "vh", isDashed, isThin,
- *                points: [{ id, label, text, x: [value, low, high], y: [value, low, high], isFaint }] }], // the interval is optional
+ *                points: [{ id, label, text, x: [value, low, high], y: [value, low, high], isFaint }] }],
+ *     // low and high are optional
  *     rules: [{ x | y: 1, label }],                          // dashed lines across the plot
  *   };
  *   plot.selected = id;
@@ -29,8 +30,11 @@ const LABEL_LETTERS = 30;
 /** A mark alone, for a legend. */
 export function legendMark(mark, tone, isHollow = false) {
   const kind = `fv-mark fv-tone-${tone}${isHollow ? " fv-hollow" : ""}`;
-  return draw("svg", { viewBox: "-10 -10 20 20", width: 16, height: 16, "aria-hidden": "true" },
-    draw("path", { d: MARKS[mark], class: kind }));
+  return draw(
+    "svg",
+    { viewBox: "-10 -10 20 20", width: 16, height: 16, "aria-hidden": "true" },
+    draw("path", { d: MARKS[mark], class: kind }),
+  );
 }
 
 /** Round numbers that span a range. */
@@ -41,7 +45,8 @@ export function ticks(low, high, count) {
   const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9) + (Math.abs(step / power - 2.5) < 1e-9 ? 1 : 0));
   const first = Math.ceil(low / step - 1e-9);
   const found = [];
-  for (let i = first; i * step <= high + 1e-9 * step; i += 1) found.push({ value: i * step, text: (i * step).toFixed(digits) });
+  for (let i = first; i * step <= high + 1e-9 * step; i += 1)
+    found.push({ value: i * step, text: (i * step).toFixed(digits) });
   return found;
 }
 
@@ -89,7 +94,11 @@ export class FoveatePlot extends HTMLElement {
     const height = Math.round(Math.min(Math.max(0.56 * this.#width, 300), 500));
     const space = this.#space(height);
     const svg = draw("svg", {
-      viewBox: `0 0 ${this.#width} ${height}`, width: this.#width, height, role: "group", "aria-label": this.#figure.label,
+      viewBox: `0 0 ${this.#width} ${height}`,
+      width: this.#width,
+      height,
+      role: "group",
+      "aria-label": this.#figure.label,
     });
     this.#axes(svg, space);
     this.#rules(svg, space);
@@ -114,7 +123,13 @@ export class FoveatePlot extends HTMLElement {
     const right = this.#width - MARGIN.right;
     const bottom = height - MARGIN.bottom;
     return {
-      height, right, bottom, x0, x1, y0, y1,
+      height,
+      right,
+      bottom,
+      x0,
+      x1,
+      y0,
+      y1,
       x: (v) => MARGIN.left + ((v - x0) / (x1 - x0)) * (right - MARGIN.left),
       y: (v) => (v >= limit && below.length ? MARGIN.top : bottom - ((v - y0) / (y1 - y0)) * (bottom - MARGIN.top)),
     };
@@ -134,12 +149,29 @@ export class FoveatePlot extends HTMLElement {
       grid.append(draw("text", { x: MARGIN.left - 8, y: at + 4, "text-anchor": "end" }, tick.text));
     }
     const middle = (MARGIN.top + space.bottom) / 2;
-    grid.append(draw("text", {
-      class: "fv-axis-name", x: (MARGIN.left + space.right) / 2, y: space.height - 6, "text-anchor": "middle",
-    }, x.label));
-    grid.append(draw("text", {
-      class: "fv-axis-name", transform: `translate(14 ${middle}) rotate(-90)`, "text-anchor": "middle",
-    }, y.label));
+    grid.append(
+      draw(
+        "text",
+        {
+          class: "fv-axis-name",
+          x: (MARGIN.left + space.right) / 2,
+          y: space.height - 6,
+          "text-anchor": "middle",
+        },
+        x.label,
+      ),
+    );
+    grid.append(
+      draw(
+        "text",
+        {
+          class: "fv-axis-name",
+          transform: `translate(14 ${middle}) rotate(-90)`,
+          "text-anchor": "middle",
+        },
+        y.label,
+      ),
+    );
     svg.append(grid);
   }
 
@@ -153,7 +185,10 @@ export class FoveatePlot extends HTMLElement {
       const place = isUpright
         ? { x: at + 5, y: MARGIN.top + 11, "text-anchor": "start" }
         : { x: space.right - 4, y: at - 5, "text-anchor": "end" };
-      svg.append(draw("line", { class: "fv-rule", ...ends }), draw("text", { class: "fv-rule-name", ...place }, rule.label));
+      svg.append(
+        draw("line", { class: "fv-rule", ...ends }),
+        draw("text", { class: "fv-rule-name", ...place }, rule.label),
+      );
     }
   }
 
@@ -162,7 +197,15 @@ export class FoveatePlot extends HTMLElement {
     const placed = points.map((point) => ({ ...point, one, at: [space.x(point.x[0]), space.y(point.y[0])] }));
     if (one.line && placed.length > 1) {
       const kind = `fv-line fv-tone-${one.tone}${one.isDashed ? " fv-dashed" : ""}${one.isThin ? " fv-thin" : ""}`;
-      svg.append(draw("path", { class: kind, d: lineThrough(placed.map((p) => p.at), one.line) }));
+      svg.append(
+        draw("path", {
+          class: kind,
+          d: lineThrough(
+            placed.map((p) => p.at),
+            one.line,
+          ),
+        }),
+      );
     }
     for (const point of one.mark ? placed : []) svg.append(...whiskers(point, space));
     return one.mark ? placed : [];
@@ -170,7 +213,10 @@ export class FoveatePlot extends HTMLElement {
 
   #points(svg, placed) {
     const ordered = [...placed].sort((a, b) => a.at[0] - b.at[0]);
-    const first = Math.max(0, ordered.findIndex((p) => p.id === this.#selected));
+    const first = Math.max(
+      0,
+      ordered.findIndex((p) => p.id === this.#selected),
+    );
     this.#marks = ordered.map((point, index) => this.#mark(point, index === first));
     const isLast = (mark) => mark.classList.contains("fv-selected");
     svg.append(...this.#marks.filter((mark) => !isLast(mark)), ...this.#marks.filter(isLast));
@@ -180,8 +226,12 @@ export class FoveatePlot extends HTMLElement {
     const isSelected = point.id === this.#selected;
     const kind = ["fv-point", `fv-tone-${point.one.tone}`, point.isFaint && "fv-faint", isSelected && "fv-selected"];
     const mark = draw("g", {
-      class: kind.filter(Boolean).join(" "), transform: `translate(${point.at[0]} ${point.at[1]})`,
-      role: "button", tabindex: isStop ? 0 : -1, "data-id": point.id, "aria-pressed": String(isSelected),
+      class: kind.filter(Boolean).join(" "),
+      transform: `translate(${point.at[0]} ${point.at[1]})`,
+      role: "button",
+      tabindex: isStop ? 0 : -1,
+      "data-id": point.id,
+      "aria-pressed": String(isSelected),
       "aria-label": `${point.label}: ${point.text}`,
     });
     if (isSelected) mark.append(draw("circle", { class: "fv-halo", r: 12 }));
@@ -210,7 +260,10 @@ export class FoveatePlot extends HTMLElement {
   }
 
   #show(point) {
-    this.#tip.replaceChildren(make("b", {}, point.label), ...point.text.split("; ").map((line) => make("span", {}, line)));
+    this.#tip.replaceChildren(
+      make("b", {}, point.label),
+      ...point.text.split("; ").map((line) => make("span", {}, line)),
+    );
     this.#tip.hidden = false;
     const [x, y] = point.at;
     const left = Math.min(Math.max(4, x - this.#tip.offsetWidth / 2), this.#width - this.#tip.offsetWidth - 4);
@@ -228,7 +281,8 @@ export class FoveatePlot extends HTMLElement {
     const order = [...placed].filter((p) => !p.isFaint && p.one.isNamed !== false);
     order.sort((a, b) => (b.id === this.#selected) - (a.id === this.#selected) || rank(a) - rank(b));
     for (const point of order) {
-      const text = point.label.length > LABEL_LETTERS ? `${point.label.slice(0, LABEL_LETTERS - 1)}\u2026` : point.label;
+      const text =
+        point.label.length > LABEL_LETTERS ? `${point.label.slice(0, LABEL_LETTERS - 1)}\u2026` : point.label;
       const box = this.#free(point.at, text.length * LABEL_WIDTH, space, taken);
       if (box === null) continue;
       taken.push(box);
@@ -238,8 +292,16 @@ export class FoveatePlot extends HTMLElement {
   }
 
   #free([x, y], width, space, taken) {
-    const places = [[x + 13, y - 8], [x - 13 - width, y - 8], [x - width / 2, y - 27], [x - width / 2, y + 11],
-      [x + 9, y - 22], [x + 9, y + 6], [x - 9 - width, y - 22], [x - 9 - width, y + 6]];
+    const places = [
+      [x + 13, y - 8],
+      [x - 13 - width, y - 8],
+      [x - width / 2, y - 27],
+      [x - width / 2, y + 11],
+      [x + 9, y - 22],
+      [x + 9, y + 6],
+      [x - 9 - width, y - 22],
+      [x - 9 - width, y + 6],
+    ];
     const boxes = places.map(([left, top]) => [left, top, left + width, top + 16]);
     const isInside = (b) => b[0] > MARGIN.left && b[2] < this.#width && b[1] > 0 && b[3] < space.bottom;
     const meets = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
@@ -253,7 +315,9 @@ function rank(point) {
 }
 
 function lineThrough(places, kind) {
-  const steps = places.slice(1).map(([x, y]) => (kind === "hv" ? `H${x}V${y}` : kind === "vh" ? `V${y}H${x}` : `L${x} ${y}`));
+  const steps = places
+    .slice(1)
+    .map(([x, y]) => (kind === "hv" ? `H${x}V${y}` : kind === "vh" ? `V${y}H${x}` : `L${x} ${y}`));
   return `M${places[0][0]} ${places[0][1]}${steps.join("")}`;
 }
 

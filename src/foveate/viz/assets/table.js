@@ -27,5 +27,8 @@ function sort(table, column, isDown) {
   const isNumber = rows.every(({ key }) => key === undefined || key === "" || Number.isFinite(Number(key)));
   const known = rows.filter(({ key }) => key !== undefined && key !== "");
   known.sort((a, b) => (isDown ? -1 : 1) * compared(a.key, b.key, isNumber));
-  body.append(...known.map(({ row }) => row), ...rows.filter(({ key }) => key === undefined || key === "").map(({ row }) => row));
+  body.append(
+    ...known.map(({ row }) => row),
+    ...rows.filter(({ key }) => key === undefined || key === "").map(({ row }) => row),
+  );
 }

@@ -1,6 +1,6 @@
 /**
- * <foveate-view>: two images of one prompt and seed, looked at in five ways: slider, side by side, difference, FLIP map,
- * and the compute map of every scale. The report and the server's page share it. It sends no request and writes no
+ * <foveate-view>: two images of one prompt and seed, looked at in five ways: slider, side by side, difference, FLIP
+ * map, and the compute map of every scale. The report and the server's page share it. It sends no request and writes no
  * inline style or handler, so it works under a content security policy without 'unsafe-inline'.
  *
  *   const view = document.createElement("foveate-view");        // with theme.css and view.css
@@ -109,9 +109,14 @@ export class FoveateView extends HTMLElement {
       return make("label", { class: "fv-tab" }, input, make("span", {}, text));
     };
     const image = (name) => make("img", { class: `fv-${name}`, alt: "", draggable: "false" });
-    const range = (name, label, limits) => make("input", { type: "range", class: name, "aria-label": label, ...limits });
+    const range = (name, label, limits) =>
+      make("input", { type: "range", class: name, "aria-label": label, ...limits });
     this.#parts = {
-      tabs: make("div", { class: "fv-tabs", role: "radiogroup", "aria-label": "View" }, ...Object.entries(VIEWS).map(tab)),
+      tabs: make(
+        "div",
+        { class: "fv-tabs", role: "radiogroup", "aria-label": "View" },
+        ...Object.entries(VIEWS).map(tab),
+      ),
       reference: image("reference"),
       picture: image("picture"),
       canvas: make("canvas", { class: "fv-canvas", role: "img" }),
@@ -147,9 +152,16 @@ export class FoveateView extends HTMLElement {
   #assemble() {
     const p = this.#parts;
     p.stage = make(
-      "div", { class: "fv-stage" },
-      p.reference, p.picture, p.canvas, make("span", { class: "fv-knob", "aria-hidden": "true" }), p.none, p.handle,
-      p.left, p.right,
+      "div",
+      { class: "fv-stage" },
+      p.reference,
+      p.picture,
+      p.canvas,
+      make("span", { class: "fv-knob", "aria-hidden": "true" }),
+      p.none,
+      p.handle,
+      p.left,
+      p.right,
     );
     p.gainRow = make("div", { class: "fv-row fv-gain-row" }, make("span", {}, "Amplified"), p.gain, p.gainText);
     p.scrubRow = make("div", { class: "fv-row fv-scrub-row" }, p.play, p.scrub, make("label", {}, p.over, " map"));
@@ -216,7 +228,8 @@ export class FoveateView extends HTMLElement {
     };
     const kind = scale.depth === null ? "fv-thumb fv-skipped" : "fv-thumb";
     return make(
-      "button", { type: "button", class: kind, tabindex: "-1", "aria-label": `Scale ${scale.scale}`, onclick: choose },
+      "button",
+      { type: "button", class: kind, tabindex: "-1", "aria-label": `Scale ${scale.scale}`, onclick: choose },
       canvas,
     );
   }
@@ -285,7 +298,9 @@ export class FoveateView extends HTMLElement {
     none.hidden = scale.depth !== null;
     caption.textContent = this.#described();
     legend.append(
-      chip("fv-dark", "did not run"), chip("fv-viridis", "few to most blocks"), chip("fv-full", "all blocks"),
+      chip("fv-dark", "did not run"),
+      chip("fv-viridis", "few to most blocks"),
+      chip("fv-full", "all blocks"),
     );
   }
 
@@ -333,7 +348,8 @@ async function decoded(url) {
 function pixelsOf(image, side) {
   const factor = Math.max(1, side / Math.max(image.naturalWidth, image.naturalHeight));
   const canvas = make("canvas", {
-    width: Math.round(factor * image.naturalWidth), height: Math.round(factor * image.naturalHeight),
+    width: Math.round(factor * image.naturalWidth),
+    height: Math.round(factor * image.naturalHeight),
   });
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
