@@ -250,6 +250,7 @@ def test_what_a_command_found_stands_on_top(page: Any) -> None:
     assert page.locator("#pg-chart-0 .fv-point").count() == 9
     assert page.locator("#pg-chart-0 .fv-faint").count() == 3
     assert page.locator("#pg-chart-0 .fv-rule-name").text_content() == "bound 80"
+    assert page.locator("#pg-chart-0 [role=button]").count() == 0, "there is nothing to choose"
     page.locator("#pg-chart-0 .fv-point").nth(1).focus()
     assert "share=1" in page.locator("#pg-chart-0 .fv-tip").inner_text()
 

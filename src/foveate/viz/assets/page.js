@@ -216,7 +216,7 @@ function charts() {
       })),
     }));
     const rules = chart.limit === null ? [] : [{ y: chart.limit, label: `bound ${chart.limit}` }];
-    plot.figure = { label: chart.caption, x: { label: chart.x }, y: { label: chart.y }, series, rules };
+    plot.figure = { label: chart.caption, x: { label: chart.x }, y: { label: chart.y }, series, rules, canPick: false };
     byId(`pg-chart-legend-${index}`).append(
       ...chart.series.map((one, place) =>
         make("span", { class: `fv-key fv-tone-${place % TONES}` }, make("i", { class: "fv-chip pg-filled" }), one.name),

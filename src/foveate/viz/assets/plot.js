@@ -8,6 +8,7 @@
  *     series: [{ name, tone: "0", mark: "circle", line: null | "straight" | "hv" | "vh", isDashed, isThin,
  *                points: [{ id, label, text, x: [value, low, high], y: [value, low, high], isFaint }] }],
  *     // low and high are optional
+ *     canPick: true,                                         // false: points say their values, and that is all
  *     rules: [{ x | y: 1, label }],                          // dashed lines across the plot
  *   };
  *   plot.selected = id;
@@ -225,19 +226,21 @@ export class FoveatePlot extends HTMLElement {
   #mark(point, isStop) {
     const isSelected = point.id === this.#selected;
     const kind = ["fv-point", `fv-tone-${point.one.tone}`, point.isFaint && "fv-faint", isSelected && "fv-selected"];
+    const canPick = this.#figure.canPick ?? true;
     const mark = draw("g", {
       class: kind.filter(Boolean).join(" "),
       transform: `translate(${point.at[0]} ${point.at[1]})`,
-      role: "button",
+      role: canPick ? "button" : "img",
       tabindex: isStop ? 0 : -1,
       "data-id": point.id,
-      "aria-pressed": String(isSelected),
+      "aria-pressed": canPick && String(isSelected),
       "aria-label": `${point.label}: ${point.text}`,
     });
     if (isSelected) mark.append(draw("circle", { class: "fv-halo", r: 12 }));
     mark.append(draw("circle", { class: "fv-target", r: 14 }));
     mark.append(draw("path", { class: `fv-mark${point.one.isHollow ? " fv-hollow" : ""}`, d: MARKS[point.one.mark] }));
-    const pick = () => this.dispatchEvent(new CustomEvent("foveate-pick", { detail: point.id, bubbles: true }));
+    const pick = () =>
+      canPick && this.dispatchEvent(new CustomEvent("foveate-pick", { detail: point.id, bubbles: true }));
     mark.addEventListener("click", pick);
     mark.addEventListener("keydown", (event) => this.#key(event, mark, pick));
     for (const kindOf of ["mouseenter", "focus"]) mark.addEventListener(kindOf, () => this.#show(point));
