@@ -99,7 +99,8 @@ def train(
         log: Receives progress lines.
         route: Device, minutes, dry run.
         start: What to begin with; a checkpoint in `out` goes before it.
-        stop_after: Minutes after which to pause behind a checkpoint; the same call then goes on from there.
+        stop_after: Minutes after which to pause behind a checkpoint; the same call then goes on from there. A dry run
+            does not pause.
 
     Returns:
         The folder of the exported model, or of the stage's result.
@@ -107,13 +108,14 @@ def train(
     Raises:
         PauseError: The time of this call is up before all is done.
     """
-    deadline = math.inf if stop_after is None else time.perf_counter() + 60 * stop_after
+    is_dry = route is not None and route.is_dry
+    deadline = math.inf if stop_after is None or is_dry else time.perf_counter() + 60 * stop_after
     if stage == "corpus":
         return make_corpus(load_corpus_config(config, route), out, log)
     recipe = load_recipe(config, route)
     out.mkdir(parents=True, exist_ok=True)
     folder = out
-    if route is not None and route.is_dry:
+    if is_dry:
         # Beside the run, so that nothing of it is taken for a result.
         folder = out / "dry"
         shutil.rmtree(folder, ignore_errors=True)
