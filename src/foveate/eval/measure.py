@@ -261,6 +261,11 @@ class _Runner:
     store: Store
     session: str
 
+    @property
+    def _has_maps(self) -> bool:
+        """Whether calls record what ran for every token: on a CPU that takes no time, a device would be waited for."""
+        return self.pipe.model.device.type == "cpu"
+
     def generate(self, side: Side, prompts: Sequence[str]) -> Any:  # noqa: ANN401 - of the form that the options ask for
         """One call."""
         call = {
@@ -269,7 +274,7 @@ class _Runner:
             "seed": self.setup.first_seed + side.seed_offset,
             "policy": side.policy,
             "output_type": "np",
-            "trace": True,
+            "trace": self._has_maps,
         }
         return self.pipe(list(prompts), **cast(Options, call))
 
@@ -279,7 +284,8 @@ class _Runner:
         if (side.key, batch) not in self.store.calls:
             first = self.setup.first_image(batch)
             for i, picture in enumerate(stack_uint8(output.images)):
-                self.store.add_image(side.key, first + i, picture, scale_maps(output.trace, i))
+                maps = scale_maps(output.trace, i) if self._has_maps else ()
+                self.store.add_image(side.key, first + i, picture, maps)
         ms = output.report.ms
         self.store.add_call(
             Call(
