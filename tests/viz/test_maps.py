@@ -8,8 +8,9 @@ from PIL import Image
 from foveate.core.cost import ModelShape, RowWork, ScaleWork
 from foveate.core.errors import FoveateError
 from foveate.core.trace import ScaleTrace, Trace
+from foveate.pipeline.pipeline import Pipeline
 from foveate.viz.maps import compute_map, panel
-from foveate.viz.scale_map import ScaleMap, scale_map
+from foveate.viz.scale_map import ScaleMap, scale_map, scale_maps
 
 SHAPE = ModelShape(num_blocks=4, width=8, ff_width=8, num_heads=1, head_width=8, head_outputs=4, input_channels=2)
 GREY = Image.new("RGB", (64, 64), (200, 200, 200))
@@ -60,6 +61,23 @@ def test_a_caption_names_tokens_blocks_and_branches(unconditional: int, text: st
     assert found.caption == text
     assert found.depth_hw is not None
     assert found.depth_hw.tolist() == [[4, -1], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    "policy", ["ld-pruning:energy_share=0.6", "depthvar:reference_scale=-2", "skip-scales:count=1"]
+)
+def test_maps_of_a_call_are_what_it_counted(toy_pipe: Pipeline, policy: str) -> None:
+    trace = toy_pipe(["a red cat", "two dogs"], policy=policy, seed=3, trace=True).trace
+    for image in range(2):
+        for scale, found in zip(trace.scales, scale_maps(trace, image), strict=True):
+            assert (found.depth_hw is not None) == scale.ran
+            if scale.ran:
+                row = scale.work.rows[(image, True)]
+                assert found.num_tokens == row.head_tokens
+                assert found.block_share * found.num_blocks * scale.work.grid_tokens == pytest.approx(
+                    sum(row.block_tokens)
+                )
+                assert (found.num_guided > 0) == ((image, False) in scale.work.rows)
 
 
 def test_a_scale_that_did_not_run_says_so() -> None:
