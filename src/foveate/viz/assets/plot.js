@@ -185,12 +185,22 @@ export class FoveatePlot extends HTMLElement {
         : { x1: MARGIN.left, x2: space.right, y1: at, y2: at };
       const place = isUpright
         ? { x: at + 5, y: MARGIN.top + 11, "text-anchor": "start" }
-        : { x: space.right - 4, y: at - 5, "text-anchor": "end" };
+        : this.#besideRule(rule, at, space);
       svg.append(
         draw("line", { class: "fv-rule", ...ends }),
         draw("text", { class: "fv-rule-name", ...place }, rule.label),
       );
     }
+  }
+
+  /** A level line's name stands at its right end, or at its left one where points are in the way. */
+  #besideRule(rule, at, space) {
+    const width = rule.label.length * LABEL_WIDTH;
+    const points = this.#figure.series.flatMap((one) => (one.mark ? one.points : []));
+    const isMet = points.some((p) => Math.abs(space.y(p.y[0]) - at) < 16 && space.x(p.x[0]) > space.right - width - 14);
+    return isMet
+      ? { x: MARGIN.left + 4, y: at - 5, "text-anchor": "start" }
+      : { x: space.right - 4, y: at - 5, "text-anchor": "end" };
   }
 
   #series(svg, space, one) {
