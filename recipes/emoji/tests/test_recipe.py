@@ -1,7 +1,9 @@
 """Recipes: every shipped one runs from corpus to a model that draws, on either route, and a call may pause."""
 
 import json
+import os
 import subprocess
+import sys
 import tarfile
 from dataclasses import replace
 from functools import partial
@@ -91,7 +93,8 @@ def test_a_run_away_from_home_brings_back_what_an_export_here_needs(tmp_path: Pa
     shape = load_recipe(CONFIGS / "emoji.yaml", Route(device="cpu")).tokenizer.shape
     save_file(new_autoencoder(shape).half().state_dict(), bundle / "tokenizer.safetensors")
     command = ["bash", "recipes/emoji/away.sh", bundle, tmp_path / "away", tmp_path / "out", "600"]
-    subprocess.run([*map(str, command), "--device", "cpu", "--dry-run"], cwd=root, check=True, capture_output=True)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run([*map(str, command), "--device", "cpu", "--dry-run"], cwd=root, check=True, env=environment)
     back = list((tmp_path / "out").iterdir())
     assert len(back) <= 8
     assert max(path.stat().st_size for path in back) < 16 * 2**20
