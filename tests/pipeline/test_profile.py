@@ -92,9 +92,12 @@ def test_a_profile_is_found_for_its_model_and_threads_alone(toy_pipe: Pipeline, 
     assert stored == identity(toy_pipe.model)
     assert (stored["model"], stored["sha256"]) == ("toy", toy_pipe.model.sha256)
     other = replace(toy_pipe.model, sha256="other")
-    with pytest.raises(FoveateError, match="run foveate bench calibrate --model toy$"):
-        load_profile(other)
     threads = torch.get_num_threads()
+    with pytest.raises(FoveateError, match=f"run foveate bench calibrate --model toy --threads {threads}$"):
+        load_profile(other)
+    half = replace(other, weights="random", precision=replace(other.precision, dtype=torch.bfloat16))
+    with pytest.raises(FoveateError, match=f"--threads {threads} --weights random --dtype bfloat16$"):
+        load_profile(half)
     try:
         torch.set_num_threads(threads + 1)
         assert profile_path(toy_pipe.model) != path

@@ -120,8 +120,19 @@ def identity(model: LoadedModel) -> dict[str, Any]:
         "device": model.device.type,
         "machine": processor_name(model.device),
         "threads": torch.get_num_threads(),
-        "kernels": describe_kernels(model.device),
+        "kernels": describe_kernels(model.device).partition(" ")[0],
     }
+
+
+def _command(model: LoadedModel) -> str:
+    """What measures the profile that is missing."""
+    known = identity(model)
+    flags = {"model": model.spec.name, "threads": known["threads"]}
+    flags |= {"weights": model.weights} if model.weights != "pretrained" else {}
+    flags |= {"device": known["device"]} if known["device"] != "cpu" else {}
+    flags |= {"dtype": known["dtype"]} if known["dtype"] != "float32" else {}
+    flags |= {name: known[name] for name in ("decoder_dtype", "quantization") if known[name] is not None}
+    return "foveate bench calibrate " + " ".join(f"--{name.replace('_', '-')} {flags[name]}" for name in flags)
 
 
 def profile_path(model: LoadedModel) -> Path:
@@ -147,13 +158,13 @@ def load_profile(model: LoadedModel) -> Profile:
     Raises:
         FoveateError: There is none, or it is damaged.
     """
-    path, remedy = profile_path(model), f"foveate bench calibrate --model {model.spec.name}"
+    path, remedy = profile_path(model), _command(model)
     try:
         return Profile.from_json(json.loads(path.read_text(encoding="utf-8"))["fit"])
     except FileNotFoundError:
         raise FoveateError(
-            f"latency_budget_ms needs a profile of {model.spec.name} on this machine with {torch.get_num_threads()} "
-            f"threads in {model.precision.dtype}, and there is none; run {remedy}"
+            f"latency_budget_ms needs a profile of {model.spec.name} on this machine, in this dtype and with as many "
+            f"threads, and there is none; run {remedy}"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FoveateError(f"cannot read the profile {path} ({error!r}); measure it again: {remedy}") from None
