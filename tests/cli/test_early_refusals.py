@@ -40,7 +40,7 @@ SAMPLING = [
     (["--guidance-scale", "1,2"], "one per scale, got 2"),
     (["--top-p", "2"], "top_p must be in [0, 1]"),
     (["--top-k", "-1"], "top_k must be a whole number, 0 or more, got -1\n"),
-    (["--more-smooth"], "more_smooth is for VAR and Switti"),
+    (["--more-smooth"], "more_smooth is for VAR, Switti and HART"),
     (["--negative-prompt", " "], "negative_prompt must not be empty"),
 ]
 GENERATE = [

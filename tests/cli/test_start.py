@@ -64,7 +64,7 @@ def test_help_of_generate_shows_groups_in_order_and_examples_that_run(
     words = " ".join(re.sub(r"[\u2502\u256d-\u2570\u2500]", " ", text).split())
     for taught in (
         "--seed STR... One seed, or one per prompt with commas: 7,8; default: random.",
-        "1 is off for Infinity, 0 for VAR and Switti",
+        "1 is off for Infinity, 0 for VAR, Switti and HART",
         "Keep the k likeliest values; 0 keeps all",
         "Dtype of the decoder; default: --dtype.",
     ):

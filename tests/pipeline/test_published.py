@@ -159,7 +159,7 @@ def test_a_friendly_name_is_fetched_in_parts(tmp_path: Path, monkeypatch: pytest
     assert tuned.model.spec == replace(pipe.model.spec, name="tuned")
     a, b = (p("a red cat", seed=1, output_type="latent").images for p in (pipe, tuned))
     assert torch.equal(a, b)  # type: ignore[arg-type]
-    with pytest.raises(FoveateError, match="more_smooth is for VAR and Switti"):
+    with pytest.raises(FoveateError, match="more_smooth is for VAR, Switti and HART; "):
         pipe("a cat", more_smooth=True)
 
 

@@ -25,7 +25,14 @@ from foveate.families.minilm import OWN
 from foveate.families.packaged import packaged_models, refuse_missing_demo
 from foveate.families.published import ALIASES, PUBLISHED, published_model
 from foveate.families.residency import Residency
-from foveate.families.sources import Sources, fetch_model, fetch_published, local_sources, unpinned
+from foveate.families.sources import (
+    Sources,
+    cloned_transformers,
+    fetch_model,
+    fetch_published,
+    local_sources,
+    unpinned,
+)
 from foveate.families.spec import ModelSpec
 from foveate.kernels import native
 from foveate.kernels.invariance import TILE_ROWS, tile_failing_
@@ -241,7 +248,8 @@ def _is_ours(folder: Path) -> bool:
     if (folder / CONFIG_NAME).is_file():
         return "format" in read_config(folder)
     has_parts = all(any(folder.glob(f"{part}*.safetensors*")) for part in (TRANSFORMER, AUTOENCODER))
-    return has_parts or not any(is_weight_file(path) for path in folder.iterdir())
+    has_published = any(is_weight_file(path) for path in folder.iterdir()) or bool(cloned_transformers(folder))
+    return has_parts or not has_published
 
 
 def _find_sources(origin: Origin) -> Sources:

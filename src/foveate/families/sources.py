@@ -194,6 +194,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+def cloned_transformers(folder: Path) -> list[Path]:
+    """Weights of transformers in folders of their own, if a folder is the copy of such a published repository."""
+    places = [folder / entry.transformer.path for entry in PUBLISHED.values() if "/" in entry.transformer.path]
+    return [place for place in places if place.is_file()]
+
+
 def _transformer_in(path: Path) -> Path:
     """The transformer's file of a folder, or of the copy of a repository: the one that is not an autoencoder.
 
@@ -201,9 +207,8 @@ def _transformer_in(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    inside = [path / entry.transformer.path for entry in PUBLISHED.values() if "/" in entry.transformer.path]
     files = [file for file in sorted(path.iterdir()) if is_weight_file(file) and not _is_autoencoder(file)]
-    files = files or [file for file in inside if file.is_file()]
+    files = files or cloned_transformers(path)
     averages = [file for file in files if "ema" in re.split(r"[._-]", file.stem.lower())]
     files = averages if len(averages) == 1 else files
     indices = [file for file in files if file.name.endswith(".index.json")]

@@ -31,7 +31,7 @@ class Defaults:
     """How a model is sampled unless asked otherwise; a tuple holds one value per scale, and its last one goes on.
 
     `guidance_window` is the first scale that guidance acts on and the first one behind it, None for all others.
-    `more_smooth` samples soft codes from scale `smooth_start` on, as the published demos of VAR and Switti can.
+    `more_smooth` samples soft codes from scale `smooth_start` on, as the published demos of VAR, Switti and HART.
     """
 
     guidance_scale: float | tuple[float, ...] = 4.0

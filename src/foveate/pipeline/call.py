@@ -229,7 +229,8 @@ def _listed(prompts: Prompts, spec: ModelSpec) -> list[Any]:
 def _smooth_scales(asked: bool | None, spec: ModelSpec, count: int) -> tuple[int, int] | None:
     """Scales that mix codes: from where the model's defaults begin to where guidance ends."""
     defaults = spec.defaults
-    able = " and ".join(family.title for family in registry.FAMILIES if family.can_smooth)
+    *others, last = (family.title for family in registry.FAMILIES if family.can_smooth)
+    able = f"{', '.join(others)} and {last}"
     _require(not asked or spec.kind.can_smooth, f"more_smooth is for {able}; {spec.name} samples bits")
     if not (defaults.more_smooth if asked is None else asked):
         return None

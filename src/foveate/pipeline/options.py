@@ -192,7 +192,7 @@ class CallOptions(TypedDict, total=False):
     guidance_scale: Annotated[
         PerScale | None,
         Option(
-            help="How strongly to follow the prompt; 1 is off for Infinity, 0 for VAR and Switti.",
+            help="How strongly to follow the prompt; 1 is off for Infinity, 0 for VAR, Switti and HART.",
             per_scale=True,
             commands=_SAMPLING,
             is_kept=True,
@@ -227,7 +227,7 @@ class CallOptions(TypedDict, total=False):
     more_smooth: Annotated[
         bool | None,
         Option(
-            help="Mix codes instead of choosing them, for softer images (VAR and Switti).",
+            help="Mix codes instead of choosing them, for softer images (VAR, Switti, HART).",
             commands=_SAMPLING,
             is_kept=True,
             absent=False,

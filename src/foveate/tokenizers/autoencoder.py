@@ -79,7 +79,7 @@ class AutoencoderConfig:
 VQ_F16 = AutoencoderConfig(
     latent_channels=32, base_channels=160, channel_multipliers=(1, 1, 2, 2, 4), codebook_size=4096
 )
-"""The published one of VAR and Switti."""
+"""The published one of VAR, Switti and HART."""
 
 
 def _norm(channels: int) -> nn.GroupNorm:

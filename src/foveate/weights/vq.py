@@ -59,16 +59,15 @@ def infer_vq_config(state: State) -> AutoencoderConfig:
 
 def load_vq(model: Autoencoder, state: State, *, dtype: torch.dtype | None = None) -> None:
     """Copies published weights into an autoencoder; `copy_weights` says what is refused."""
-    own = vq_state(state)
-    kept = {key: key for key in own}
     for what, prefixes in _DROPPED.items():
-        dropped = sorted(key for key in own if key.startswith(prefixes))
+        dropped = sorted(key for key in plain_state(state, "VQ") if key.startswith(prefixes))
         if dropped:
             _LOG.warning("weights of %s are not loaded: %s", what, some(dropped))
-        kept = {key: key for key in kept if key not in dropped}
-    copy_weights(model, renamed(own, kept), "VQ autoencoder", dtype)
+    copy_weights(model, vq_state(state), "VQ autoencoder", dtype)
 
 
 def vq_state(state: State) -> Stored:
-    """An autoencoder's weights without nesting and usage counts."""
-    return plain_state(state, "VQ", (_USAGE,))
+    """An autoencoder's weights without nesting, usage counts and what belongs to no image."""
+    own = plain_state(state, "VQ", (_USAGE,))
+    dropped = tuple(prefix for prefixes in _DROPPED.values() for prefix in prefixes)
+    return renamed(own, {key: key for key in own if not key.startswith(dropped)})
