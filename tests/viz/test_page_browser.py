@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveate.viz.page import render
+from foveate.viz.page import asset, render
+from foveate.viz.page_images import data_uri
 from tests.viz.browser import DESKTOP, PHONE, chromium, opened
-from tests.viz.pages import CONTROL, DEPTH, FULL, HOSTILE, OURS, PROMPTS, led_page, pairs
+from tests.viz.pages import CONTROL, DEPTH, FULL, HOSTILE, OURS, PROMPTS, led_page, pairs, picture
 
 pytestmark = pytest.mark.soak
 VIEWS = ("slider", "side", "difference", "flip", "compute")
@@ -313,3 +314,40 @@ def test_the_viewer_shows_an_image_while_it_forms(page: Any) -> None:
     )
     assert page.locator("#live .fv-right").inner_text() == "ours"
     assert page.locator("#live .fv-picture").is_visible()
+
+
+def test_the_viewer_works_as_modules_under_a_strict_policy(browser: Any) -> None:
+    """As a server hands it out: files of their own, no inline script or style."""
+    strict = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:"
+    start = "import './view.js'; document.documentElement.dataset.ready = '';"
+    html = "<!doctype html><link rel=stylesheet href=theme.css><link rel=stylesheet href=view.css>"
+    html += "<script type=module src=start.js></script><foveate-view></foveate-view>"
+    kinds = {"js": "text/javascript", "css": "text/css"}
+
+    def answer(route: Any) -> None:
+        name = route.request.url.rpartition("/")[2]
+        if not name:
+            route.fulfill(body=html, content_type="text/html", headers={"Content-Security-Policy": strict})
+        else:
+            route.fulfill(
+                body=start if name == "start.js" else asset(name), content_type=kinds[name.rpartition(".")[2]]
+            )
+
+    complaints: list[str] = []
+    context = browser.new_context()
+    page = context.new_page()
+    page.on("console", lambda message: complaints.append(message.text))
+    page.route("**/*", answer)
+    page.goto("http://foveate.test/")
+    page.wait_for_selector("html[data-ready]", state="attached")
+    one, other = (data_uri(picture(seed), is_lossless=True) for seed in (1, 2))
+    page.locator("foveate-view").evaluate(
+        "(view, [reference, picture]) => view.show({reference, picture, referenceName: 'full', pictureName: 'ours'})",
+        [one, other],
+    )
+    view(page, "difference")
+    most = np.abs(picture(1).astype(int) - picture(2)).max()
+    says(page, ".fv-caption", f"largest difference {most} of 255")
+    assert page.locator(".fv-canvas").bounding_box()["width"] > 300
+    context.close()
+    assert not complaints
