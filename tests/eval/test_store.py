@@ -125,7 +125,7 @@ def test_images_and_maps_come_back(tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
     depth_hw = np.array([[2, -1, 0]], np.int16)
     maps = [
-        ScaleMap(scale=0, grid=(1, 3), num_blocks=4, depth_hw=depth_hw, num_guided=2, block_share=0.25),
+        ScaleMap(scale=0, grid=(1, 3), num_blocks=4, depth_hw=depth_hw, num_guided=2),
         ScaleMap(scale=1, grid=(2, 2), num_blocks=4, depth_hw=None),
     ]
     with open_store(tmp_path / "s", {}) as store:

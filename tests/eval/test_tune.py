@@ -13,6 +13,7 @@ from foveate.eval.study import Study, Trial, open_study
 from foveate.eval.tune import split_prompts, tune
 from foveate.eval.tune_report import TuneReport
 from foveate.pipeline.pipeline import Pipeline
+from foveate.policies.registry import load_policy, provenance_of
 
 PROMPTS = ["a red cat", "two dogs", "the house", "a blue rocket"]
 
@@ -48,6 +49,11 @@ def test_a_tight_bound_leaves_what_changes_nothing(toy_pipe: Pipeline, tmp_path:
     data = yaml.safe_load(report.to_yaml(tmp_path / "t.yaml", "foveate tune ...").read_text())
     origin = data.pop("provenance")
     assert data == {"policy": "skip-scales", "count": 0}
+    assert load_policy(tmp_path / "t.yaml") == report.winner
+    read = provenance_of(tmp_path / "t.yaml")
+    assert read is not None
+    assert read.is_of("toy", toy_pipe.model.sha256)
+    assert not read.is_of("toy", "another")
     assert origin["bound"] == ["psnr.min >= 99", "ssim.mean.low > 0.5"]
     assert (origin["model"], origin["n"], origin["command"]) == ("toy", 2, "foveate tune ...")
     assert origin["sha256"] == toy_pipe.model.sha256

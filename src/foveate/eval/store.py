@@ -80,13 +80,14 @@ class Store:
         self._append({"scores": [asdict(pair) for pair in scores], "side": side, "batch": batch})
 
     def add_image(self, side: str, index: int, picture: UInt8[np.ndarray, "Y X 3"], maps: Sequence[ScaleMap]) -> None:
-        """Keeps an image and what ran for it."""
+        """Keeps an image and what ran for it, if that is known."""
         path = self._image(side, index)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replace_file(path) as partial:
             Image.fromarray(picture).save(partial, format="PNG")
-        with replace_file(path.with_suffix(".npz")) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, **_arrays(maps))
+        if maps:
+            with replace_file(path.with_suffix(".npz")) as partial, partial.open("wb") as file:
+                np.savez_compressed(file, **_arrays(maps))
 
     def image(self, side: str, index: int) -> UInt8[np.ndarray, "Y X 3"]:
         """An image that was kept.
