@@ -1,7 +1,7 @@
 """Runs policies in turns over the same prompts and seeds, and reads what came of it.
 
-A turn is one batch of prompts in one round: the reference and every policy generate it one after the other, beginning
-with another one each time, so that a machine that slows down slows all of them. A ratio is formed within a turn.
+A turn is one batch of prompts in one round: the reference and every policy generate it one after the other, in another
+order each time, so that a machine that slows down slows all of them. A ratio is formed within a turn.
 Everything goes to a store at once, so that an interruption loses nothing; where a turn was cut, the reference runs
 again beside what was left of it.
 """
@@ -228,9 +228,9 @@ def measure(pipe: Pipeline, sides: Sides, setup: Setup, store: Store, *, hides_p
             for batch, run in turns:
                 bar.set_description(f"prompt {batch * len(setup.batches[0]) + 1} of {len(setup.prompts)}")
                 calls = due[(batch, run)]
-                first = (batch + run) % max(len(calls), 1)
-                for side in (*calls[first:], *calls[:first]):
-                    runner.call(side, batch, run)
+                # No side always runs behind the same one, which may have left the caches warm for it.
+                for place in np.random.default_rng((batch, run)).permutation(len(calls)):
+                    runner.call(calls[place], batch, run)
                     bar.update()
                 for side in sides.all():
                     runner.score(side, batch)
