@@ -3,10 +3,11 @@
     python benchmarks/frontier.py                   # measures, prints, and writes into out/frontier
     python benchmarks/frontier.py --update-pages    # writes into docs/results, and fills the tables of README and docs
 
-Fidelity: all prompts, keyed randomness, one seed, against the full run in the same batches. Time: batch 1, the full run
-and the setting in turns. A ratio is formed per prompt, and rows are compared by these ratios, never by milliseconds.
-`full` is timed in the same way against itself, which shows the noise. Text match: how often the drawing's own label is
-the nearest of all labels. The controls stand in the same table, and so does the yardstick: the full run, another seed.
+One comparison (`foveate.eval.compare`): all settings in turns, prompt by prompt at batch 1, keyed randomness, one seed,
+against the full run. A ratio is formed within a turn. `full` is measured against itself, too, which shows the noise.
+Text match: how often the drawing's own label is the nearest of all labels. The controls stand in the same table, and so
+does the yardstick: the full run, another seed. Measurements are kept in out/frontier/store, where the same command goes
+on after an interruption.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,18 @@ import numpy as np
 from pages import ROOT, fill_pages
 
 from foveate.bench.machine import describe_machine
-from foveate.bench.spread import Spread
 from foveate.conditioning.minilm import TextEncoder
-from foveate.eval.pairs import fidelity_report
+from foveate.eval.compare import compare_policies
+from foveate.eval.measure import Setup
+from foveate.eval.report import ComparisonReport, PolicyResult
+from foveate.eval.statistics import Spread
+from foveate.eval.sweep import draw_frontier
 from foveate.families.loading import Origin, find_folder
-from foveate.pipeline.pipeline import Pipeline, stack_uint8
+from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import load_policy
 from foveate.weights.folder import text_encoder_folder
 
 HERE = Path(__file__).parent
-BATCH = 8
 SETTINGS: dict[str, tuple[str, ...]] = {
     "full": ("full",),
     "skip-scales": ("skip-scales", "skip-scales:count=2"),
@@ -67,7 +70,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """One setting; a speed-up is full over setting, one ratio per timed prompt."""
+    """One setting; a speed-up is full over setting, one ratio per prompt."""
 
     family: str
     spec: str
@@ -79,6 +82,23 @@ class Result:
     transformer_speedup: Spread
     end_to_end_speedup: Spread
     text_match: float | None
+
+    @classmethod
+    def of(cls, family: str, spec: str, found: PolicyResult) -> "Result":
+        """The row of a setting, under the name that it has here."""
+        fidelity, speedups = found.fidelity.to_json(), found.timing.speedups
+        return cls(
+            family=family,
+            spec=spec,
+            psnr=fidelity["psnr"],
+            ssim=fidelity["ssim"],
+            foreground_psnr=fidelity["foreground_psnr"],
+            identical=fidelity["identical"],
+            flops_ratio=found.flops_ratio,
+            transformer_speedup=speedups["transformer"],
+            end_to_end_speedup=speedups["end_to_end"],
+            text_match=fidelity[Matcher.name]["mean"] if Matcher.name in fidelity else None,
+        )
 
     def row(self) -> str:
         """A line of the Markdown table."""
@@ -129,33 +149,11 @@ HEADLINE = (
 """Settings of the README's table."""
 
 
-def draw(pipe: Pipeline, prompts: Sequence[str], spec: str, seed: int) -> tuple[np.ndarray, float]:
-    """All prompts in batches; uint8 images and run / full FLOPs."""
-    images, run, full = [], 0, 0
-    for i in range(0, len(prompts), BATCH):
-        out = pipe(prompts[i : i + BATCH], seed=seed, policy=load_policy(spec), output_type="np")
-        images.append(stack_uint8(out.images))
-        run, full = run + out.report.flops_run, full + out.report.flops_full
-    return np.concatenate(images), run / full
-
-
-def clock(pipe: Pipeline, prompts: Sequence[str], spec: str) -> tuple[Spread, Spread]:
-    """Speed-up of the transformer and of the whole call at batch 1: each prompt in full and with the setting.
-
-    Every second prompt goes the other way round, as the later of two runs of a prompt tends to be the faster one.
-    """
-    transformer, total = [], []
-    for i, prompt in enumerate(prompts):
-        order = ("full", spec) if i % 2 == 0 else (spec, "full")
-        both = [pipe(prompt, seed=0, policy=load_policy(policy)).report.ms for policy in order]
-        full, own = both if i % 2 == 0 else reversed(both)
-        transformer.append(full.transformer / own.transformer)
-        total.append(full.total / own.total)
-    return Spread.of(transformer), Spread.of(total)
-
-
 class Matcher:
-    """Text match: is an image's own label the nearest of all labels?"""
+    """A judge: 1 where an image's own label is the nearest of all labels, else 0."""
+
+    name = "text_match"
+    is_error = False
 
     def __init__(self, model: str, labels: Sequence[str]) -> None:
         # A script finds only its own folder; the recipe that trained the heads stands beside it.
@@ -167,72 +165,29 @@ class Matcher:
         folder = text_encoder_folder(find_folder(Origin(name_or_path=model)))
         self.texts = TextEncoder.from_folder(folder).pooled(self.labels).numpy()
 
-    def score(self, images: np.ndarray, prompts: Sequence[str]) -> float:
-        """Share of images whose label comes first."""
+    def score(self, images: np.ndarray, references: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """Whether each label comes first."""
         from recipes.emoji.features import features  # noqa: PLC0415
 
         similarity = self.heads.similarity(features(images), self.texts)
         wanted = np.array([self.labels.index(prompt) for prompt in prompts])
-        return float((similarity.argmax(1) == wanted).mean())
+        return np.asarray(similarity.argmax(1) == wanted, dtype=np.float64)
 
 
-def plot(results: Sequence[Result], yardstick: float, path: Path) -> None:
-    """Fidelity against speed-up, one line per family."""
-    import matplotlib as mpl  # noqa: PLC0415
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    figure, axis = plt.subplots(figsize=(7.5, 4.6), dpi=120)
-    for family in SETTINGS:
-        points = sorted((r.transformer_speedup.median, r.psnr["mean"]) for r in results if r.family == family)
-        if family == "full" or not points:
-            continue
-        control = family in BASELINES
-        axis.plot(*zip(*points, strict=True), "o--" if control else "s-", label=family, alpha=0.9, lw=1.2, ms=5)
-    axis.axhline(yardstick, color="grey", lw=1, ls=":")
-    axis.annotate("another seed", (axis.get_xlim()[1], yardstick), ha="right", va="bottom", color="grey", fontsize=9)
-    axis.set_xlabel("measured speed-up of the transformer, batch 1")
-    axis.set_ylabel("PSNR to the full run, dB")
-    axis.legend(fontsize=8, frameon=False)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+def results_of(report: ComparisonReport, families: Sequence[str]) -> list[Result]:
+    """A row for every setting of some families."""
+    found = {result.policy: result for result in report.policies}
+    settings = [(family, spec) for family in families for spec in SETTINGS[family]]
+    return [Result.of(family, spec, found[load_policy(spec).spec]) for family, spec in settings]
 
 
-def measure(
-    pipe: Pipeline,
-    prompts: Sequence[str],
-    timed: Sequence[str],
-    matcher: Matcher | None,
-    families: Sequence[str] = tuple(SETTINGS),
-) -> list[Result]:
-    """Every setting of some families, one after the other."""
-    results: list[Result] = []
-    reference, _ = draw(pipe, prompts, "full", 0)
-    for family in families:
-        for spec in SETTINGS[family]:
-            images, ratio = (reference, 1.0) if spec == "full" else draw(pipe, prompts, spec, 0)
-            report = fidelity_report(images, reference).to_json()
-            speedup, end_to_end = clock(pipe, timed, spec)
-            results.append(
-                Result(
-                    family=family,
-                    spec=spec,
-                    psnr=report["psnr"],
-                    ssim=report["ssim"],
-                    foreground_psnr=report["foreground_psnr"],
-                    identical=report["identical"],
-                    flops_ratio=ratio,
-                    transformer_speedup=speedup,
-                    end_to_end_speedup=end_to_end,
-                    text_match=matcher.score(images, prompts) if matcher else None,
-                )
-            )
-            print(results[-1].row(), flush=True)
-    return results
+def plot(report: ComparisonReport, path: Path) -> None:
+    """Fidelity against speedup, one line per method, baselines dashed."""
+    baselines = {load_policy(spec).spec for family in BASELINES for spec in SETTINGS[family]}
+    sides: tuple[list[PolicyResult], list[PolicyResult]] = ([], [])
+    for result in report.policies:
+        sides[result.policy in baselines].append(result)
+    draw_frontier(replace(report, policies=tuple(sides[0]), controls=tuple(sides[1])), path, "png")
 
 
 def tables(results: Sequence[Result], yardstick: dict[str, Any]) -> dict[str, str]:
@@ -271,10 +226,10 @@ def page(data: dict[str, Any], table: str) -> str:
 - model: {data["model"]}, {data["size"]}, {data["tokens"]} tokens, {data["dtype"]}, CPU
 - machine: {cpu["name"]}, {cpu["threads"]} threads; kernels: {cpu["kernels"]}
 - versions: foveate {versions["foveate"]}, python {versions["python"]}, torch {versions["torch"]}
-- fidelity: {data["prompts"]} prompts, seed 0, batches of {BATCH}, against the full run with the same random numbers;
+- fidelity: {data["prompts"]} prompts, seed 0, against the full run with the same random numbers;
   PSNR is a mean, beside its tenth percentile; equal images get 100 dB; foreground PSNR leaves out
   pixels that are white in both
-- time: batch 1, the first {data["timed"]} prompts, each generated in full and with the setting, in changing order;
+- time: batch 1, every prompt {data["runs"]} times in full and with every setting, in turns in changing order;
   median and p10-p90 of full over setting. The row of `full` is `full` against itself: the noise of the timing
 - FLOPs: of the transformer, counted while it ran, as a share of the full run
 - text match: how often the label that was asked for is the nearest of all {data["labels"]} labels to the image
@@ -285,50 +240,77 @@ def page(data: dict[str, Any], table: str) -> str:
 """
 
 
-def main() -> None:
-    """Measures, writes JSON, the page and the plot, and fills other pages if asked to."""
+def measure(
+    pipe: Pipeline, given: argparse.Namespace, families: Sequence[str], labels: Sequence[str]
+) -> ComparisonReport:
+    """All settings of some families in one comparison, which goes on where it was interrupted.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the same command goes on.
+    """
+    setup = Setup(
+        prompts=tuple((HERE / "prompts.txt").read_text(encoding="utf-8").splitlines()[: given.prompts]),
+        seeds=1,
+        first_seed=0,
+        against=load_policy("full"),
+        runs=given.runs,
+        batch_size=1,
+        options={},
+        judges=(Matcher(given.model, labels),),
+    )
+    policies = [load_policy(spec) for family in families for spec in SETTINGS[family]]
+    report = compare_policies(pipe, policies, setup, given.store)
+    if report.missing_prompts:
+        raise KeyboardInterrupt
+    return report
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="emoji")
     parser.add_argument("--out", type=Path, help="folder for frontier.json, .md and .png")
+    parser.add_argument("--store", type=Path, default=ROOT / "out/frontier/store", help="folder of the measurements")
     parser.add_argument("--update-pages", action="store_true", help="also fill the tables of the README and docs")
-    parser.add_argument("--timed", type=int, default=12, help="prompts that are timed at batch 1")
+    parser.add_argument("--runs", type=int, default=1, help="how often every prompt is timed")
     parser.add_argument("--only", nargs="+", choices=list(SETTINGS), metavar="FAMILY", help="the pages of these alone")
     parser.add_argument("--prompts", type=int, help="take so many of the prompts; the tables say so")
     parser.add_argument("--labels", type=Path, default=HERE / "labels.txt")
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measures, writes JSON, the page and the plot, and fills other pages if asked to."""
+    given = arguments()
     is_whole = given.update_pages and not given.only
     out: Path = given.out or ROOT / ("docs/results" if is_whole else "out/frontier")
     families = [name for name in SETTINGS if not given.only or name in (*CONTROLS, *given.only)]
-    prompts = (HERE / "prompts.txt").read_text(encoding="utf-8").splitlines()[: given.prompts]
     pipe = Pipeline.from_pretrained(given.model)
     pipe.set_progress_bar_config(disable=True)
     labels = given.labels.read_text(encoding="utf-8").splitlines()
-    pipe(prompts[:2], seed=0)
-    timed = prompts[: given.timed]
-    results = measure(pipe, prompts, timed, Matcher(given.model, labels), families)
-    reference, other = draw(pipe, prompts, "full", 0)[0], draw(pipe, prompts, "full", 1000)[0]
-    yardstick = fidelity_report(other, reference).to_json()
-    schedule = pipe.model.spec.default_schedule
+    report = measure(pipe, given, families, labels)
+    results, yardstick = results_of(report, families), report.yardstick.to_json()
+    num_prompts, config = len(report.policies[0].rows), report.config
     data = {
         "command": shlex.join(["python", "benchmarks/frontier.py", *sys.argv[1:]]),
         "model": given.model,
-        "size": f"{reference.shape[2]}x{reference.shape[1]}",
-        "tokens": schedule.num_tokens,
-        "prompts": len(prompts),
-        "timed": len(timed),
+        "size": f"{config['width']}x{config['height']}",
+        "tokens": pipe.model.spec.default_schedule.num_tokens,
+        "prompts": num_prompts,
+        "runs": given.runs,
         "labels": len(labels),
         "machine": describe_machine(),
-        "dtype": str(pipe.model.dtype).removeprefix("torch."),
+        "dtype": config["dtype"],
         "yardstick": yardstick,
         "results": [asdict(result) for result in results],
     }
     found = tables(results, yardstick)
     if given.prompts:
-        found = {name: f"{table}\n\n*{len(prompts)} prompts, {len(timed)} timed.*" for name, table in found.items()}
+        found = {name: f"{table}\n\n*{num_prompts} prompts.*" for name, table in found.items()}
+    print(found["all"])
     out.mkdir(parents=True, exist_ok=True)
     (out / "frontier.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     (out / "frontier.md").write_text(page(data, found["all"]), encoding="utf-8")
-    plot(results, yardstick["psnr"]["mean"], out / "frontier.png")
+    plot(report, out / "frontier.png")
     if given.update_pages:
         fill_pages(found)
 
