@@ -147,8 +147,8 @@ class Choice:
 DEFAULT_CHOICES = (
     "random:0:zero", "random:0,0:zero", "random:0,0,0:zero",
     "mass:0.5,0.5,0.5:previous", "mass:0.5,0.5,0.5:zero", "mass:0.5:previous", "mass:0.5:zero",
-    "random:0.5,0.5,0.5:zero", "random:0.5:zero", "checkerboard:0.5:zero",
-    "residual:0.7,0.7:zero", "energy:0.7,0.7:zero", "energy-fine:0.7,0.7:zero",
+    "random:0.5,0.5,0.5:zero", "random:0.5:zero", "checkerboard:0.5:zero", "energy-fine:0.5:zero",
+    "random:0.7,0.7:zero", "residual:0.7,0.7:zero", "energy:0.7,0.7:zero", "energy-fine:0.7,0.7:zero",
     "energy-fine:0.7,0.7,0.7:zero", "energy-lattice:0.7,0.7,0.7:nearest",
     "energy:0.5,0.3:zero", "energy-fine:0.5,0.3:zero", "energy:0.5,0.3:half-nearest",
     "energy:0.7,0.5,0.3:zero", "energy:0.5,0.3,0:zero",
