@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from foveate.core.errors import FoveateError
 from foveate.core.schedule import ScaleSchedule
-from foveate.policies.blocks_per_scale import BlocksPerScale
+from foveate.policies.blocks_per_scale import BlocksPerScale, depth_of
 from foveate.policies.registry import load_policy
 from tests.policies.test_contract import SHAPE, plans_of
 from tests.toys import cached_run, run, same_bits, toy
@@ -83,3 +83,13 @@ def test_more_level_never_runs_fewer_token_blocks(shares: list[float], a: float,
     assert token_blocks(max(a, b)) >= token_blocks(min(a, b)) - tokens[1]
     assert token_blocks(1.0) == sum(tokens) * all_blocks
     assert token_blocks(0.0) == sum(tokens) * all_blocks - sum(tokens[10 - len(shares) :]) * (all_blocks - 1)
+
+
+@pytest.mark.parametrize("level", [0.31, 0.37, 0.5, 0.63, 0.71, 0.94])
+def test_whole_blocks_are_spread_over_scales_to_meet_a_level(level: float):
+    """Of 400, 576 and 1,024 tokens the sums of some lie at most 400 apart; rounding each scale alone misses by more."""
+    policy, tokens = BlocksPerScale(keep_ratios=(0.5, 0.5, 0.5)), (400, 576, 1024)
+    found = policy.at_level(level, SCHEDULE, SHAPE)
+    depths = [depth_of(ratio, SHAPE.num_blocks) for ratio in found.keep_ratios]
+    spent = sum(n * depth for n, depth in zip(tokens, depths, strict=True))
+    assert abs(spent - level * SHAPE.num_blocks * sum(tokens)) <= 200 + 1
