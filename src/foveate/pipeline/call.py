@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, SupportsIndex, cast
 
 import torch
@@ -175,6 +176,8 @@ def warnings_of(job: Job, spec: ModelSpec, sha256: str, *, is_trained: bool) -> 
 
 
 def _measured_elsewhere(policy: str, measured: Provenance, spec: ModelSpec) -> CallWarning:
+    """The warning of a setting from another model; metadata holds it, so a file is said by name, without its folder."""
+    policy = Path(policy).name
     weights = "" if measured.sha256 is None else f" ({measured.sha256[:12]})"
     kept = f", where it keeps {' and '.join(measured.bound)}" if measured.bound else ""
     message = (
