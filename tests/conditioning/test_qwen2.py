@@ -1,4 +1,4 @@
-"""The language model that HART reads, at toy size: against the published padded form, from files, and what it refuses."""
+"""The language model that HART reads, at toy size: against the published form, from files, and what it refuses."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from foveate.conditioning.text import Conditioner
 from foveate.core.errors import CheckpointError
 
 PAD = "<|endoftext|>"
-VOCAB = [PAD, "[UNK]", *"a red green cat dog on the left Given user prompt generate".split()]
+VOCAB = [PAD, "[UNK]", *["a", "red", "green", "cat", "dog", "on", "the", "left", "Given", "user", "prompt", "generate"]]
 MAX_TOKENS, WIDTH = 6, 24
 
 

@@ -25,7 +25,7 @@ from foveate.core.rows import Rows
 from foveate.core.schedule import ScaleSchedule
 from foveate.core.transfer import numbers, to_device
 from foveate.kernels.linear import Linear, linear
-from foveate.models.layers import GatedFeedForward, Modulation, axial_frequencies, linear32, rms_norm
+from foveate.models.layers import GatedFeedForward, HeadNorm, axial_frequencies, linear32, rms_norm
 from foveate.models.residual_diffusion import ResidualDiffusion, StepEmbedding
 from foveate.models.transformer import Transformer, TransformerBlock
 
@@ -149,20 +149,6 @@ class HARTBlock(TransformerBlock):
         return Change(value_nC=self.ffn(x_nC) if sublayer else self.attn(x_nC, context))
 
 
-class HARTHeadNorm(nn.Module):
-    """Root-mean-square norm in front of the head with a scale and a shift of the text."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.ln_wo_grad = nn.RMSNorm(width)
-        self.ada_lin = Modulation(width, 2)
-
-    def forward(self, x_nC: Float[Tensor, "n C"], head_R2C: Float[Tensor, "r 2 C"], rows: Rows) -> Float[Tensor, "n C"]:
-        """Normed hidden states, float32; `head_R2C` are factors (1 + scale) and shifts of these rows, maybe of more."""
-        factor_RC, shift_RC = head_R2C[: len(rows.counts)].unbind(1)
-        return torch.addcmul(rows.spread(shift_RC), rms_norm(x_nC, self.ln_wo_grad.weight), rows.spread(factor_RC))
-
-
 class HART(Transformer):
     """All weights of a transformer and of the residual's head, and the few steps around the blocks."""
 
@@ -177,7 +163,7 @@ class HART(Transformer):
         self.word_embed = Linear(config.latent_channels, width)
         self.lvl_embed = StepEmbedding(width)
         self.blocks = nn.ModuleList(HARTBlock(config) for _ in range(config.depth))
-        self.head_nm = HARTHeadNorm(width)
+        self.head_nm = HeadNorm(width, is_root=True)
         self.head = Linear(width, config.codebook_size)
         self.decoder_norm = nn.RMSNorm(width)
         self.diffloss = ResidualDiffusion(config.latent_channels, width, config.diff_width, config.diff_depth)

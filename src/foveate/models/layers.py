@@ -88,15 +88,22 @@ class Modulation(nn.Sequential):
 
 
 class HeadNorm(nn.Module):
-    """Layer norm in front of the head with a scale and a shift of the condition."""
+    """Norm in front of the head with a scale and a shift of the condition.
 
-    def __init__(self, width: int) -> None:
+    A layer norm without weights or, where it `is_root` (HART), a root-mean-square norm with learned ones.
+    """
+
+    def __init__(self, width: int, *, is_root: bool = False) -> None:
         super().__init__()
+        self.ln_wo_grad = nn.RMSNorm(width) if is_root else None
         self.ada_lin = Modulation(width, 2)
 
     def forward(self, x_nC: Float[Tensor, "n C"], head_R2C: Float[Tensor, "r 2 C"], rows: Rows) -> Float[Tensor, "n C"]:
         """Normed hidden states, float32; `head_R2C` are factors (1 + scale) and shifts of these rows, maybe of more."""
         factor_RC, shift_RC = head_R2C[: len(rows.counts)].unbind(1)
+        if self.ln_wo_grad is not None:
+            normed_nC = rms_norm(x_nC, self.ln_wo_grad.weight)
+            return torch.addcmul(rows.spread(shift_RC), normed_nC, rows.spread(factor_RC))
         return norm_modulate(x_nC, factor_RC, shift_RC, rows, torch.float32)
 
 

@@ -19,7 +19,7 @@ from foveate.core.rows import Rows
 from foveate.core.transfer import numbers
 from foveate.kernels.linear import Linear
 from foveate.models.attention import TextMemory
-from foveate.models.layers import linear32, narrowed, running_dtype
+from foveate.models.layers import HeadNorm, linear32, narrowed, running_dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +118,7 @@ class Transformer(nn.Module, ABC):
 
     shape: ModelShape
     word_embed: Linear
-    head_nm: nn.Module
+    head_nm: HeadNorm
     head: Linear
 
     @abstractmethod
