@@ -11,6 +11,7 @@ from foveate.conditioning.minilm import MiniLM, MiniLMConfig
 from foveate.conditioning.places import Places, PlacesConfig
 from foveate.core import layers
 from foveate.core.layers import empty_module, init_weights
+from foveate.models.hart import HART, HARTConfig
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.models.switti import Switti, SwittiConfig
 from foveate.models.var import VAR, VARConfig
@@ -30,6 +31,9 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "switti": lambda: Switti(
         SwittiConfig(depth=2, width=WIDTH, heads=4, codebook_size=48, latent_channels=8, num_levels=3, use_ar=True)
     ),
+    "hart": lambda: HART(
+        HARTConfig(depth=2, width=WIDTH, heads=4, codebook_size=48, latent_channels=8, text_width=48, diff_width=32)
+    ),
     "autoencoder": lambda: Autoencoder(
         AutoencoderConfig(latent_channels=8, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1)
     ),
@@ -41,7 +45,16 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     ),
     "places": lambda: Places(PlacesConfig(text_width=24)),
 }
-ZERO_AT_THE_START = ("q_bias", "v_bias", "norm.bias", "norm1.bias", "norm2.bias", "norm_out.bias", "LayerNorm.bias")
+ZERO_AT_THE_START = (
+    "q_bias",
+    "v_bias",
+    "in_ln.bias",
+    "norm.bias",
+    "norm1.bias",
+    "norm2.bias",
+    "norm_out.bias",
+    "LayerNorm.bias",
+)
 ZERO_AT_THE_START += ("crop_cond_scales", "direction_AE")
 STANDARD_DEVIATIONS = {
     "class_emb.weight": 1.0,
@@ -77,7 +90,8 @@ def test_initialising_draws_every_weight_that_is_no_constant(build: Callable[[],
     assert all(name.endswith(ZERO_AT_THE_START) for name in zero), zero
     # The others are the weights of norms, and head temperatures.
     others = [name for name in constant if name not in zero and not name.endswith("scale_mul_1H11")]
-    assert all("norm" in name.lower() and (parameters[name] == 1).all() for name in others), others
+    norms = ("norm", "ln_wo_grad", "in_ln")
+    assert all(any(n in name.lower() for n in norms) and (parameters[name] == 1).all() for name in others), others
     first = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     torch.manual_seed(1)
     init_weights(network)

@@ -198,7 +198,7 @@ def test_scores_of_hundreds_do_not_overflow(path: str) -> None:
     assert attend_group_copies(q, k, v, 1.0, 300).isfinite().all()
 
 
-def test_where_gradients_are_wanted_the_score_is_raised() -> None:
+def test_where_gradients_are_wanted_the_key_is_repeated() -> None:
     """The way of a GPU, too."""
     q, k, v = inputs((2, 2, 5, 9, 32), torch.float32)
     expected = attend_group_copies(q, k, v, 0.3, 300)

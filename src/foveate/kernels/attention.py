@@ -94,7 +94,7 @@ def attend_group_copies(
     """`attend_group` where the first key and value of every row stand for `copies` equal ones.
 
     On a CPU two key sets are merged by their log-sum-exp: all keys once, and the first key `copies` - 1 times.
-    Elsewhere log `copies` is added to the first key's score.
+    Elsewhere, where that would hold all scores in memory (`attend_group_lse`), the key is really repeated.
 
     Args:
         q_nND: Queries, row after row; one head's channels lie together.
@@ -104,12 +104,8 @@ def attend_group_copies(
         copies: At least 2.
     """
     if q_nND.device.type != "cpu" or torch.is_grad_enabled():
-        bias_m = torch.zeros(k_gNmD.shape[2], dtype=q_nND.dtype, device=q_nND.device)
-        bias_m[0] = math.log(copies)
-        q_gNlD = q_nND.unflatten(0, (len(k_gNmD), -1)).transpose(1, 2)
-        bias_gNlm = bias_m.expand(*q_gNlD.shape[:3], -1)
-        out_gNlD = F.scaled_dot_product_attention(q_gNlD, k_gNmD, v_gNmD, attn_mask=bias_gNlm, scale=scale)
-        return out_gNlD.transpose(1, 2).reshape(q_nND.shape)
+        many = (torch.cat((x[:, :, :1].expand(-1, -1, copies - 1, -1), x), dim=2) for x in (k_gNmD, v_gNmD))
+        return attend_group(q_nND, *many, scale)
     out_nND, lse_nN = attend_group_lse(q_nND, k_gNmD, v_gNmD, scale)
     rows = zip(*(x.unflatten(0, (len(k_gNmD), -1)) for x in (q_nND, out_nND, lse_nN)), k_gNmD, v_gNmD, strict=True)
     # Row by row: a vectorised exponential has other bits at the end of a thread's share.
