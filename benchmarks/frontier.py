@@ -1,10 +1,11 @@
-"""Speedup and fidelity of every method on the bundled model: tables and plot of the README and the policy pages.
+"""Speedup and fidelity of every method on the bundled models: tables and plots of the README and the policy pages.
 
     python benchmarks/frontier.py                   # measures, prints, and writes into out/frontier
     python benchmarks/frontier.py --update-pages    # writes into docs/results, and fills the tables of README and docs
+    python benchmarks/frontier.py --study eight --update-pages      # the same on emoji-eight, with 2,521 tokens
 
-One comparison (`foveate.eval.compare`): all settings in turns, prompt by prompt at batch 1, keyed randomness, one seed,
-against the full run. A ratio is formed within a turn. `full` is measured against itself, too, which shows the noise.
+One comparison (`foveate.eval.compare`): all settings in turns, prompt by prompt at batch 1, keyed randomness, against
+the full run. A ratio is formed within a turn. `full` is measured against itself, too, which shows the noise.
 Text match: how often the drawing's own label is the nearest of all labels. The controls stand in the same table, and so
 does the yardstick: the full run, another seed. Measurements are kept in out/frontier/store, where the same command goes
 on after an interruption.
@@ -65,7 +66,38 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "kv-eviction": ("kv-eviction:keep_first=2,window=1",),
     "late-bfloat16": ("late-bfloat16:count=1", "late-bfloat16"),
     "compose": ("drop-branch:count=1|depthvar:reference_scale=-2",),
+    "fovea": ("fovea:shares=[0.5],guided_shares=[]", "fovea:shares=[0.5],guided_shares=[0.5]"),
 }
+
+_HALF, _QUARTER = "shares=[0.5],guided_shares=[0.5]", "shares=[0.5,0.25],guided_shares=[0.5,0.5]"
+EIGHT: dict[str, tuple[str, ...]] = {
+    "full": ("full",),
+    "skip-scales": ("skip-scales", "skip-scales:count=2"),
+    "drop-branch": ("drop-branch:count=1", "drop-branch", "drop-branch:count=4"),
+    "random-tokens": ("random-tokens:num_scales=1,fill=zero", "random-tokens:num_scales=2,fill=zero"),
+    "uniform-depth": ("uniform-depth:num_scales=1",),
+    "blocks-per-scale": ("blocks-per-scale:keep_ratios=[0.75,0.5]",),
+    "fovea": (
+        "fovea:shares=[],guided_shares=[0.5]",
+        "fovea:shares=[0.5],guided_shares=[]",
+        f"fovea:{_HALF}",
+        f"fovea:{_HALF},likeness=1000,guidance_likeness=1000",
+        "fovea:shares=[0.75,0.5],guided_shares=[0.67,0.5]",
+        f"fovea:{_QUARTER}",
+        "fovea:shares=[0.5,0.5,0.25],guided_shares=[0.5,0.5,0.5]",
+        f"fovea:{_HALF}|depthvar:reference_scale=-2",
+    ),
+    "ld-pruning": ("ld-pruning", "ld-pruning:fill=zero", "ld-pruning:sats=false,lhep_scales=1,fill=zero"),
+    "depthvar": ("depthvar", "depthvar:reference_scale=-2"),
+    "fastvar": ("fastvar",),
+    "sparsevar": ("sparsevar:num_scales=1",),
+    "skipvar": ("skipvar",),
+    "attention-entropy": ("attention-entropy:num_scales=1,fill=zero",),
+    "feature-magnitude": ("feature-magnitude:num_scales=1,fill=zero",),
+    "token-variance": ("token-variance:num_scales=1,fill=zero",),
+    "cached-guidance": ("cached-guidance", "cached-guidance:keep_ratio=0.25"),
+}
+"""What runs on emoji-eight; `late-bfloat16` is left out, as it needs a processor with bfloat16 instructions."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +180,56 @@ HEADLINE = (
 )
 """Settings of the README's table."""
 
+EIGHT_HEADLINE = (
+    "full",
+    "fovea:shares=[],guided_shares=[0.5]",
+    f"fovea:{_HALF}",
+    "fovea:shares=[0.75,0.5],guided_shares=[0.67,0.5]",
+    f"fovea:{_QUARTER}",
+    "drop-branch:count=1",
+    "drop-branch",
+    "skip-scales",
+    "random-tokens:num_scales=1,fill=zero",
+    "ld-pruning",
+    "ld-pruning:fill=zero",
+    "depthvar:reference_scale=-2",
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """What is measured on one model: its prompts, images per prompt, settings, and the names of what is written."""
+
+    model: str
+    prompts: str
+    seeds: int
+    settings: dict[str, tuple[str, ...]]
+    headline: tuple[str, ...]
+    files: str
+    table: str
+
+
+STUDIES = {
+    "tiny": Study(
+        model="emoji",
+        prompts="prompts.txt",
+        seeds=1,
+        settings=SETTINGS,
+        headline=HEADLINE,
+        files="frontier",
+        table="readme",
+    ),
+    "eight": Study(
+        model="emoji-eight",
+        prompts="eight.txt",
+        seeds=8,
+        settings=EIGHT,
+        headline=EIGHT_HEADLINE,
+        files="eight",
+        table="eight",
+    ),
+}
+
 
 class Matcher:
     """A judge: 1 where an image's own label is the nearest of all labels, else 0."""
@@ -174,26 +256,26 @@ class Matcher:
         return np.asarray(similarity.argmax(1) == wanted, dtype=np.float64)
 
 
-def results_of(report: ComparisonReport, families: Sequence[str]) -> list[Result]:
+def results_of(report: ComparisonReport, study: Study, families: Sequence[str]) -> list[Result]:
     """A row for every setting of some families."""
     found = {result.policy: result for result in report.policies}
-    settings = [(family, spec) for family in families for spec in SETTINGS[family]]
+    settings = [(family, spec) for family in families for spec in study.settings[family]]
     return [Result.of(family, spec, found[load_policy(spec).spec]) for family, spec in settings]
 
 
-def plot(report: ComparisonReport, path: Path) -> None:
+def plot(report: ComparisonReport, study: Study, path: Path) -> None:
     """Fidelity against speedup, one line per method, baselines dashed."""
-    baselines = {load_policy(spec).spec for family in BASELINES for spec in SETTINGS[family]}
+    baselines = {load_policy(spec).spec for family in BASELINES for spec in study.settings.get(family, ())}
     sides: tuple[list[PolicyResult], list[PolicyResult]] = ([], [])
     for result in report.policies:
         sides[result.policy in baselines].append(result)
     draw_frontier(replace(report, policies=tuple(sides[0]), controls=tuple(sides[1])), path, "png")
 
 
-def tables(results: Sequence[Result], yardstick: dict[str, Any]) -> dict[str, str]:
+def tables(results: Sequence[Result], yardstick: dict[str, Any], study: Study) -> dict[str, str]:
     """The table of every page by its name, with its own rows; those that hold baselines end with another seed.
 
-    These are `all`, and with all families `readme`, else `baselines`.
+    These are `all`, and with all families the study's own, else `baselines`. Pages of policies have the first study's.
     """
     seed_row = (
         f"| *another seed* | - | - | 100 % | {yardstick['psnr']['mean']:.1f} | {yardstick['psnr']['p10']:.1f} | "
@@ -202,12 +284,13 @@ def tables(results: Sequence[Result], yardstick: dict[str, Any]) -> dict[str, st
     families = {result.family for result in results}
     found = {
         name: [r.row() for r in results if r.family == name]
-        for name in SETTINGS
-        if name in families and name not in BASELINES
+        for name in study.settings
+        if name in families and name not in BASELINES and study.settings is SETTINGS
     }
     found["all"] = [*(r.row() for r in results), seed_row]
-    if families == set(SETTINGS):
-        found["readme"] = [*(r.row() for r in results if r.spec in HEADLINE), seed_row]
+    if families == set(study.settings):
+        rows = {result.spec: result.row() for result in results}
+        found[study.table] = [*(rows[spec] for spec in study.headline), seed_row]
     else:
         found["baselines"] = [*(r.row() for r in results if r.family in BASELINES), seed_row]
     return {name: "\n".join([HEADER, *rows]) for name, rows in found.items()}
@@ -226,7 +309,7 @@ def page(data: dict[str, Any], table: str) -> str:
 - model: {data["model"]}, {data["size"]}, {data["tokens"]} tokens, {data["dtype"]}, CPU
 - machine: {cpu["name"]}, {cpu["threads"]} threads; kernels: {cpu["kernels"]}
 - versions: foveate {versions["foveate"]}, python {versions["python"]}, torch {versions["torch"]}
-- fidelity: {data["prompts"]} prompts, seed 0, against the full run with the same random numbers;
+- fidelity: {data["prompts"]} prompts, {data["seeds"]} images each, against the full run with the same random numbers;
   PSNR is a mean, beside its tenth percentile; equal images get 100 dB; foreground PSNR leaves out
   pixels that are white in both
 - time: batch 1, every prompt {data["runs"]} times in full and with every setting, in turns in changing order;
@@ -236,12 +319,12 @@ def page(data: dict[str, Any], table: str) -> str:
 
 {table}
 
-![PSNR to the full run against measured speedup](frontier.png)
+![PSNR to the full run against measured speedup]({data["plot"]})
 """
 
 
 def measure(
-    pipe: Pipeline, given: argparse.Namespace, families: Sequence[str], labels: Sequence[str]
+    pipe: Pipeline, given: argparse.Namespace, study: Study, families: Sequence[str], labels: Sequence[str]
 ) -> ComparisonReport:
     """All settings of some families in one comparison, which goes on where it was interrupted.
 
@@ -249,17 +332,17 @@ def measure(
         KeyboardInterrupt: Ctrl-C; the same command goes on.
     """
     setup = Setup(
-        prompts=tuple((HERE / "prompts.txt").read_text(encoding="utf-8").splitlines()[: given.prompts]),
-        seeds=1,
+        prompts=tuple((HERE / study.prompts).read_text(encoding="utf-8").splitlines()[: given.prompts]),
+        seeds=study.seeds,
         first_seed=0,
         against=load_policy("full"),
         runs=given.runs,
         batch_size=1,
         options={},
-        judges=(Matcher(given.model, labels),),
+        judges=(Matcher(given.model or study.model, labels),),
     )
-    policies = [load_policy(spec) for family in families for spec in SETTINGS[family]]
-    report = compare_policies(pipe, policies, setup, given.store)
+    policies = [load_policy(spec) for family in families for spec in study.settings[family]]
+    report = compare_policies(pipe, policies, setup, given.store or ROOT / f"out/{study.files}/store")
     if report.missing_prompts:
         raise KeyboardInterrupt
     return report
@@ -267,12 +350,13 @@ def measure(
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="emoji")
-    parser.add_argument("--out", type=Path, help="folder for frontier.json, .md and .png")
-    parser.add_argument("--store", type=Path, default=ROOT / "out/frontier/store", help="folder of the measurements")
+    parser.add_argument("--study", choices=list(STUDIES), default="tiny", help="settings and prompts")
+    parser.add_argument("--model", help="in place of the study's own")
+    parser.add_argument("--out", type=Path, help="folder for the JSON, the page and the plot")
+    parser.add_argument("--store", type=Path, help="folder of the measurements")
     parser.add_argument("--update-pages", action="store_true", help="also fill the tables of the README and docs")
     parser.add_argument("--runs", type=int, default=1, help="how often every prompt is timed")
-    parser.add_argument("--only", nargs="+", choices=list(SETTINGS), metavar="FAMILY", help="the pages of these alone")
+    parser.add_argument("--only", nargs="+", metavar="FAMILY", help="the pages of these alone")
     parser.add_argument("--prompts", type=int, help="take so many of the prompts; the tables say so")
     parser.add_argument("--labels", type=Path, default=HERE / "labels.txt")
     return parser.parse_args()
@@ -281,21 +365,24 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures, writes JSON, the page and the plot, and fills other pages if asked to."""
     given = arguments()
+    study = STUDIES[given.study]
     is_whole = given.update_pages and not given.only
-    out: Path = given.out or ROOT / ("docs/results" if is_whole else "out/frontier")
-    families = [name for name in SETTINGS if not given.only or name in (*CONTROLS, *given.only)]
-    pipe = Pipeline.from_pretrained(given.model)
+    out: Path = given.out or ROOT / ("docs/results" if is_whole else f"out/{study.files}")
+    families = [name for name in study.settings if not given.only or name in (*CONTROLS, *given.only)]
+    pipe = Pipeline.from_pretrained(given.model or study.model)
     pipe.set_progress_bar_config(disable=True)
     labels = given.labels.read_text(encoding="utf-8").splitlines()
-    report = measure(pipe, given, families, labels)
-    results, yardstick = results_of(report, families), report.yardstick.to_json()
-    num_prompts, config = len(report.policies[0].rows), report.config
+    report = measure(pipe, given, study, families, labels)
+    results, yardstick = results_of(report, study, families), report.yardstick.to_json()
+    num_prompts, config = len(report.policies[0].rows) // study.seeds, report.config
     data = {
         "command": shlex.join(["python", "benchmarks/frontier.py", *sys.argv[1:]]),
-        "model": given.model,
+        "model": given.model or study.model,
         "size": f"{config['width']}x{config['height']}",
         "tokens": pipe.model.spec.default_schedule.num_tokens,
         "prompts": num_prompts,
+        "seeds": study.seeds,
+        "plot": f"{study.files}.png",
         "runs": given.runs,
         "labels": len(labels),
         "machine": describe_machine(),
@@ -303,14 +390,14 @@ def main() -> None:
         "yardstick": yardstick,
         "results": [asdict(result) for result in results],
     }
-    found = tables(results, yardstick)
+    found = tables(results, yardstick, study)
     if given.prompts:
         found = {name: f"{table}\n\n*{num_prompts} prompts.*" for name, table in found.items()}
     print(found["all"])
     out.mkdir(parents=True, exist_ok=True)
-    (out / "frontier.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    (out / "frontier.md").write_text(page(data, found["all"]), encoding="utf-8")
-    plot(report, out / "frontier.png")
+    (out / f"{study.files}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (out / f"{study.files}.md").write_text(page(data, found["all"]), encoding="utf-8")
+    plot(report, study, out / f"{study.files}.png")
     if given.update_pages:
         fill_pages(found)
 

@@ -12,7 +12,7 @@ import pytest
 from foveate.core.errors import CheckpointError, FoveateError
 from foveate.families import packaged
 from foveate.families.loading import Origin, find_folder, model_names
-from foveate.families.packaged import packaged_models
+from foveate.families.packaged import DEMO_NAMES, packaged_models
 from foveate.pipeline.pipeline import Pipeline
 from foveate.pipeline.provenance import save_image
 
@@ -33,11 +33,17 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
     packaged_models.cache_clear()
 
 
+def _config(name: str) -> dict[str, object]:
+    config: dict[str, object] = json.loads((packaged_models()[name] / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
 def test_the_demonstration_package_brings_emoji() -> None:
     folder = packaged_models()["emoji"]
     assert folder == packaged_models()["emoji-tiny"]
-    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["format"] == 1
-    assert model_names()[:2] == ["emoji", "emoji-tiny"]
+    assert _config("emoji")["format"] == 1
+    assert model_names()[:3] == ["emoji", "emoji-tiny", "emoji-eight"]
+    assert _config("emoji-eight")["budgets"] == ["0.25M"]
 
 
 def test_a_package_adds_a_model_under_its_name(
@@ -55,7 +61,7 @@ def test_a_package_adds_a_model_under_its_name(
 
 def test_without_the_package_the_error_says_what_to_install(install: Install) -> None:
     install()
-    for name in ("emoji", "emoji-tiny"):
+    for name in DEMO_NAMES:
         with pytest.raises(FoveateError, match=r'not installed: pip install "foveate\[demo\]"'):
             Pipeline.from_pretrained(name)
     assert "emoji" not in model_names()
@@ -89,6 +95,6 @@ def test_listings_work_without_any_package(toy_pipe: Pipeline, tmp_path: Path) -
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count('not installed: pip install "foveate[demo]"') == 2
+    assert ran.stdout.count('not installed: pip install "foveate[demo]"') == len(DEMO_NAMES)
     remedy = 'comes in a package of its own, which is not installed: pip install "foveate[demo]"'
-    assert [f"{name} {remedy}" in ran.stderr for name in ("emoji", "emoji-tiny")] == [True, True]
+    assert [f"{name} {remedy}" in ran.stderr for name in DEMO_NAMES[:2]] == [True, True]

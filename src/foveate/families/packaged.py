@@ -8,7 +8,7 @@ from pathlib import Path
 
 from foveate.core.errors import FoveateError
 
-DEMO_NAMES = ("emoji", "emoji-tiny")
+DEMO_NAMES = ("emoji", "emoji-tiny", "emoji-eight")
 """Names of the demonstration package, so that what is missing without it can be said."""
 
 DEMO_REMEDY = 'pip install "foveate[demo]"'

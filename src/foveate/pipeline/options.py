@@ -247,7 +247,7 @@ class CallOptions(TypedDict, total=False):
     budget: Annotated[
         SupportsFloat | None,
         Option(
-            help="Share of the full run's FLOPs to spend: fits the dial of the policy, or of depthvar without one.",
+            help="Share of the full run's FLOPs to spend: fits the dial of the policy, or of fovea without one.",
             rule=_BUDGET,
             commands=_GENERATE,
             group="Policy",
