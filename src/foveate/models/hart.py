@@ -152,7 +152,7 @@ class HARTBlock(TransformerBlock):
 class HART(Transformer):
     """All weights of a transformer and of the residual's head, and the few steps around the blocks."""
 
-    head_nm: HARTHeadNorm
+    head_nm: "HARTHeadNorm"
 
     def __init__(self, config: HARTConfig) -> None:
         super().__init__()
