@@ -215,7 +215,7 @@ def _arrays(maps: Sequence[ScaleMap]) -> dict[str, Any]:
         "facts": np.array(
             [(m.scale, *m.grid, m.num_blocks, m.num_guided) for m in maps],
             dtype=np.float64,
-        ).reshape(-1, 6)
+        )
     }
     return found | {f"depth_{m.scale}": m.depth_hw for m in maps if m.depth_hw is not None}
 
