@@ -85,7 +85,8 @@ def test_help_names_every_figure_and_exit_code(run: Callable[..., Any], command:
     assert re.findall(r"\d+", codes) == ["0", "1", "2", "130", "143"]
 
 
-def test_every_figure_can_be_bounded(toy_pipe: Pipeline) -> None:
+def test_every_figure_can_be_bounded(toy_pipe: Pipeline, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.eval.controls.CONTROLS", ("skip-scales",))
     report = compare(toy_pipe, "full", ["a cat", "a dog"], runs=1, controls=True)
     assert set(FIGURES) <= set(report.figures())
     ends = {f"{name}{end}" for name in WITH_INTERVAL for end in (".low", ".high")}
