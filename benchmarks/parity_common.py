@@ -258,13 +258,24 @@ def compare(
     """
     wants_pixels = recorded_pixels(record) is not None
     policy = policy or Full()
+    sampler = ForcingSampler(inner=request.sampler, recorded=by_scale(engine, request, policy, symbols))
+    run = force(engine, request, sampler, policy, wants_pixels=wants_pixels)
+    return judge(name, run, record, (margins or {}).get("token_cut"))
+
+
+def by_scale(
+    engine: Engine, request: Request, policy: Policy, symbols: Sequence[Int[Tensor, "B l d"]]
+) -> dict[int, Int[Tensor, "B l d"]]:
+    """Recorded symbols by the scale that they belong to.
+
+    Raises:
+        ValueError: Other scales run than were recorded.
+    """
     bound = policy.bind(request.schedule, engine.model.shape)
     scales = [s for s in range(len(request.schedule)) if bound.ceiling(s).runs]
     if len(scales) != len(symbols):
         raise ValueError(f"{len(scales)} scales run, but {len(symbols)} were recorded")
-    sampler = ForcingSampler(inner=request.sampler, recorded=dict(zip(scales, symbols, strict=True)))
-    run = force(engine, request, sampler, policy, wants_pixels=wants_pixels)
-    return judge(name, run, record, (margins or {}).get("token_cut"))
+    return dict(zip(scales, symbols, strict=True))
 
 
 @torch.inference_mode()

@@ -5,7 +5,7 @@ runs at the recorded noise. Under FastVAR only cuts among tokens that are clear 
 Axes: B images, l tokens of a scale, k tokens that ran, T text tokens, V codes, Z latent channels, C width, S steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +18,7 @@ from parity_common import (
     Record,
     Result,
     Step,
+    by_scale,
     filters_of,
     force,
     judge,
@@ -64,7 +65,7 @@ class MixedSampler(ForcingSampler):
     """Answers with recorded soft codes; the case's own sampler says which ids it draws and how it mixes."""
 
     tokenizer: VQTokenizer
-    mixed: Sequence[Float[Tensor, "B _l Z"]]
+    mixed: Mapping[int, Float[Tensor, "B _l Z"]]
 
     def choose(
         self,
@@ -159,7 +160,8 @@ def run_forced(case: Case, record: Record) -> HybridRun:
             inner=ResidualRefiner(transformer=model, tokenizer=tokenizer), noise_SnZ=noise_SnZ.float()
         )
     engine, request = Engine(model, tokenizer, refiner=refiner), build_request(case, record, schedule)
-    sampler = forcing(case, request, record, tokenizer)
+    recorded = by_scale(engine, request, policy or Full(), recorded_ids(record))
+    sampler = forcing(case, request, record, tokenizer, recorded)
     wants_pixels = recorded_pixels(record) is not None
     done = force(engine, request, sampler, policy or Full(), wants_pixels=wants_pixels)
     return HybridRun(forced=done, refiner=refiner, spec=None if policy is None else policy.spec)
@@ -170,12 +172,13 @@ def schedule_of(case: Case) -> ScaleSchedule:
     return ScaleSchedule.from_grids([(n, n) for n in case["model"]["patch_nums"]])
 
 
-def forcing(case: Case, request: Request, record: Record, tokenizer: VQTokenizer) -> ForcingSampler:
+def forcing(
+    case: Case, request: Request, record: Record, tokenizer: VQTokenizer, recorded: Mapping[int, Int[Tensor, "B _l 1"]]
+) -> ForcingSampler:
     """The sampler that answers with what was recorded."""
-    recorded = dict(enumerate(recorded_ids(record)))
     if not case.get("more_smooth"):
         return ForcingSampler(inner=request.sampler, recorded=recorded)
-    mixed = tuple(record[f"step{i:02d}.mixed"].float() for i in range(len(recorded)))
+    mixed = {scale: record[f"step{i:02d}.mixed"].float() for i, scale in enumerate(recorded)}
     return MixedSampler(inner=request.sampler, recorded=recorded, tokenizer=tokenizer, mixed=mixed)
 
 

@@ -189,11 +189,11 @@ def test_another_reference_scale_fails(tmp_path: Path) -> None:
 def test_widths_become_a_policy(name: str) -> None:
     case, _ = read_case(name)
     schedule = parity_infinity.build_schedule(case)
-    assert parity_infinity.policy_of(case, schedule) == FASTVAR[name]
+    assert parity_common.policy_by_widths(case, schedule) == FASTVAR[name]
     if name == "fastvar_infinity":
         other = {"cache": [20, 20], "layers": [2, 5], "prune": {"32": 0.25, "40": 0.75}}
         changed = {**case, "policy": {**case["policy"], **other}}
-        assert parity_infinity.policy_of(changed, schedule) == FastVAR(
+        assert parity_common.policy_by_widths(changed, schedule) == FastVAR(
             keep_first=0.75, keep_second=0.25, reference_scale=-6, first_block=2, last_block=5
         )
 
