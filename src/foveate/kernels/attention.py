@@ -104,8 +104,8 @@ def attend_group_copies(
         copies: At least 2.
     """
     if q_nND.device.type != "cpu" or torch.is_grad_enabled():
-        many = (torch.cat((x[:, :, :1].expand(-1, -1, copies - 1, -1), x), dim=2) for x in (k_gNmD, v_gNmD))
-        return attend_group(q_nND, *many, scale)
+        k_gNMD, v_gNMD = (torch.cat((x[:, :, :1].expand(-1, -1, copies - 1, -1), x), 2) for x in (k_gNmD, v_gNmD))
+        return attend_group(q_nND, k_gNMD, v_gNMD, scale)
     out_nND, lse_nN = attend_group_lse(q_nND, k_gNmD, v_gNmD, scale)
     rows = zip(*(x.unflatten(0, (len(k_gNmD), -1)) for x in (q_nND, out_nND, lse_nN)), k_gNmD, v_gNmD, strict=True)
     # Row by row: a vectorised exponential has other bits at the end of a thread's share.

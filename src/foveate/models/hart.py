@@ -152,8 +152,6 @@ class HARTBlock(TransformerBlock):
 class HART(Transformer):
     """All weights of a transformer and of the residual's head, and the few steps around the blocks."""
 
-    head_nm: "HARTHeadNorm"
-
     def __init__(self, config: HARTConfig) -> None:
         super().__init__()
         self.config = config

@@ -120,8 +120,6 @@ class BlockChunk(nn.Module):
 class Infinity(Transformer):
     """All weights of a transformer and the few steps around its blocks."""
 
-    head_nm: HeadNorm
-
     def __init__(self, config: InfinityConfig) -> None:
         super().__init__()
         self.config = config

@@ -147,8 +147,6 @@ class CropEmbedding(nn.Module):
 class Switti(Transformer):
     """All weights of a transformer and the few steps around its blocks."""
 
-    head_nm: HeadNorm
-
     def __init__(self, config: SwittiConfig) -> None:
         super().__init__()
         self.config = config

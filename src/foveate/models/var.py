@@ -105,8 +105,6 @@ class VARBlock(TransformerBlock):
 class VAR(Transformer):
     """All weights of a transformer and the few steps around its blocks."""
 
-    head_nm: HeadNorm
-
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
         self.config = config
