@@ -167,21 +167,6 @@ BASELINES = (
 
 HEADLINE = (
     "full",
-    "ld-pruning",
-    "ld-pruning:sats=false,lhep_scales=1",
-    "depthvar",
-    "depthvar:reference_scale=-2",
-    "skip-scales",
-    "drop-branch:count=1",
-    "drop-branch",
-    "random-tokens:num_scales=1",
-    "uniform-depth:num_scales=1",
-    "late-bfloat16",
-)
-"""Settings of the README's table."""
-
-EIGHT_HEADLINE = (
-    "full",
     "fovea:shares=[],guided_shares=[0.5]",
     f"fovea:{_HALF}",
     "fovea:shares=[0.75,0.5],guided_shares=[0.67,0.5]",
@@ -194,19 +179,19 @@ EIGHT_HEADLINE = (
     "ld-pruning:fill=zero",
     "depthvar:reference_scale=-2",
 )
+"""Settings of the README's table."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Study:
-    """What is measured on one model: its prompts, images per prompt, settings, and the names of what is written."""
+    """What is measured on one model; `headline` is what the README shows, `files` the name of what is written."""
 
     model: str
     prompts: str
     seeds: int
     settings: dict[str, tuple[str, ...]]
-    headline: tuple[str, ...]
     files: str
-    table: str
+    headline: tuple[str, ...] = ()
 
 
 STUDIES = {
@@ -215,18 +200,15 @@ STUDIES = {
         prompts="prompts.txt",
         seeds=1,
         settings=SETTINGS,
-        headline=HEADLINE,
         files="frontier",
-        table="readme",
     ),
     "eight": Study(
         model="emoji-eight",
         prompts="eight.txt",
         seeds=8,
         settings=EIGHT,
-        headline=EIGHT_HEADLINE,
+        headline=HEADLINE,
         files="eight",
-        table="eight",
     ),
 }
 
@@ -275,7 +257,8 @@ def plot(report: ComparisonReport, study: Study, path: Path) -> None:
 def tables(results: Sequence[Result], yardstick: dict[str, Any], study: Study) -> dict[str, str]:
     """The table of every page by its name, with its own rows; those that hold baselines end with another seed.
 
-    These are `all`, and with all families the study's own, else `baselines`. Pages of policies have the first study's.
+    These are `all`, the headline of the study, and `baselines` where not all families ran. Pages of policies have the
+    first study's.
     """
     seed_row = (
         f"| *another seed* | - | - | 100 % | {yardstick['psnr']['mean']:.1f} | {yardstick['psnr']['p10']:.1f} | "
@@ -288,10 +271,10 @@ def tables(results: Sequence[Result], yardstick: dict[str, Any], study: Study) -
         if name in families and name not in BASELINES and study.settings is SETTINGS
     }
     found["all"] = [*(r.row() for r in results), seed_row]
-    if families == set(study.settings):
+    if study.headline:
         rows = {result.spec: result.row() for result in results}
-        found[study.table] = [*(rows[spec] for spec in study.headline), seed_row]
-    else:
+        found[study.files] = [*(rows[spec] for spec in study.headline if spec in rows), seed_row]
+    elif families != set(study.settings):
         found["baselines"] = [*(r.row() for r in results if r.family in BASELINES), seed_row]
     return {name: "\n".join([HEADER, *rows]) for name, rows in found.items()}
 
