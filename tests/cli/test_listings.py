@@ -26,10 +26,11 @@ def test_one_policy(run: Callable[..., Any]) -> None:
     assert [policy["name"] for policy in data["policies"]] == ["ld-pruning"]
     assert "energy_share" in run("policies", "ld-pruning").out
     preset = run("policies", "preset-draft", "--json").data["presets"][0]
-    assert {f["name"]: f["default"] for f in preset["fields"]}["skip_last"] == 1
+    assert {f["name"]: f["default"] for f in preset["fields"]}["shares"] == [0.5, 0.25]
     assert set(preset["provenance"]) >= {"bound", "model", "sha256", "command"}
     shown = run("policies", "preset-draft").out
-    assert "no bound was measured" in shown
+    assert "no bound was measured" in run("policies", "ld-pruning-draft").out
+    assert preset["provenance"]["bound"] in shown
     assert f"{preset['provenance']['model']}, weights {preset['provenance']['sha256'][:12]}" in shown
     run("policies", "ld-prunin").assert_refused("did you mean ld-pruning")
 

@@ -97,7 +97,7 @@ def test_a_setting_that_was_chosen_on_another_model_is_said(toy_pipe: Pipeline, 
     assert codes(str(path)) == ["policy_measured_elsewhere"]
     assert codes(str(path), budget=0.6) == []
     assert codes("preset-draft") == ["policy_measured_elsewhere"]
-    assert codes("preset-draft:skip_last=2") == codes("ld-pruning:skip_last=1") == []
+    assert codes("preset-draft:softness=0.5") == codes("ld-pruning:skip_last=1") == []
     warnings = toy_pipe("a red cat", seed=1, output_type="latent", policy=str(path)).report.warnings
     assert [warning.message for warning in warnings if warning.code == "policy_measured_elsewhere"] == [
         "tuned.yaml was chosen on toy (0123456789ab), where it keeps psnr.mean >= 30; nothing is known of it on these "

@@ -76,7 +76,7 @@ def test_presets_say_what_they_are_for_and_where_they_hold():
         assert provenance_of(name.replace("-", "_")) == found
         # A bound is a claim about one model, and comes with the command that measured it.
         assert not found.bound or (found.model and found.sha256 and found.command)
-    assert provenance_of("preset-draft:skip_last=2") is None
+    assert provenance_of("preset-draft:softness=0.5") is None
     assert provenance_of("preset-draft|kv-eviction") is None
     assert provenance_of(load_policy("preset-draft")) is None
     assert provenance_of("ld-pruning") is None
