@@ -205,7 +205,7 @@ STUDIES = {
     "eight": Study(
         model="emoji-eight",
         prompts="eight.txt",
-        seeds=8,
+        seeds=4,
         settings=EIGHT,
         headline=HEADLINE,
         files="eight",
