@@ -71,6 +71,8 @@ ACTIVE = (
     "token-variance",
     "fovea",
     "fovea:shares=[0.3],guided_shares=[0.5,0]",
+    "blocks-per-scale:keep_ratios=[0.6,0.4]",
+    'step-down:steps=["random-tokens","drop-branch"],taken=[0,1]',
     "ld-pruning|depthvar",
     "random-tokens:num_scales=2|uniform-depth:num_scales=1|drop-branch",
 )

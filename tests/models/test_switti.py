@@ -50,6 +50,9 @@ ACTIVE = (
     "skipvar|attention-entropy:num_scales=1",
     "feature-magnitude",
     "token-variance",
+    "fovea:shares=[],guided_shares=[0.5]",
+    "blocks-per-scale:keep_ratios=[0.6],fill=identity",
+    'step-down:steps=["random-tokens","drop-branch"],taken=[0,1]',
 )
 variants = pytest.mark.parametrize("use_ar", [False, True], ids=["window", "ar"])
 

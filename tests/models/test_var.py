@@ -34,6 +34,9 @@ ACTIVE = (
     "attention-entropy:num_scales=1",
     "feature-magnitude",
     "token-variance",
+    "fovea:shares=[],guided_shares=[0.5]",
+    "blocks-per-scale:keep_ratios=[0.6],fill=identity",
+    'step-down:steps=["random-tokens","drop-branch"],taken=[0,1]',
 )
 """Policies whose fills need no resizing of what was kept, and that decode nothing: torch counts those as products."""
 

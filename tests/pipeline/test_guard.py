@@ -117,3 +117,10 @@ def test_the_guard_decides_about_the_policy(toy_pipe: Pipeline):
     for name in ("policy", "budget", "latency_budget_ms"):
         with pytest.raises(FoveateError, match=f"the guard decides about the policy; leave {name} out"):
             Guard(toy_pipe, MILD)("a red cat", **{name: None})
+
+
+def test_the_guard_answers_with_images_that_it_can_compare(toy_pipe: Pipeline):
+    guard, options = Guard(toy_pipe, "skip-scales", share=1.0), {"output_type": "pt"}
+    with pytest.raises(FoveateError, match="leave output_type out"):
+        guard("a red cat", seed=1, **options)
+    assert guard.num_waiting == 0

@@ -124,6 +124,7 @@ def test_random_weights_run_by_name_and_take_what_was_forecast() -> None:
     assert config["top_k"] == [600] * 5
     assert config["guidance_scale"] == [4.5] * 5
     assert output.report.flops_ratio == 1.0
+    assert output.report.kv_bytes_bound == output.report.kv_bytes_peak
     need = memory_need(pipe.model.spec, torch.float32, Full())
     assert output.trace.peak_kv_bytes == need.kv
     assert need.transformer == sum(p.nbytes for p in pipe.model.transformer.parameters())

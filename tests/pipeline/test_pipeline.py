@@ -288,7 +288,10 @@ def test_empty_prompts_are_refused(toy_pipe: Pipeline, prompts: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("latency_budget_ms", "no option 'latency_budget_ms'; .*there are "), ("guidance", "did you mean guidance_scale")],
+    [
+        ("num_inference_steps", "no option 'num_inference_steps'; .*there are "),
+        ("guidance", "did you mean guidance_scale"),
+    ],
 )
 def test_unknown_options_are_named(toy_pipe: Pipeline, name: str, message: str) -> None:
     options: Any = {name: 3}

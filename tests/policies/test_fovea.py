@@ -293,3 +293,16 @@ def test_shares_of_0_and_1_are_the_codes_of_bits(patch: int):
     assert torch.equal(tokenizer.residual(bits.float(), (2, 3)), tokenizer.residual(bits, (2, 3)))
     half = tokenizer.residual(torch.full_like(bits, 0.5, dtype=torch.float32), (2, 3))
     assert not half.any()
+
+
+def test_composition_knows_its_counts_unless_two_parts_leave_tokens_out():
+    subject = toy("square")
+    for spec, is_static in (
+        ("fovea|skip-scales", True),
+        ("fovea|late-bfloat16", True),
+        ("fovea|random-tokens:fill=zero", False),
+    ):
+        request, bound = make_request(subject.schedule), load_policy(spec).bind(subject.schedule, subject.model.shape)
+        assert bound.is_static == is_static, spec
+        cost = run(subject, bound, request).trace.cost
+        assert forecast(bound, request, subject.model.shape) == cost or not is_static, spec

@@ -59,6 +59,9 @@ def test_it_holds_for_the_weights_that_it_names():
         ("provenance: {}\n", "needs a mapping with the key policy"),
         ("policy: full\nprovenance: {model: 3}\n", "provenance: model must be a text or null, got 3"),
         ("policy: full\nprovenance: {bound: [3]}\n", "provenance: bound must be a text or null, got 3"),
+        ("policy: full\nprovenance: {bound: 35}\n", "provenance: bound must be a text or null, got 35"),
+        ("policy: full\nprovenance: {bound: {psnr.mean: 35}}\n", "provenance: bound must be a text or null, got {"),
+        ("policy: full\nprovenance: {bound: [null]}\n", "provenance: bound must be a text or null, got None"),
     ],
 )
 def test_broken_ones_are_named(text: str, message: str, tmp_path: Path):

@@ -54,7 +54,8 @@ class BoundComposed(Bound):
         self.notes = tuple(note for bound in bounds for note in bound.notes) + self._shared_promises()
         narrowing = [b for b in bounds if {Directive.TOKENS, Directive.BLOCKS, Directive.SUBLAYERS} & set(b.directives)]
         guided = [b for b in bounds if Directive.GUIDED_TOKENS in b.directives]
-        is_nested = len(narrowing) > 1 or (guided and len(narrowing) + len(guided) > 1)
+        # Two parts that leave tokens out overlap as their masks decide; one part knows its own counts.
+        is_nested = len(narrowing) > 1 or (guided and len({id(bound) for bound in (*narrowing, *guided)}) > 1)
         self.is_static = all(bound.is_static for bound in bounds) and not is_nested
 
     @property

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from foveate.core.cost import ModelShape
 from foveate.core.policy import Bound
 from foveate.core.trace import Trace
 from foveate.core.warnings import CallWarning
@@ -91,7 +92,7 @@ def build_report(
     shape, size = trace.shape, trace.bytes_per_element
     run = trace.cost
     full = [full_cost(request, shape, size) for request in requests]
-    limits = [bounds_of(bound, request, shape) for request in requests]
+    limits = [bounds_of(bound, request, shape, _prefix_tokens(request, shape)) for request in requests]
     return Report(
         flops_run=run.flops,
         flops_full=sum(cost.flops for cost in full),
@@ -108,3 +109,8 @@ def build_report(
         warnings=tuple(warnings),
         latency_budget_ms=latency_budget_ms,
     )
+
+
+def _prefix_tokens(request: Request, shape: ModelShape) -> int:
+    """Tokens of the longest text in front of the first scale."""
+    return max(shape.prefix_tokens(tokens) for tokens in request.text_tokens().values())

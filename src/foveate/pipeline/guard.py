@@ -124,11 +124,13 @@ class Guard:
         """Generates under the policy, or in full once the bound has broken; the next answer says so once.
 
         Raises:
-            FoveateError: As the pipeline; or a policy or a budget, which the guard has a policy for.
+            FoveateError: As the pipeline; or a policy, a budget or an output type, which are the guard's to decide.
         """
         for name in ("policy", "budget", "latency_budget_ms"):
             if name in options:
                 raise FoveateError(f"the guard decides about the policy; leave {name} out")
+        if "output_type" in options:
+            raise FoveateError("the guard answers with PIL images; leave output_type out")
         call: CallOptions = {**options, "policy": Full() if self.is_broken else self._given}
         output = self.pipe(prompts, **call)
         with self._lock:

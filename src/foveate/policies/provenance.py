@@ -41,13 +41,13 @@ class Provenance:
         """Reads the mapping of a file.
 
         Raises:
-            FoveateError: A value is not a text.
+            FoveateError: A value is not a text, or `bound` no list of them.
         """
         texts = {name: data.get(name) for name in _KNOWN if name != "bound"}
         bound = data.get("bound")
-        bounds = [] if bound is None else [bound] if isinstance(bound, str) else bound
+        bounds = [] if bound is None else bound if isinstance(bound, list) else [bound]
         for name, value in [*texts.items(), *(("bound", entry) for entry in bounds)]:
-            if not isinstance(value, str | None):
+            if not isinstance(value, str) and (name == "bound" or value is not None):
                 raise FoveateError(f"{KEY}: {name} must be a text or null, got {value!r}")
         rest = {str(name): value for name, value in data.items() if name not in _KNOWN}
         return cls(bound=tuple(bounds), rest=rest, **texts)
