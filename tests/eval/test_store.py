@@ -87,6 +87,17 @@ def test_other_settings_are_refused_with_the_difference(toy_pipe: Pipeline, tmp_
     assert {path: path.read_bytes() for path in store.rglob("*") if path.is_file()} == before
 
 
+def test_a_setting_that_one_side_lacks_is_a_difference(tmp_path: Path) -> None:
+    with open_store(tmp_path / "s", {"seeds": 1, "generation": {"model": "toy", "top_k": 5}}):
+        pass
+    with pytest.raises(FoveateError, match=r'generation\.model was "toy", is not set; budget was not set, is 0\.5'):
+        check_store(tmp_path / "s", {"seeds": 1, "budget": 0.5, "generation": {"top_k": 5}})
+    early = {"seeds": 1, "generation": {"top_k": 5}}
+    check_store(tmp_path / "s", early, is_partial=True)
+    with pytest.raises(FoveateError, match=r"other settings: budget was not set, is 0\.5\. Take"):
+        check_store(tmp_path / "s", {**early, "budget": 0.5}, is_partial=True)
+
+
 def open_again(folder: Path) -> None:
     with open_store(folder, {}):
         pass

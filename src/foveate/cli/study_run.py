@@ -60,7 +60,7 @@ def prepare(
     own: Options = {"num_images_per_prompt": study.seeds, "seed": study.seed}
     check_call(list(setup.prompts), {**call, **own}, [*policies, against], spec)
     if study.store is not None:
-        check_store(study.store, setup.config(spec))
+        check_store(study.store, setup.config(spec), is_partial=True)
     return setup
 
 

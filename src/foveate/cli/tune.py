@@ -182,5 +182,5 @@ def _told(
         (folder / "tuning", told.tuning.config(spec)),
         (folder / "held-out", told.held_out.config(spec)),
     ):
-        check_store(place, config)
+        check_store(place, config, is_partial=True)
     return told

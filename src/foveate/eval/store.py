@@ -157,8 +157,13 @@ def open_store(folder: Path, config: Mapping[str, Any]) -> Iterator[Store]:
         lock.release()
 
 
-def check_store(folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses a folder that cannot go on with these settings; settings that only one side has are not compared.
+def check_store(folder: Path, config: Mapping[str, Any], *, is_partial: bool = False) -> None:
+    """Refuses a folder that cannot go on with these settings.
+
+    Args:
+        folder: A store, or a name that is free.
+        config: The settings.
+        is_partial: Whether more settings will be known later, so that those that only the store has are not compared.
 
     Raises:
         FoveateError: It is something else, or was measured with other settings; the message says which.
@@ -173,7 +178,7 @@ def check_store(folder: Path, config: Mapping[str, Any]) -> None:
     except (OSError, ValueError) as error:
         raise FoveateError(f"cannot read {path}: {error}; take another store") from None
     now = json.loads(json.dumps({"format": FORMAT, **config}))
-    found = list(_differences(there, now))
+    found = list(_differences(there, now, is_partial=is_partial))
     if found:
         more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         raise FoveateError(
@@ -182,14 +187,20 @@ def check_store(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _differences(there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(
+    there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "", *, is_partial: bool
+) -> Iterator[str]:
     """What two configurations say differently, one text each."""
-    for name in (name for name in there if name in now):
-        before, after = there[name], now[name]
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{prefix}{name}.")
-        elif before != after:
-            yield f"{prefix}{name} was {_quoted(before)}, is {_quoted(after)}"
+    for name in dict.fromkeys((*there, *now)):
+        if name not in now:
+            if not is_partial:
+                yield f"{prefix}{name} was {_quoted(there[name])}, is not set"
+        elif name not in there:
+            yield f"{prefix}{name} was not set, is {_quoted(now[name])}"
+        elif isinstance(there[name], dict) and isinstance(now[name], dict):
+            yield from _differences(there[name], now[name], f"{prefix}{name}.", is_partial=is_partial)
+        elif there[name] != now[name]:
+            yield f"{prefix}{name} was {_quoted(there[name])}, is {_quoted(now[name])}"
 
 
 def _quoted(value: object) -> str:
