@@ -1,12 +1,15 @@
 """What is read of a store: ratios are formed within a turn of one process, and batches count when they are complete."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from foveate.core.errors import FoveateError
 from foveate.eval.measure import Setup, Sides, complete_batches, num_sessions, read
 from foveate.eval.pairs import PairScores
 from foveate.eval.store import Call, Store, open_store
+from foveate.pipeline.options import Options
 from foveate.policies.registry import load_policy
 
 PAIR = PairScores(
@@ -61,6 +64,12 @@ def test_a_batch_counts_when_every_side_has_run_and_was_scored(tmp_path: Path) -
             if side is not sides.reference:
                 store.add_scores(side.key, 1, [PAIR])
         assert complete_batches(sides, setup, store) == (1,)
+
+
+@pytest.mark.parametrize("options", [{"budget": 0.5}, {"latency_budget_ms": 100.0}, {"policy": "full"}])
+def test_options_that_would_replace_the_reference_are_refused(options: Options) -> None:
+    with pytest.raises(FoveateError, match=rf"a comparison sets {next(iter(options))} itself"):
+        replace(setup_of(), options=options)
 
 
 def test_sides_of_a_comparison() -> None:

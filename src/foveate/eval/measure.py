@@ -34,8 +34,10 @@ from foveate.viz.scale_map import scale_maps
 PARTS = ("transformer", "decoder", "total")
 """Of a call's time."""
 
-SET_HERE = ("policy", "seed", "generator", "num_images_per_prompt", "output_type", "trace")
-"""Options that a comparison sets itself."""
+SET_HERE = (
+    "policy", "budget", "latency_budget_ms", "seed", "generator", "num_images_per_prompt", "output_type", "trace",
+)  # fmt: skip
+"""Options that a comparison sets itself; a budget would replace every policy, the reference too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
