@@ -64,6 +64,11 @@ def test_a_batch_counts_when_every_side_has_run_and_was_scored(tmp_path: Path) -
             if side is not sides.reference:
                 store.add_scores(side.key, 1, [PAIR])
         assert complete_batches(sides, setup, store) == (1,)
+        # The reference of batch 0 ran in another process than what stands beside it.
+        for side in sides.all():
+            add(store, side.key, 0, 1.0, "b" if side is sides.reference else "a")
+            store.add_scores(side.key, 0, [PAIR])
+        assert complete_batches(sides, setup, store) == (1,)
 
 
 @pytest.mark.parametrize("options", [{"budget": 0.5}, {"latency_budget_ms": 100.0}, {"policy": "full"}])

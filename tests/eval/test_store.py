@@ -61,6 +61,31 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert again.to_json() == done.to_json()
 
 
+def test_a_turn_that_was_cut_before_its_reference_runs_again(
+    toy_pipe: Pipeline, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "s"
+    with monkeypatch.context() as patch:
+        patch.setattr(np.random, "default_rng", LastFirst)
+        # Two sides warm up; then the policy runs.
+        interrupt_after(patch, 2 + 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(toy_pipe, store, ["skip-scales"])
+    done = run(toy_pipe, store, ["skip-scales"])
+    assert (done.missing_prompts, done.policies[0].timing.runs) == (0, 1)
+    assert done.speedup.transformer > 0
+
+
+class LastFirst:
+    """The order of a turn: the last side first."""
+
+    def __init__(self, seed: object) -> None:
+        pass
+
+    def permutation(self, count: int) -> list[int]:
+        return list(reversed(range(count)))
+
+
 def test_policies_and_runs_may_be_added(toy_pipe: Pipeline, tmp_path: Path, calls: list[str]) -> None:
     run(toy_pipe, tmp_path / "s", ["skip-scales"])
     calls.clear()

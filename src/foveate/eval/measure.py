@@ -245,8 +245,7 @@ def _due(sides: Sides, store: Store, batch: int, run: int) -> list[Side]:
     """What a turn still has to run; with the reference wherever something is timed."""
 
     def is_due(side: Side) -> bool:
-        ran = {call.run for call in store.calls.get((side.key, batch), ())}
-        return run not in ran and (side.is_timed or run == 0)
+        return run not in _runs(store, side, sides.reference, batch) and (side.is_timed or run == 0)
 
     found = [side for side in sides.all() if is_due(side)]
     if sides.reference not in found and any(side.is_timed for side in found):
@@ -323,7 +322,8 @@ def complete_batches(sides: Sides, setup: Setup, store: Store) -> tuple[int, ...
 
     def is_there(side: Side, batch: int) -> bool:
         is_reference = side.judged_by == side.key
-        return (side.key, batch) in store.calls and (is_reference or (side.key, batch) in store.scores)
+        has_run = bool(_runs(store, side, sides.reference, batch))
+        return has_run and (is_reference or (side.key, batch) in store.scores)
 
     return tuple(b for b in range(len(setup.batches)) if all(is_there(side, b) for side in sides.all()))
 
@@ -340,8 +340,15 @@ def read(store: Store, side: Side, reference: Side, batches: Sequence[int]) -> R
         scale_ms=tuple(tuple(map(median, zip(*(call.scale_ms for call in own), strict=True))) for own in calls),
         grids=calls[0][0].grids,
         flops_ratio=sum(own[0].flops_run for own in calls) / sum(own[0].flops_full for own in calls),
-        runs=min(len({call.run for call in own}) for own in calls),
+        runs=min(len(_runs(store, side, reference, batch)) for batch in batches),
     )
+
+
+def _runs(store: Store, side: Side, reference: Side, batch: int) -> set[int]:
+    """Rounds of a batch that a side has; where it is timed, only those that the reference ran beside it."""
+    beside = {(call.run, call.session) for call in store.calls.get((reference.key, batch), ())}
+    own = store.calls.get((side.key, batch), ())
+    return {call.run for call in own if not side.is_timed or (call.run, call.session) in beside}
 
 
 def num_sessions(store: Store, sides: Sides, batches: Sequence[int]) -> int:
