@@ -326,7 +326,7 @@ def measure(
     )
     policies = [load_policy(spec) for family in families for spec in study.settings[family]]
     report = compare_policies(pipe, policies, setup, given.store or ROOT / f"out/{study.files}/store")
-    if report.missing_prompts:
+    if report.is_interrupted:
         raise KeyboardInterrupt
     return report
 

@@ -19,7 +19,21 @@ PROMPTS = "a red cat\ntwo dogs\n"
 def flags(toy_folder: Path, tmp_path: Path) -> list[object]:
     """Two prompts on the toy, timed once."""
     (tmp_path / "p.txt").write_text(PROMPTS)
+    (tmp_path / "one.txt").write_text("a red cat\n")
     return ["--prompts", "p.txt", "--runs", 1, "-m", toy_folder]
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Ctrl-C instead of a call."""
+    real, made = measure._Runner.generate, []
+
+    def generate(*arguments: Any) -> Any:
+        made.append(1)
+        if len(made) > count:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(measure._Runner, "generate", generate)
 
 
 def test_several_policies_stand_in_one_table(
@@ -56,15 +70,7 @@ def test_ctrl_c_prints_what_is_complete_and_the_same_command_goes_on(
 ) -> None:
     command = ("compare", "-p", "skip-scales", *flags, "--json", "--store", "s")
     with monkeypatch.context() as patch:
-        real, made = measure._Runner.generate, []
-
-        def generate(*arguments: Any) -> Any:
-            made.append(1)
-            if len(made) > 2 + 3 + 1:
-                raise KeyboardInterrupt
-            return real(*arguments)
-
-        patch.setattr(measure._Runner, "generate", generate)
+        interrupt_after(patch, 2 + 3 + 1)
         ran = run(*command)
     assert (ran.code, ran.data["missing_prompts"], ran.data["n"]) == (130, 1, 1)
     assert ran.err.endswith("foveate: interrupted; the same command goes on in s\n")
@@ -74,6 +80,21 @@ def test_ctrl_c_prints_what_is_complete_and_the_same_command_goes_on(
         ran.err
         == "foveate: warning: times come from 2 processes; ratios were formed within turns of one process each\n"
     )
+
+
+def test_ctrl_c_in_a_later_round_is_said_though_no_prompt_is_missing(
+    run: Callable[..., Any],
+    flags: list[object],
+    calls: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Two sides warm up, three calls are the first round of the only prompt.
+    interrupt_after(monkeypatch, 2 + 3)
+    flags = ["--prompts", "one.txt", "--runs", 2, *flags[-2:]]
+    ran = run("compare", "-p", "skip-scales", *flags, "--json", "--store", "s")
+    assert (ran.code, ran.data["missing_prompts"], ran.data["runs"]) == (130, 0, 1)
+    assert "interrupted: timed runs are missing in some figures" in ran.err
+    assert ran.err.endswith("foveate: interrupted; the same command goes on in s\n")
 
 
 class Darkness:

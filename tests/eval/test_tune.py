@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from foveate.core.errors import FoveateError
+from foveate.eval import measure
 from foveate.eval.over import Over
 from foveate.eval.study import Study, Trial, open_study
 from foveate.eval.tune import split_prompts, tune
@@ -95,6 +96,25 @@ def test_what_cannot_be_tuned(toy_pipe: Pipeline, tmp_path: Path, options: dict[
     with pytest.raises(FoveateError, match=message):
         search(toy_pipe, tmp_path / "s", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [2 + 3, (2 + 3 + 2) + 2 + 3], ids=["tuning", "held-out"])
+def test_ctrl_c_ends_a_tuning_though_every_prompt_was_timed_once(
+    toy_pipe: Pipeline, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    # Two sides warm up; the first round has three calls, as another seed runs once, and the second one two.
+    real, made = measure._Runner.generate, []
+
+    def generate(*arguments: Any) -> Any:
+        made.append(1)
+        if len(made) == count + 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(measure._Runner, "generate", generate)
+    with pytest.raises(KeyboardInterrupt):
+        tune(toy_pipe, "skip-scales", ["count=1"], PROMPTS[:2], subject_to="psnr.mean >= 5", minimize="flops_ratio",
+             held_out=PROMPTS[2:], store=tmp_path / "s", runs=2, batch_size=2)  # fmt: skip
 
 
 def test_prompts_are_split_without_repeats() -> None:

@@ -133,7 +133,7 @@ def conclude(
     Minutes of measuring are not lost with a file that cannot be written: the result is printed first.
 
     Returns:
-        130 if the report is not complete, 1 if a bound holds, 0 otherwise.
+        130 if Ctrl-C ended it early, 1 if a bound holds, 0 otherwise.
     """
     if study.as_json:
         print_json(data)
@@ -148,7 +148,7 @@ def conclude(
     failed = [found for bound in bounds for found in _failures(report, bound)]
     for line in failed:
         warn(line)
-    if report.missing_prompts:
+    if report.is_interrupted:
         where = (
             "with --store FOLDER it can go on" if study.store is None else f"the same command goes on in {study.store}"
         )

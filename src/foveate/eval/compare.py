@@ -73,7 +73,7 @@ def compare(  # noqa: PLR0913 - what is generated, how it is judged, and how it 
             is a terminal.
 
     Returns:
-        Figures of every policy; after Ctrl-C those of the prompts that were complete, and `missing_prompts` says so.
+        Figures of every policy; after Ctrl-C those of the prompts that were complete, and `is_interrupted` says so.
 
     Raises:
         FoveateError: No prompts, an option that the comparison sets itself, fewer than one run or seed, flip-evaluator
@@ -115,13 +115,14 @@ def compare_policies(
     sides = Sides.of([*policies, *rivals], setup)
     config = setup.config(spec, model)
     with _store(folder, config) as store:
-        measure(pipe, sides, setup, store, hides_progress=hides_progress)
+        is_interrupted = not measure(pipe, sides, setup, store, hides_progress=hides_progress)
         batches = complete_batches(sides, setup, store)
         if not batches:
             raise KeyboardInterrupt
-        return _Reader(setup=setup, sides=sides, store=store, batches=batches).report(
+        report = _Reader(setup=setup, sides=sides, store=store, batches=batches).report(
             {policy.fingerprint for policy in policies}, {policy.fingerprint for policy in rivals}, config["generation"]
         )
+        return replace(report, is_interrupted=is_interrupted)
 
 
 def refuse_without_extra() -> None:
@@ -187,6 +188,7 @@ class _Reader:
             config=config,
             sessions=self.sessions,
             missing_prompts=len(self.setup.prompts) - len(self.prompts),
+            is_interrupted=False,
         )
 
     def _read(self, side: Side) -> Readings:

@@ -53,6 +53,8 @@ def notes(report: ComparisonReport) -> Iterator[str]:
     """What a reader should know before trusting a figure, one line each."""
     if report.missing_prompts:
         yield f"interrupted: {report.missing_prompts} prompts are missing in every figure"
+    elif report.is_interrupted:
+        yield "interrupted: timed runs are missing in some figures"
     if report.sessions > 1:
         yield f"times come from {report.sessions} processes; ratios were formed within turns of one process each"
     for result in report.results():

@@ -203,6 +203,7 @@ class ComparisonReport:
         config: How the images were generated.
         sessions: Processes that the times come from; 1 where nothing was resumed.
         missing_prompts: Prompts that an interruption left out; 0 in a complete report.
+        is_interrupted: Whether Ctrl-C ended it early, maybe with all prompts but not all rounds.
     """
 
     policies: tuple[PolicyResult, ...]
@@ -212,6 +213,7 @@ class ComparisonReport:
     config: Mapping[str, Any]
     sessions: int
     missing_prompts: int
+    is_interrupted: bool
 
     @property
     def policy(self) -> str:

@@ -199,7 +199,7 @@ def run_tuning(pipe: Pipeline, told: Tuning, folder: Path, *, hides_progress: bo
                 has_controls=told.has_controls,
                 hides_progress=hides_progress,
             )
-            if report.missing_prompts:
+            if report.is_interrupted:
                 raise KeyboardInterrupt
         return _conclude(pipe, told, trials, report)
 
@@ -210,7 +210,7 @@ def _run_trials(pipe: Pipeline, told: Tuning, study: Study, folder: Path, hides_
     def attempt(values: Mapping[str, str]) -> tuple[Policy, ComparisonReport]:
         policy = with_values(told.base, values)
         report = compare_policies(pipe, [policy], told.tuning, folder, hides_progress=True)
-        if report.missing_prompts:
+        if report.is_interrupted:
             raise KeyboardInterrupt
         return policy, report
 
