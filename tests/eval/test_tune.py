@@ -98,6 +98,27 @@ def test_what_cannot_be_tuned(toy_pipe: Pipeline, tmp_path: Path, options: dict[
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_trial_that_cannot_be_measured_ends_the_tuning(
+    toy_pipe: Pipeline, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge that fails is no fault of the setting, which the next run tries again."""
+
+    def fail(*given: object) -> None:
+        raise FoveateError("the judge gave nan")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "score_pairs", fail)
+        with pytest.raises(FoveateError, match="the judge gave nan"):
+            search(toy_pipe, tmp_path / "s")
+    report = search(toy_pipe, tmp_path / "s")
+    assert [trial.refusal for trial in report.trials] == [None] * 3
+    with pytest.raises(FoveateError, match="held-out was measured with other settings"):
+        search(toy_pipe, tmp_path / "s", held_out=["the cat", "the dog"])
+    narrow = tune(toy_pipe, "skip-scales", ["count=1,40"], PROMPTS, subject_to="psnr.mean >= 5",
+                  minimize="flops_ratio", store=tmp_path / "t")  # fmt: skip
+    assert [trial.refusal is not None for trial in narrow.trials] == [False, True]
+
+
 @pytest.mark.parametrize("count", [2 + 3, (2 + 3 + 2) + 2 + 3], ids=["tuning", "held-out"])
 def test_ctrl_c_ends_a_tuning_though_every_prompt_was_timed_once(
     toy_pipe: Pipeline, tmp_path: Path, calls: list[str], monkeypatch: pytest.MonkeyPatch, count: int

@@ -178,7 +178,7 @@ def _told(
     )
     folder, spec = _folder(options, study), spec_of(model)
     for place, config in (
-        (folder, told.config()),
+        (folder, {**told.config(), "model": spec.name}),
         (folder / "tuning", told.tuning.config(spec)),
         (folder / "held-out", told.held_out.config(spec)),
     ):

@@ -9,7 +9,7 @@ it is.
 Milliseconds are those of the first trial's reference over the measured ratio, as a machine drifts between trials.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from foveate.eval.measure import Setup
 from foveate.eval.over import Over, read_overs, with_values
 from foveate.eval.report import ComparisonReport, PolicyResult
 from foveate.eval.statistics import interval
-from foveate.eval.store import open_store
+from foveate.eval.store import check_store, open_store
 from foveate.eval.study import Study, Trial, open_study
 from foveate.eval.tune_report import Candidate, Goal, TuneReport
 from foveate.pipeline.options import Options
@@ -184,7 +184,9 @@ def read_goal(
 
 def run_tuning(pipe: Pipeline, told: Tuning, folder: Path, *, hides_progress: bool | None = None) -> TuneReport:
     """`tune` with everything read and checked."""
-    with open_store(folder, {**told.config(), "model": pipe.model.spec.name}):
+    spec, model = pipe.model.spec, pipe.model
+    with open_store(folder, {**told.config(), "model": spec.name}):
+        check_store(folder / "held-out", told.held_out.config(spec, model))
         study = open_study(folder / "study.journal", told.overs, told.trials, is_maximised=told.goal.is_maximised)
         _run_trials(pipe, told, study, folder / "tuning", hides_progress)
         trials = study.trials()
@@ -206,42 +208,35 @@ def run_tuning(pipe: Pipeline, told: Tuning, folder: Path, *, hides_progress: bo
 
 def _run_trials(pipe: Pipeline, told: Tuning, study: Study, folder: Path, hides_progress: bool | None) -> None:
     """Tries settings until there are enough; a trial that Ctrl-C ended is tried again by the next run."""
+    model = pipe.model
+    schedule, shape = told.tuning.job(model.spec).schedule, model.transformer.shape
 
-    def attempt(values: Mapping[str, str]) -> tuple[Policy, ComparisonReport]:
-        policy = with_values(told.base, values)
+    def attempt(values: Mapping[str, str]) -> Trial:
+        try:
+            policy = with_values(told.base, values)
+            policy.bind(schedule, shape)
+        except FoveateError as error:
+            return Trial(values=values, policy="", value=None, violations={}, refusal=str(error), figures={})
         report = compare_policies(pipe, [policy], told.tuning, folder, hides_progress=True)
         if report.is_interrupted:
             raise KeyboardInterrupt
-        return policy, report
+        return _judged(values, policy, report.figures(), told.goal, study)
 
     with tqdm(total=study.wanted, initial=study.done, disable=hides_progress, unit="trial", leave=False) as bar:
         while study.done < study.wanted:
-            study.step(_judged(attempt, told.goal, study))
+            study.step(attempt)
             bar.update()
             bar.set_description(study.state())
 
 
-def _judged(
-    attempt: Callable[[Mapping[str, str]], tuple[Policy, ComparisonReport]], goal: Goal, study: Study
-) -> Callable[[Mapping[str, str]], Trial]:
-    """A trial of some values: what it measured, and by how much it breaks the bounds."""
-
-    def run(values: Mapping[str, str]) -> Trial:
-        try:
-            policy, report = attempt(values)
-        except FoveateError as error:
-            return Trial(values=values, policy="", value=None, violations={}, refusal=str(error), figures={})
-        figures = report.figures()
-        drift = _DRIFTING.get(goal.figure)
-        value = FigureBound(text="", policy=None, figure=goal.figure, comparison=">", limit=0.0).value(figures)
-        if drift is not None:
-            value = study.reference_ms(figures[goal.figure] * figures[f"speedup.{drift}"]) / figures[f"speedup.{drift}"]
-        violations = {bound.text: bound.violation(figures) for bound in goal.bounds}
-        return Trial(
-            values=values, policy=policy.spec, value=value, violations=violations, refusal=None, figures=figures
-        )
-
-    return run
+def _judged(values: Mapping[str, str], policy: Policy, figures: Mapping[str, float], goal: Goal, study: Study) -> Trial:
+    """A setting that ran: what it measured, and by how much it breaks the bounds."""
+    drift = _DRIFTING.get(goal.figure)
+    value = FigureBound(text="", policy=None, figure=goal.figure, comparison=">", limit=0.0).value(figures)
+    if drift is not None:
+        value = study.reference_ms(figures[goal.figure] * figures[f"speedup.{drift}"]) / figures[f"speedup.{drift}"]
+    violations = {bound.text: bound.violation(figures) for bound in goal.bounds}
+    return Trial(values=values, policy=policy.spec, value=value, violations=violations, refusal=None, figures=figures)
 
 
 def _best(trials: Sequence[Trial], goal: Goal) -> list[Trial]:
