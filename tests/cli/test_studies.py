@@ -163,6 +163,8 @@ def test_tune_writes_the_winner_that_generate_takes(
     assert (again.code, calls) == (0, [])
     assert again.data["winner"]["spec"] == "skip-scales:count=0"
     json.dumps(again.data, allow_nan=False)
+    mixed = run("compare", "-p", "skip-scales", *flags, "--store", "t.study")
+    mixed.assert_refused('t.study was measured with other settings: kind was "study", is "comparison"')
     harder = [text if text != "psnr.min >= 99" else "psnr.min >= 100.5" for text in map(str, command)]
     run(*harder).assert_refused("t.study was measured with other settings: subject_to was")
     none = run(*harder, "--store", "u")

@@ -113,6 +113,7 @@ class Setup:
         # Of a call; and whether rows are independent is known of a loaded model only.
         own = ("format", "prompts", "seeds", "num_images_per_prompt", "policy", *([] if made else ["batch_invariant"]))
         return {
+            "kind": "comparison",
             "prompts": list(self.prompts),
             "seeds": self.seeds,
             "first_seed": self.first_seed,

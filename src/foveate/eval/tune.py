@@ -78,7 +78,7 @@ class Tuning:
     def config(self) -> dict[str, Any]:
         """What a study goes on with, as plain data."""
         overs = {one.field: list(one.values) or [str(one.low), str(one.high)] for one in self.overs}
-        return {"policy": self.base.spec, "over": overs, **self.goal.to_json()}
+        return {"kind": "study", "policy": self.base.spec, "over": overs, **self.goal.to_json()}
 
 
 def tune(  # noqa: PLR0913 - what is sought, where, and how it is measured
