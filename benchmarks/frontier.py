@@ -12,6 +12,7 @@ on after an interruption.
 """
 
 import argparse
+import hashlib
 import json
 import shlex
 import sys
@@ -226,6 +227,7 @@ class Matcher:
 
         self.heads = TextMatch.bundled()
         self.labels = list(labels)
+        self.fingerprint = hashlib.sha256("\n".join(labels).encode()).hexdigest()[:12]
         folder = text_encoder_folder(find_folder(Origin(name_or_path=model)))
         self.texts = TextEncoder.from_folder(folder).pooled(self.labels).numpy()
 

@@ -1,6 +1,7 @@
 """A comparison that stops and goes on: nothing is lost, nothing is measured twice, and other settings are refused."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import pytest
 from foveate.core.errors import FoveateError
 from foveate.eval import measure
 from foveate.eval.compare import compare
+from foveate.eval.judges import Judge
+from foveate.eval.measure import Setup
 from foveate.eval.report import ComparisonReport
 from foveate.eval.store import check_store, open_store
 from foveate.pipeline.pipeline import Pipeline
+from foveate.policies.registry import load_policy
 from foveate.viz.scale_map import ScaleMap
+from tests.conftest import TOY_SPEC
 
 PROMPTS = ["a red cat", "two dogs"]
 POLICIES = ["skip-scales", "drop-branch"]
@@ -121,6 +126,38 @@ def test_a_setting_that_one_side_lacks_is_a_difference(tmp_path: Path) -> None:
     check_store(tmp_path / "s", early, is_partial=True)
     with pytest.raises(FoveateError, match=r"other settings: budget was not set, is 0\.5\. Take"):
         check_store(tmp_path / "s", {**early, "budget": 0.5}, is_partial=True)
+
+
+class Labels:
+    """A judge that has a fingerprint."""
+
+    name, is_error = "labels", False
+
+    def __init__(self, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+
+    def score(self, images: np.ndarray, references: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        return np.zeros(len(images))
+
+
+class OtherLabels(Labels):
+    """Another class of the same name."""
+
+
+def test_another_judge_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    def config(judge: Judge) -> dict[str, Any]:
+        return Setup(
+            prompts=("a",), seeds=1, first_seed=0, against=load_policy("full"), runs=1, batch_size=1, options={},
+            judges=(judge,),
+        ).config(TOY_SPEC)  # fmt: skip
+
+    with open_store(tmp_path / "s", config(Labels("a"))):
+        pass
+    check_store(tmp_path / "s", config(Labels("a")))
+    with pytest.raises(FoveateError, match=r'judged_by\.labels\.fingerprint was "a", is "b"\. Take'):
+        check_store(tmp_path / "s", config(Labels("b")))
+    with pytest.raises(FoveateError, match=r'judged_by\.labels\.class was "\S+:Labels", is "\S+:OtherLabels"\. Take'):
+        check_store(tmp_path / "s", config(OtherLabels("a")))
 
 
 def open_again(folder: Path) -> None:

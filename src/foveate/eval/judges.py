@@ -23,6 +23,9 @@ GROUP = "foveate.judges"
 class Judge(Protocol):
     """Scores every image, by its reference, by its prompt, or by both.
 
+    A judge whose scores depend on more than its class, such as on weights or labels, also has a text `fingerprint` of
+    these: a store does not go on with another one.
+
     Attributes:
         name: What figures call it, in lower case with underscores, such as `text_match`.
         is_error: Whether less is better, as of a distance.
@@ -45,6 +48,16 @@ class Judge(Protocol):
             prompts: One for each image.
         """
         ...
+
+
+def identity(judge: Judge) -> dict[str, str | None]:
+    """What tells a judge from another one of the same name: its class, and its `fingerprint` if it has one."""
+    kind = type(judge)
+    fingerprint = getattr(judge, "fingerprint", None)
+    return {
+        "class": f"{kind.__module__}:{kind.__qualname__}",
+        "fingerprint": None if fingerprint is None else str(fingerprint),
+    }
 
 
 def load_judge(name: str) -> Judge:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from foveate.core.errors import FoveateError
 from foveate.core.policy import Policy
-from foveate.eval.judges import Judge
+from foveate.eval.judges import Judge, identity
 from foveate.eval.pairs import PairScores, score_pairs
 from foveate.eval.store import Call, Store
 from foveate.families.loading import LoadedModel
@@ -120,6 +120,7 @@ class Setup:
             "batch_size": self.batch_size,
             "against": {"spec": self.against.spec, "fingerprint": self.against.fingerprint},
             "judges": [judge.name for judge in self.judges],
+            "judged_by": {judge.name: identity(judge) for judge in self.judges},
             "generation": {name: value for name, value in found.items() if name not in own},
         }
 
