@@ -209,6 +209,9 @@ class SpyBound(Bound):
     def ceiling(self, scale):
         return self.inner.ceiling(scale)
 
+    def ceilings(self, scale):
+        return self.inner.ceilings(scale)
+
     def plan(self, scale, signals, state):
         plan, state = self.inner.plan(scale, signals, state)
         self.signals.append(signals)

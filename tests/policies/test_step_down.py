@@ -62,6 +62,16 @@ def test_the_first_step_in_time_is_taken_and_never_a_higher_one():
     assert torch.equal(timed(dict.fromkeys(range(5), 0.0)).f_hats[0], cached_run("full", "square").f_hats[0])
 
 
+def test_a_later_step_may_store_more_than_the_first_one():
+    steps = [load_policy(f"blocks-per-scale:keep_ratios={ratios}") for ratios in ("[0.2,1,1]", "[1,0.6,0.2]")]
+    live = StepDown(steps=tuple(steps), needs_ms=NEEDS[:2])
+    request = replace(make_request(toy("square").schedule), remaining_ms={1: 99.0, 2: 0.0, 3: 0.0, 4: 0.0}.__getitem__)
+    found = run(toy("square"), live, request)
+    assert same_bits(found, run(toy("square"), StepDown(steps=live.steps, taken=(0, 0, 1, 1, 1))))
+    beside = run(toy("square"), live | load_policy("full"), request)
+    assert torch.equal(beside.f_hat, found.f_hat)
+
+
 def test_without_a_deadline_the_first_step_runs():
     assert torch.equal(run(toy("square"), LIVE).f_hat, cached_run("full", "square").f_hat)
     assert not LIVE.bind(toy("square").schedule, SHAPE).is_static

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar
 
 from foveate.core.cost import ModelShape
@@ -117,6 +118,10 @@ class BoundComposed(Bound):
     def ceiling(self, scale: int) -> ScalePlan:
         """Meets the parts' ceilings."""
         return self._meet([bound.ceiling(scale) for bound in self.bounds])
+
+    def ceilings(self, scale: int) -> tuple[ScalePlan, ...]:
+        """Meets every choice of the parts' ceilings."""
+        return tuple(self._meet(plans) for plans in product(*(bound.ceilings(scale) for bound in self.bounds)))
 
     def _meet(self, plans: Sequence[ScalePlan]) -> ScalePlan:
         met = ScalePlan()

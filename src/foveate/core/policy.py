@@ -74,6 +74,10 @@ class Bound(ABC):
         """
         return self.plan(scale, None, self.start())[0]
 
+    def ceilings(self, scale: int) -> tuple[ScalePlan, ...]:
+        """Ceilings of all plans that the run may still choose between, the one of `ceiling` first."""
+        return (self.ceiling(scale),)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Policy(ABC):

@@ -3,7 +3,7 @@
 Axes: B images, R rows, Z latent channels, (H, W) the last latent grid.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -109,18 +109,19 @@ def ceiling_tokens(plan: ScalePlan, num_tokens: int, num_blocks: int, *, is_cond
 
 def bounds_of(bound: Bound, request: Request, shape: ModelShape, prefix_tokens: int = 0) -> Bounds:
     """What the ceilings of a policy imply: all scales before the last are stored, or none; less what is evicted."""
-    plans = [bound.ceiling(s) for s in range(len(request.schedule))]
-    last = max((s for s, plan in enumerate(plans) if plan.runs), default=0)
+    choices = [bound.ceilings(s) for s in range(len(request.schedule))]
+    last = max((s for s, plans in enumerate(choices) if any(plan.runs for plan in plans)), default=0)
     num_stored = last if shape.is_cached else 0
-    per_scale = []
-    for plan, scale in zip(plans, request.schedule.scales, strict=True):
-        counts = ceiling_tokens(plan, scale.num_tokens, shape.num_blocks)
-        per_scale.append([plan.sublayer_count(block, count) for block, count in enumerate(counts)])
+    per_scale = [
+        _most_run(plans, scale.num_tokens, shape.num_blocks)
+        for plans, scale in zip(choices, request.schedule.scales, strict=True)
+    ]
+    evicted = [frozenset.intersection(*(frozenset(plan.evict) for plan in plans)) for plans in choices]
     branches = 2 if request.guidance.is_needed(0) else 1
     num_rows = branches * request.num_images
     is_prefixed = prefix_tokens if num_stored else 0
     return Bounds(
-        capacities=tuple(is_prefixed + _most_stored(plans, [c[b] for c in per_scale], num_stored)
+        capacities=tuple(is_prefixed + _most_stored(evicted, [c[b] for c in per_scale], num_stored)
                          for b in range(shape.num_blocks)),
         scratch_tokens=max(max(counts) for counts in per_scale[num_stored:]) + prefix_tokens * (num_stored == 0),
         num_rows=num_rows,
@@ -130,14 +131,23 @@ def bounds_of(bound: Bound, request: Request, shape: ModelShape, prefix_tokens: 
     )  # fmt: skip
 
 
-def _most_stored(plans: Sequence[ScalePlan], counts: Sequence[int], num_stored: int) -> int:
+def _most_run(plans: Sequence[ScalePlan], num_tokens: int, num_blocks: int) -> list[int]:
+    """Tokens per block of one row under the ceiling that runs most of them there."""
+    counts = [ceiling_tokens(plan, num_tokens, num_blocks) for plan in plans]
+    return [
+        max(plan.sublayer_count(block, own[block]) for plan, own in zip(plans, counts, strict=True))
+        for block in range(num_blocks)
+    ]
+
+
+def _most_stored(evicted: Sequence[Set[int]], counts: Sequence[int], num_stored: int) -> int:
     """The most tokens that a block's cache holds at once."""
     held: dict[int, int] = {}
     most = 0
     for scale in range(num_stored):
         held[scale] = counts[scale]
         most = max(most, sum(held.values()))
-        for gone in plans[scale].evict:
+        for gone in evicted[scale]:
             held.pop(gone, None)
     return most
 

@@ -78,6 +78,14 @@ class BoundStepDown(Bound):
         """That of the highest step that may plan the scale."""
         return self.bounds[self.highest[scale]].ceiling(scale) if self.bounds else ScalePlan()
 
+    def ceilings(self, scale: int) -> tuple[ScalePlan, ...]:
+        """Those of every step that time may choose; the first scale has no time to go by."""
+        if not self.bounds:
+            return (ScalePlan(),)
+        is_open = scale > 0 and not self.policy.taken
+        steps = self.bounds if is_open else (self.bounds[self.highest[scale]],)
+        return tuple(plan for bound in steps for plan in bound.ceilings(scale))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepDown(Policy):
