@@ -1,13 +1,18 @@
 """A comparison on the toy: its figures, its bounds and its page."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from foveate.core.errors import FoveateError
 from foveate.eval.compare import ComparisonReport, compare, read_prompts
+from foveate.eval.page import page_data
 from foveate.pipeline.pipeline import Pipeline
+from foveate.viz.metrics import Axis
+from foveate.viz.page_payload import known_metrics
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +43,25 @@ def test_page_needs_nothing_beside_itself(report: ComparisonReport, tmp_path: Pa
     page = report.to_html(tmp_path / "report.html", "compare this").read_text(encoding="utf-8")
     assert "two dogs" in page
     assert "compare this" in page
+
+
+class Darkness:
+    """A judge whose scores are errors."""
+
+    name, is_error = "darkness", True
+
+    def score(self, images: np.ndarray, references: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        return np.asarray(255.0 - images.mean(axis=(1, 2, 3)))
+
+
+def test_the_page_knows_which_way_a_figure_is_good(toy_pipe: Pipeline) -> None:
+    found = compare(toy_pipe, "skip-scales", ["a red cat"], runs=1, judges=[Darkness()])
+    data = page_data(found, "compare this")
+    known = {metric.name: metric for metric in known_metrics(data)}
+    assert (known["darkness.max"].is_high_good, known["darkness.max"].axis) == (False, Axis.FIDELITY)
+    assert data.metric("darkness").is_high_good is False
+    time = known["transformer_ms.median"]
+    assert (time.label, time.is_high_good, time.axis) == ("transformer time", False, Axis.COST)
 
 
 def test_same_policy_is_identical(toy_pipe: Pipeline) -> None:

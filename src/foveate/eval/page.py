@@ -10,7 +10,8 @@ from foveate.eval.controls import ANOTHER_SEED
 from foveate.eval.fidelity import flip_maps
 from foveate.eval.pairs import ERRORS, SCORES, FidelityReport
 from foveate.eval.report import ComparisonReport, PolicyResult, ShownImage, Timing
-from foveate.eval.statistics import Interval, Spread
+from foveate.eval.statistics import ErrorSummary, Interval, Spread
+from foveate.viz.metrics import Metric, judge_metrics
 from foveate.viz.page_data import Figure, FrontierPoint, ImagePair, Lead, PageData, Role, ScaleTime
 
 
@@ -46,7 +47,16 @@ def page_data(
         config=config,
         notes=tuple(notes(report)),
         lead=lead,
+        metrics=_judged_metrics(report),
     )
+
+
+def _judged_metrics(report: ComparisonReport) -> dict[str, Metric]:
+    return {
+        metric.name: metric
+        for name, summary in report.fidelity.judged.items()
+        for metric in judge_metrics(name, is_error=isinstance(summary, ErrorSummary)).values()
+    }
 
 
 def notes(report: ComparisonReport) -> Iterator[str]:

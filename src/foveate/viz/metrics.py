@@ -75,7 +75,8 @@ _SINGLE = (
     Metric(name="speedup.transformer", label="speedup, transformer", unit="x", axis=_COST),
     Metric(name="speedup.end_to_end", label="speedup, end to end", unit="x", axis=_COST),
     Metric(name="speedup.decoder", label="speedup, decoder", unit="x"),
-    Metric(name="transformer_ms", label="transformer time", unit=" ms", digits=0, axis=_COST, is_high_good=False),
+    Metric(name="transformer_ms.median", label="transformer time", unit=" ms", digits=0, axis=_COST,
+           is_high_good=False),
     Metric(name="latency_ms.median", label="time of a call", unit=" ms", digits=0, axis=_COST, is_high_good=False),
     Metric(name="flops_ratio", label="FLOPs", unit=" %", digits=1, axis=_COST, is_high_good=False, factor=100.0),
     Metric(name="token_blocks_ratio", label="token-blocks", unit=" %", digits=1, axis=_COST, is_high_good=False,
@@ -100,6 +101,13 @@ METRICS = {
     for metric in (*_SINGLE, *(one for name in _DISTRIBUTIONS for one in _distributed(name)), *_LAST)
 }
 """Known figures by dotted name, in the order of the table."""
+
+
+def judge_metrics(name: str, *, is_error: bool) -> dict[str, Metric]:
+    """What a judge's figures are called, by dotted name."""
+    of = Metric(name=name, label=name.replace("_", " "), digits=None, axis=_FIDELITY, is_high_good=not is_error)
+    return {one.name: one for one in _distributed(of)}
+
 
 PLAIN = Metric(name="", label="", digits=None)
 """Prints numbers that nothing is known about."""

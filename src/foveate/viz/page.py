@@ -90,7 +90,7 @@ def _sections(data: PageData, stored: StoredImages) -> list[tuple[str, str, str]
     found = [("figures", "Figures", _tiles(data))]
     if data.lead is not None:
         found.insert(0, ("lead", html.escape(data.lead.heading), _lead(data.lead)))
-    if _has_axes(data.points):
+    if _has_axes(data):
         found.append(("frontier", "Frontier", _FRONTIER))
     if stored.pairs:
         found.append(("images", "Images", _images(len(stored.pairs), len(data.pairs))))
@@ -101,8 +101,8 @@ def _sections(data: PageData, stored: StoredImages) -> list[tuple[str, str, str]
     return found
 
 
-def _has_axes(points: tuple[FrontierPoint, ...]) -> bool:
-    axes = {one.axis for one in known_metrics(points)}
+def _has_axes(data: PageData) -> bool:
+    axes = {one.axis for one in known_metrics(data)}
     return {"cost", "fidelity"} <= axes
 
 
@@ -159,7 +159,7 @@ def _times(times: tuple[ScaleTime, ...]) -> str:
 
 
 def _policies(data: PageData) -> str:
-    columns = known_metrics(data.points)
+    columns = known_metrics(data)
     heads = "".join(_head(one.label, "descending" if one.is_high_good else "ascending") for one in columns)
     rows = "".join(_policy_row(point, columns) for point in data.points)
     return f"""<h2>All policies</h2><p>A column's head sorts, best first. A name chooses that policy for the page.</p>

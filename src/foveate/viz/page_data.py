@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 
 from foveate.core.errors import FoveateError
 from foveate.core.schedule import Grid
+from foveate.viz.metrics import METRICS, Metric, metric
 from foveate.viz.scale_map import ScaleMap
 
 
@@ -196,6 +197,7 @@ class PageData:
         config: Everything that was set, as plain data.
         notes: Warnings and what a reader should know, one line each.
         lead: What a command puts on top.
+        metrics: How figures are printed that `metrics.METRICS` does not know, by dotted name.
     """
 
     title: str
@@ -209,6 +211,11 @@ class PageData:
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     lead: Lead | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+
+    def metric(self, name: str) -> Metric:
+        """How a figure is printed."""
+        return METRICS.get(name) or self.metrics.get(name) or metric(name)
 
     def __post_init__(self) -> None:
         names = [point.name for point in self.points]

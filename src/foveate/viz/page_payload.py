@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from foveate.viz.metrics import METRICS, PLAIN, TILES, Metric, metric
+from foveate.viz.metrics import METRICS, PLAIN, TILES, Metric
 from foveate.viz.page_data import Chart, Figure, FrontierPoint, PageData, Role, ScaleTime
 from foveate.viz.page_images import StoredImages, StoredPair, pair_metrics
 from foveate.viz.scale_map import ScaleMap
@@ -22,11 +22,11 @@ def finite(value: int | float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def known_metrics(points: Sequence[FrontierPoint]) -> list[Metric]:
+def known_metrics(data: PageData) -> list[Metric]:
     """Metrics of all figures, known ones in the order of the table."""
-    names = {name for point in points for name in point.figures}
+    names = {name for point in data.points for name in point.figures}
     return [METRICS[name] for name in METRICS if name in names] + [
-        metric(name) for name in sorted(names - set(METRICS))
+        data.metric(name) for name in sorted(names - set(METRICS))
     ]
 
 
@@ -45,11 +45,11 @@ def payload(data: PageData, stored: StoredImages) -> str:
         "headline": headline(data),
         "referenceName": reference,
         "tiles": TILES,
-        "metrics": [_metric(one) for one in known_metrics(data.points)],
-        "points": [_point(point) for point in data.points],
+        "metrics": [_metric(one) for one in known_metrics(data)],
+        "points": [_point(data, point) for point in data.points],
         "images": stored.uris,
-        "pairs": [_pair(one) for one in stored.pairs],
-        "pairMetrics": [_metric(metric(name)) for name in pair_metrics([one.pair for one in stored.pairs])],
+        "pairs": [_pair(data, one) for one in stored.pairs],
+        "pairMetrics": [_metric(data.metric(name)) for name in pair_metrics([one.pair for one in stored.pairs])],
         "times": _times(data.scale_times),
         "charts": [_chart(chart) for chart in (data.lead.charts if data.lead is not None else ())],
     }
@@ -75,12 +75,12 @@ def _metric(one: Metric) -> dict[str, Any]:
     }
 
 
-def _point(point: FrontierPoint) -> dict[str, Any]:
-    figures = {name: figure(found, metric(name)) for name, found in point.figures.items()}
+def _point(data: PageData, point: FrontierPoint) -> dict[str, Any]:
+    figures = {name: figure(found, data.metric(name)) for name, found in point.figures.items()}
     return {"name": point.name, "role": point.role.value, "series": point.series, "figures": figures}
 
 
-def _pair(one: StoredPair) -> dict[str, Any]:
+def _pair(data: PageData, one: StoredPair) -> dict[str, Any]:
     pair = one.pair
     return {
         "policy": pair.policy,
@@ -90,7 +90,7 @@ def _pair(one: StoredPair) -> dict[str, Any]:
         "reference": one.reference,
         "picture": one.picture,
         "flip": one.flip,
-        "figures": {name: [finite(value), metric(name).print(value)] for name, value in pair.figures.items()},
+        "figures": {name: [finite(value), data.metric(name).print(value)] for name, value in pair.figures.items()},
         "scales": [_scale(scale) for scale in pair.scales],
     }
 
