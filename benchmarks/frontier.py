@@ -4,8 +4,8 @@
     python benchmarks/frontier.py --update-pages    # writes into docs/results, and fills the tables of README and docs
     python benchmarks/frontier.py --study eight --update-pages      # the same on emoji-eight, with 2,521 tokens
 
-One comparison (`foveate.eval.compare`): all settings in turns, prompt by prompt at batch 1, keyed randomness, against
-the full run. A ratio is formed within a turn. `full` is measured against itself, too, which shows the noise.
+One comparison (`foveate.eval.compare`): all settings in turns, one prompt a call with all its seeds, keyed randomness,
+against the full run. A ratio is formed within a turn. `full` is measured against itself, too, which shows the noise.
 Text match: how often the drawing's own label is the nearest of all labels. The controls stand in the same table, and so
 does the yardstick: the full run, another seed. Measurements are kept in out/frontier/store, where the same command goes
 on after an interruption.
@@ -297,7 +297,8 @@ def page(data: dict[str, Any], table: str) -> str:
 - fidelity: {data["prompts"]} prompts, {data["seeds"]} images each, against the full run with the same random numbers;
   PSNR is a mean, beside its tenth percentile; equal images get 100 dB; foreground PSNR leaves out
   pixels that are white in both
-- time: batch 1, every prompt {data["runs"]} times in full and with every setting, in turns in changing order;
+- time: one prompt a call, with all its seeds ({data["seeds"]}); every prompt {data["runs"]} times in full and with
+  every setting, in turns in changing order;
   median and p10-p90 of full over setting. The row of `full` is `full` against itself: the noise of the timing
 - FLOPs: of the transformer, counted while it ran, as a share of the full run
 - text match: how often the label that was asked for is the nearest of all {data["labels"]} labels to the image
