@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,12 @@ def test_page_needs_nothing_beside_itself(report: ComparisonReport, tmp_path: Pa
     page = report.to_html(tmp_path / "report.html", "compare this").read_text(encoding="utf-8")
     assert "two dogs" in page
     assert "compare this" in page
+
+
+def test_the_page_says_how_many_images_it_leaves_out(report: ComparisonReport) -> None:
+    few = replace(report, policies=(replace(report.policies[0], shown=report.policies[0].shown[:3]),))
+    assert "The page holds the worst 3 of 4 pairs." in few.page()
+    assert "The page holds" not in report.page()
 
 
 class Darkness:

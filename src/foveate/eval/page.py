@@ -47,6 +47,7 @@ def page_data(
         config=config,
         notes=tuple(notes(report)),
         lead=lead,
+        num_pairs=sum(len(result.rows) for result in report.results()),
         metrics=_judged_metrics(report),
     )
 

@@ -93,7 +93,7 @@ def _sections(data: PageData, stored: StoredImages) -> list[tuple[str, str, str]
     if _has_axes(data):
         found.append(("frontier", "Frontier", _FRONTIER))
     if stored.pairs:
-        found.append(("images", "Images", _images(len(stored.pairs), len(data.pairs))))
+        found.append(("images", "Images", _images(len(stored.pairs), max(len(data.pairs), data.num_pairs))))
     if data.scale_times:
         found.append(("time", "Time per scale", _times(data.scale_times)))
     found.append(("policies", "All policies", _policies(data)))

@@ -197,6 +197,7 @@ class PageData:
         config: Everything that was set, as plain data.
         notes: Warnings and what a reader should know, one line each.
         lead: What a command puts on top.
+        num_pairs: Images that were scored, where there are more than in `pairs`.
         metrics: How figures are printed that `metrics.METRICS` does not know, by dotted name.
     """
 
@@ -211,6 +212,7 @@ class PageData:
     config: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     lead: Lead | None = None
+    num_pairs: int = 0
     metrics: Mapping[str, Metric] = field(default_factory=dict)
 
     def metric(self, name: str) -> Metric:
