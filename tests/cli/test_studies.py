@@ -147,16 +147,16 @@ def test_tune_writes_the_winner_that_generate_takes(
 ) -> None:
     (tmp_path / "h.txt").write_text("the house\na blue rocket\n")
     command = (
-        "tune", "-p", "skip-scales", "--over", "count=0..1", "--subject-to", "psnr.min >= 99", "--held-out", "h.txt",
+        "tune", "-p", "skip-scales", "--over", "count=0..1", "--subject-to", "psnr.p10 >= 99", "--held-out", "h.txt",
         *flags, "-o", "t.yaml", "--html", "t.html", "--quiet",
     )  # fmt: skip
     ran = run(*command)
     assert ran.code == 0, ran.err
     assert "2 held-out prompts: an interval of a percentile is rough below 30" in ran.err
-    assert "skip-scales:count=0 holds psnr.min >= 99 on held-out prompts: psnr.min at least 100" in ran.err
+    assert "skip-scales:count=0 holds psnr.p10 >= 99 on held-out prompts: psnr.p10 at least 100" in ran.err
     tuned = yaml.safe_load((tmp_path / "t.yaml").read_text())
     assert (tuned["policy"], tuned["count"], tuned["provenance"]["n"]) == ("skip-scales", 0, 2)
-    assert "psnr.min &gt;= 99" in (tmp_path / "t.html").read_text(encoding="utf-8")
+    assert "psnr.p10 &gt;= 99" in (tmp_path / "t.html").read_text(encoding="utf-8")
     assert (tmp_path / "t.study/study.journal").is_file()
     calls.clear()
     again = run(*command[:-3], "--json")
@@ -165,8 +165,8 @@ def test_tune_writes_the_winner_that_generate_takes(
     json.dumps(again.data, allow_nan=False)
     mixed = run("compare", "-p", "skip-scales", *flags, "--store", "t.study")
     mixed.assert_refused('t.study was measured with other settings: kind was "study", is "comparison"')
-    harder = [text if text != "psnr.min >= 99" else "psnr.min >= 100.5" for text in map(str, command)]
+    harder = [text if text != "psnr.p10 >= 99" else "psnr.p10 >= 100.5" for text in map(str, command)]
     run(*harder).assert_refused("t.study was measured with other settings: subject_to was")
     none = run(*harder, "--store", "u")
     assert none.code == 1
-    assert "none of 2 trials holds psnr.min >= 100.5 on the tuning prompts" in none.err
+    assert "none of 2 trials holds psnr.p10 >= 100.5 on the tuning prompts" in none.err

@@ -43,7 +43,7 @@ def test_the_fastest_setting_that_holds_the_bound_wins(toy_pipe: Pipeline, tmp_p
 
 
 def test_a_tight_bound_leaves_what_changes_nothing(toy_pipe: Pipeline, tmp_path: Path, calls: list[str]) -> None:
-    report = search(toy_pipe, tmp_path / "s", subject_to=["psnr.min >= 99", "ssim.mean.low > 0.5"])
+    report = search(toy_pipe, tmp_path / "s", subject_to=["psnr.p10 >= 99", "flops_ratio > 0.5"])
     assert report.winner is not None
     assert report.winner.spec == "skip-scales:count=0"
     assert [candidate.policy for candidate in report.candidates] == ["skip-scales:count=0"]
@@ -55,10 +55,12 @@ def test_a_tight_bound_leaves_what_changes_nothing(toy_pipe: Pipeline, tmp_path:
     assert read is not None
     assert read.is_of("toy", toy_pipe.model.sha256)
     assert not read.is_of("toy", "another")
-    assert origin["bound"] == ["psnr.min >= 99", "ssim.mean.low > 0.5"]
+    assert origin["bound"] == ["psnr.p10 >= 99", "flops_ratio > 0.5"]
     assert (origin["model"], origin["n"], origin["command"]) == ("toy", 2, "foveate tune ...")
     assert origin["sha256"] == toy_pipe.model.sha256
-    assert origin["lower_bound"]["psnr.min >= 99"] == origin["measured"]["psnr.min"] == 100
+    assert list(origin["lower_bound"]) == ["psnr.p10 >= 99"], "a ratio of FLOPs has no interval"
+    assert "flops_ratio measured, not proved: 1" in report.verdict()
+    assert origin["lower_bound"]["psnr.p10 >= 99"] == origin["measured"]["psnr.p10"] == 100
     assert {"machine", "date", "confidence", "summary"} <= set(origin)
 
 
@@ -85,6 +87,9 @@ def test_nothing_wins_where_held_out_prompts_disagree(
         ({"subject_to": "skip-scales psnr.mean > 1"}, "leave out the policy"),
         ({"subject_to": "psnr.mean == 1"}, "is an inequality"),
         ({"subject_to": "beats_controls_by_db > 1"}, "trials run without controls"),
+        ({"subject_to": "psnr.min > 1"}, r"no sample bounds the worst image; bound psnr\.p10"),
+        ({"subject_to": "flip.max < 1"}, r"bound flip\.p90"),
+        ({"subject_to": "psnr.mean.low > 1"}, r"an interval decides anyway; bound psnr\.mean itself"),
         ({"minimize": "beauty"}, "no figure 'beauty'"),
         ({"maximize": "psnr.mean"}, "one figure to minimize or to maximize"),
         ({"trials": 0}, "trials must be 1 or more"),

@@ -274,7 +274,13 @@ def _candidate(result: PolicyResult, told: Tuning, report: ComparisonReport, lev
         for bound in told.goal.bounds
     }
     holds = all(bound.holds({bound.figure: ends[bound.text]}) for bound in told.goal.bounds)
-    return Candidate(policy=result.policy, value=figures[told.goal.figure], ends=ends, holds=holds)
+    unproved = tuple(bound.text for bound in told.goal.bounds if not _is_of_images(result, bound))
+    return Candidate(policy=result.policy, value=figures[told.goal.figure], ends=ends, unproved=unproved, holds=holds)
+
+
+def _is_of_images(result: PolicyResult, bound: FigureBound) -> bool:
+    """Whether a figure has an interval over prompts."""
+    return bound.figure.partition(".")[0] in result.fidelity.summaries()
 
 
 def _pessimistic(
@@ -282,7 +288,7 @@ def _pessimistic(
 ) -> float:
     """The end of a figure's interval that is worse for its bound; figures of no image stand as they were measured."""
     name, _, part = bound.figure.partition(".")
-    if name not in result.fidelity.summaries() or "." in part:
+    if not _is_of_images(result, bound):
         return bound.value(figures)
     values = [row.scores.value(name) for row in result.rows]
     ends = interval(values, num_prompts, part, level)

@@ -41,6 +41,13 @@ class Goal:
                 raise FoveateError(f"{bound.text}: a bound to tune to is an inequality, such as >=")
             if bound.figure == "beats_controls_by_db":
                 raise FoveateError(f"{bound.text}: trials run without controls; bound psnr.mean instead")
+            name, _, end = bound.figure.rpartition(".")
+            if end in ("low", "high"):
+                raise FoveateError(f"{bound.text}: an interval decides anyway; bound {name} itself, such as p10 or p90")
+            if end in ("min", "max"):
+                raise FoveateError(
+                    f"{bound.text}: no sample bounds the worst image; bound {name}.{'p10' if end == 'min' else 'p90'}"
+                )
 
     def is_better(self, value: float, other: float) -> bool:
         """Whether a value is nearer to the goal."""
@@ -60,12 +67,14 @@ class Candidate:
         policy: Spec.
         value: Of the figure that is sought.
         ends: The pessimistic end of every bounded figure, by the bound's text.
+        unproved: Bounds whose figure stands as it was measured: times and counts have no interval here.
         holds: Whether all bounds hold there.
     """
 
     policy: str
     value: float
     ends: Mapping[str, float]
+    unproved: tuple[str, ...]
     holds: bool
 
 
@@ -119,7 +128,9 @@ class TuneReport:
             "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
             "n": figures["n"] if not figures["n"].is_integer() else int(figures["n"]),
             "confidence": round(self.confidence, 4),
-            "lower_bound": {text: float(f"{end:.6g}") for text, end in candidate.ends.items()},
+            "lower_bound": {
+                text: float(f"{end:.6g}") for text, end in candidate.ends.items() if text not in candidate.unproved
+            },
             "measured": {name: float(f"{figures[name]:.6g}") for name in names if name in figures},
             "yardstick_psnr": float(f"{self.held_out.yardstick_psnr:.6g}"),
         }
@@ -157,7 +168,13 @@ class TuneReport:
                 "confidence": self.confidence,
                 "trials": [trial.to_json() for trial in self.trials],
                 "candidates": [
-                    {"policy": c.policy, "value": c.value, "ends": dict(c.ends), "holds": c.holds}
+                    {
+                        "policy": c.policy,
+                        "value": c.value,
+                        "ends": dict(c.ends),
+                        "unproved": list(c.unproved),
+                        "holds": c.holds,
+                    }
                     for c in self.candidates
                 ],
             },
@@ -202,8 +219,13 @@ class TuneReport:
 
     def _ends(self, candidate: Candidate) -> str:
         pairs = zip(self.goal.bounds, candidate.ends.values(), strict=True)
-        return ", ".join(f"{bound.figure} {'at least' if bound.comparison in ('>', '>=') else 'at most'} {end:.4g}"
-                         for bound, end in pairs)  # fmt: skip
+        return ", ".join(f"{bound.figure} {_word(bound, candidate)} {end:.4g}" for bound, end in pairs)
+
+
+def _word(bound: FigureBound, candidate: Candidate) -> str:
+    if bound.text in candidate.unproved:
+        return "measured, not proved:"
+    return "at least" if bound.comparison in (">", ">=") else "at most"
 
 
 def _lead(report: TuneReport, command: str) -> Lead:
