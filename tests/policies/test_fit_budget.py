@@ -23,8 +23,9 @@ from foveate.testing.toys import text_features
 
 SHAPE = ModelShape(
     num_blocks=16, width=512, ff_width=2048, num_heads=8, head_width=64, head_outputs=64, input_channels=32,
-    has_cross_attention=True, row_flops=10**6, text_token_flops=10**6,
+    has_cross_attention=True, row_flops=10**6, text_token_flops=10**6, draws_bits=True,
 )  # fmt: skip
+IDS = replace(SHAPE, draws_bits=False)
 LONG = ScaleSchedule.from_template(1.0, "0.25M")
 """2,521 tokens."""
 WIDE = ScaleSchedule.from_template(0.4, "1M")
@@ -147,9 +148,14 @@ def test_of_a_composition_the_first_fine_dial_is_turned_and_the_rest_stays():
 
 
 def test_full_stands_for_fovea_where_tokens_hold_bits_and_for_depthvar_elsewhere():
-    assert fitted("full", 0.5) == fitted("depthvar", 0.5)
-    dial = Dial.of(load_policy("full"), LONG, replace(SHAPE, draws_bits=True))
-    assert dial.policy == load_policy("fovea")
+    assert Dial.of(load_policy("full"), LONG, SHAPE).policy == load_policy("fovea")
+    assert Dial.of(load_policy("full"), LONG, IDS).policy == load_policy("depthvar")
+
+
+def test_a_dial_that_spreads_logits_is_refused_where_tokens_hold_ids():
+    for spec in ("fovea", "fovea:shares=[],guided_shares=[]", "late-bfloat16|fovea"):
+        with pytest.raises(FoveateError, match="^Fovea: logits are spread bit by bit, but a token of this model holds"):
+            Dial.of(load_policy(spec), LONG, IDS)
 
 
 def test_the_most_below_a_limit_and_the_least_where_nothing_is():

@@ -13,7 +13,9 @@ from foveate.engine.sample import Filter, ForcedSampler, KeyedSampler, Reference
 from foveate.engine.spread import confidence, spread
 from foveate.policies.drop_branch import DropBranch
 from foveate.policies.fovea import Fovea
+from foveate.policies.full import Full
 from foveate.policies.registry import load_policy
+from foveate.policies.step_down import StepDown
 from tests.policies.lattices import lowest
 from tests.policies.twins import around, assert_same, full_steps, generate_image, trust
 from tests.randomness import generator as seeded
@@ -172,6 +174,9 @@ def test_codebooks_are_refused_before_anything_runs():
     bound = Fovea().bind(subject.schedule, subject.model.shape)
     with pytest.raises(PlanConflictError, match="Fovea: logits are spread bit by bit.*id of a codebook"):
         engine.open(bound, label_request(subject.schedule))
+    later = StepDown(steps=(Full(), Fovea()), needs_ms=((2.0,) * 5, (1.0,) * 5))
+    with pytest.raises(PlanConflictError, match="StepDown: logits are spread bit by bit"):
+        engine.open(later.bind(subject.schedule, subject.model.shape), label_request(subject.schedule))
     engine.open(Fovea.neutral().bind(subject.schedule, subject.model.shape), label_request(subject.schedule)).release()
 
 

@@ -12,9 +12,9 @@ import yaml
 
 from foveate.core.atomic import write_text
 from foveate.core.cost import ModelShape
-from foveate.core.errors import FoveateError
+from foveate.core.errors import FoveateError, PlanConflictError
 from foveate.core.fields import plain, written
-from foveate.core.plan import Keep, ScalePlan
+from foveate.core.plan import Keep, ScalePlan, Spread
 from foveate.core.schedule import ScaleSchedule
 from foveate.core.signals import Record, Signals
 
@@ -186,6 +186,20 @@ def shares_at(shares: Sequence[float], level: float) -> tuple[float, ...]:
     if level >= 1 / 2:
         return tuple(share_at(share + (1 - share) * (2 * level - 1)) for share in shares)
     return tuple(share_at(share * 2 * level) for share in shares)
+
+
+def refuse_spread(bound: Bound, num_scales: int, shape: ModelShape) -> None:
+    """Refuses a policy that may spread logits where a token holds an id: nobody has shown how.
+
+    Raises:
+        PlanConflictError: Names the policy.
+    """
+    plans = [plan for scale in range(num_scales) for plan in bound.ceilings(scale)]
+    if not shape.draws_bits and any(isinstance(plan.base, Spread) for plan in plans):
+        raise PlanConflictError(
+            f"{bound.label}: logits are spread bit by bit, but a token of this model holds an id of a codebook; "
+            "take another fill, or leave this policy out"
+        )
 
 
 def require(ok: bool, name: str, rule: str, value: object) -> None:

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from foveate.core.cost import ModelShape
 from foveate.core.errors import PlanConflictError
 from foveate.core.isolation import inference
-from foveate.core.plan import BlockDtype, KeepDifference, Spread
-from foveate.core.policy import Bound
+from foveate.core.plan import BlockDtype, KeepDifference
+from foveate.core.policy import Bound, refuse_spread
 from foveate.core.protocols import Block, NextScaleModel, Prepared, RefineInput, Refiner, ScaleTokenizer
 from foveate.core.signals import BranchLogits, Decoded, Record, Signal, Signals
 from foveate.core.trace import ScaleTrace, Trace, unfired
@@ -111,7 +110,7 @@ class Engine:
             PlanConflictError: The policy asks for what the request cannot give.
         """
         _refuse_equal_branches(bound, request)
-        _refuse_spread(bound, request, self.model.shape)
+        refuse_spread(bound, len(request.schedule), self.model.shape)
         with self.guard():
             return RequestState.open(self.model, self.tokenizer, bound, request, self.graphs)
 
@@ -367,16 +366,6 @@ def _committed(outcome: _Outcome, share: int) -> ScaleStep:
         ]
         trace.unfired = unfired(trace, state.bound.directives)
     return ScaleStep(scale=outcome.trace.scale, f_hat_BZHW=state.f_hat_BZHW, trace=trace)
-
-
-def _refuse_spread(bound: Bound, request: Request, shape: ModelShape) -> None:
-    """Refuses a policy that spreads logits where a token holds an id: nobody has shown how."""
-    spreads = any(isinstance(bound.ceiling(s).base, Spread) for s in range(len(request.schedule)))
-    if spreads and not shape.draws_bits:
-        raise PlanConflictError(
-            f"{bound.label}: logits are spread bit by bit, but a token of this model holds an id of a codebook; "
-            "take another fill, or leave this policy out"
-        )
 
 
 def _refuse_equal_branches(bound: Bound, request: Request) -> None:

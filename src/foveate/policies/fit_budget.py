@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
-from foveate.core.policy import Policy
+from foveate.core.policy import Policy, refuse_spread
 from foveate.core.schedule import ScaleSchedule
 from foveate.policies.depthvar import DepthVAR
 from foveate.policies.fovea import Fovea
@@ -55,13 +55,15 @@ class Dial:
         """The dial of a policy; `full` has none and stands for fovea, or for DepthVAR where a token holds an id.
 
         Raises:
-            FoveateError: No part has a dial.
+            FoveateError: No part has a dial, or the one that is turned spreads logits where a token holds an id.
         """
         default = Fovea() if shape.draws_bits else DepthVAR()
         policy = default if policy == Full() else dialled(policy)
         places = [place for place, part in enumerate(policy.parts_of()) if part.dial]
         place = min(places, key=lambda place: policy.parts_of()[place].is_dial_coarse)
-        return cls(policy=policy, place=place, schedule=schedule, shape=shape)
+        dial = cls(policy=policy, place=place, schedule=schedule, shape=shape)
+        refuse_spread(dial.at(0.0).parts_of()[place].bind(schedule, shape), len(schedule), shape)
+        return dial
 
     @property
     def name(self) -> str:
