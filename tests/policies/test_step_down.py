@@ -72,6 +72,16 @@ def test_a_later_step_may_store_more_than_the_first_one():
     assert torch.equal(beside.f_hat, found.f_hat)
 
 
+def test_a_step_without_times_needs_no_clock():
+    """A deadline's own steps may hold a composition with a step-down in it."""
+    inner = StepDown(steps=(load_policy("drop-branch"),))
+    live = StepDown(steps=(load_policy("full"), inner | load_policy("random-tokens")), needs_ms=NEEDS[:2])
+    request = replace(make_request(toy("square").schedule), remaining_ms=dict.fromkeys(range(5), 0.0).__getitem__)
+    assert torch.equal(
+        run(toy("square"), live, request).f_hat, run(toy("square"), live.replace(taken=(0, 1, 1, 1, 1))).f_hat
+    )
+
+
 def test_without_a_deadline_the_first_step_runs():
     assert torch.equal(run(toy("square"), LIVE).f_hat, cached_run("full", "square").f_hat)
     assert not LIVE.bind(toy("square").schedule, SHAPE).is_static

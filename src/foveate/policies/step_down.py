@@ -68,10 +68,10 @@ class BoundStepDown(Bound):
             return ScalePlan(), state
         answers = [bound.plan(scale, signals, s) for bound, s in zip(self.bounds, state.states, strict=True)]
         step = self.highest[scale]
-        if not self.policy.taken and signals is not None and signals.remaining_ms is not None:
-            step = first_in_time(self.policy.needs_ms, scale, signals.remaining_ms, state.step)
-        elif not self.policy.taken:
+        if not self.policy.taken:
             step = state.step
+            if self.policy.needs_ms and signals is not None and signals.remaining_ms is not None:
+                step = first_in_time(self.policy.needs_ms, scale, signals.remaining_ms, step)
         return answers[step][0], _State(step=step, states=tuple(own for _, own in answers))
 
     def ceiling(self, scale: int) -> ScalePlan:
