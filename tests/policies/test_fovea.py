@@ -180,6 +180,15 @@ def test_codebooks_are_refused_before_anything_runs():
     engine.open(Fovea.neutral().bind(subject.schedule, subject.model.shape), label_request(subject.schedule)).release()
 
 
+def test_guidance_inside_the_blocks_is_refused_before_anything_runs():
+    subject = toy("square")
+    engine, request = Engine(subject.model, subject.tokenizer), make_request(subject.schedule, hidden_blocks=(2,))
+    thin = Fovea(shares=(1.0,), guided_shares=(0.5,))
+    for policy in (thin, StepDown(steps=(Full(), thin), needs_ms=((2.0,) * 5, (1.0,) * 5))):
+        with pytest.raises(PlanConflictError, match="guidance inside the blocks needs both branches at every token"):
+            engine.open(policy.bind(subject.schedule, subject.model.shape), request)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

@@ -28,7 +28,7 @@ from foveate.engine.fills import Difference
 from foveate.engine.finite import broken_numbers, finite_of
 from foveate.engine.graphs import Graphs
 from foveate.engine.kv_cache import KVCache
-from foveate.engine.scale_run import ScaleRun
+from foveate.engine.scale_run import ScaleRun, refuse_thinned
 from foveate.engine.spread import soft_bits, thresholds_of
 from foveate.engine.state import Request, RequestState
 from foveate.kernels.gpu import launch
@@ -369,11 +369,14 @@ def _committed(outcome: _Outcome, share: int) -> ScaleStep:
 
 
 def _refuse_equal_branches(bound: Bound, request: Request) -> None:
-    """Refuses a policy that compares both branches' logits where guidance combines them inside the blocks."""
+    """Refuses a policy that compares the branches, or thins one, where guidance combines them inside the blocks."""
+    if not request.guidance.hidden_blocks:
+        return
     scales = range(len(request.schedule))
-    reads = any(Signal.LOGITS in bound.record(s) or KeepDifference() in bound.keeps(s) for s in scales)
-    if reads and request.guidance.hidden_blocks:
+    if any(Signal.LOGITS in bound.record(s) or KeepDifference() in bound.keeps(s) for s in scales):
         raise PlanConflictError(
             f"{bound.label}: guidance inside the blocks makes both branches' logits equal, so they cannot decide when "
             "to stop, or anything else; combine guidance on logits only, or switch that rule off"
         )
+    for plan in (plan for s in scales for plan in bound.ceilings(s)):
+        refuse_thinned(bound.label, plan)

@@ -87,11 +87,8 @@ class ScaleRun:
         request, scale = state.request, state.request.schedule.scales[state.scale]
         plan, policy = state.bound.plan(scale.index, state.signals_before(scale.index), state.policy)
         state.checker.check(plan, scale.index, scale.num_tokens)
-        if request.guidance.hidden_blocks and (plan.unconditional_tokens or plan.difference):
-            raise PlanConflictError(
-                f"{state.bound.label}: guidance inside the blocks needs both branches at every token; combine guidance "
-                "on logits only, or leave this policy out"
-            )
+        if request.guidance.hidden_blocks:
+            refuse_thinned(state.bound.label, plan)
         chosen = choose(plan.on(state.f_hat_BZHW.device), request.num_images, scale.num_tokens, model.shape.num_blocks)
         live, dropped = _settled(state, chosen.plan, scale.index)
         places = tuple(state.live.index(row) for row in live)
@@ -394,6 +391,19 @@ class ScaleRun:
             state.leave_graph()
         for scale in self.plan.evict:
             state.cache.evict(scale)
+
+
+def refuse_thinned(label: str, plan: ScalePlan) -> None:
+    """Refuses a plan that thins a branch, for a request whose guidance combines the branches inside the blocks.
+
+    Raises:
+        PlanConflictError: Names the policy.
+    """
+    if plan.unconditional_tokens or plan.difference:
+        raise PlanConflictError(
+            f"{label}: guidance inside the blocks needs both branches at every token; combine guidance "
+            "on logits only, or leave this policy out"
+        )
 
 
 def _settled(state: RequestState, plan: ScalePlan, scale: int) -> tuple[tuple[Row, ...], frozenset[int]]:
