@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate.core.errors import FoveateError
+from foveate.core.errors import FoveateError, PlanConflictError
 from foveate.core.schedule import ScaleSchedule
 from foveate.engine.forecast import forecast
 from foveate.policies.registry import from_stored, load_policy
@@ -86,6 +86,29 @@ def test_without_a_deadline_the_first_step_runs():
     assert torch.equal(run(toy("square"), LIVE).f_hat, cached_run("full", "square").f_hat)
     assert not LIVE.bind(toy("square").schedule, SHAPE).is_static
     assert StepDown(steps=STEPS, taken=(0,) * 5).bind(toy("square").schedule, SHAPE).is_static
+
+
+def test_a_branch_that_one_step_drops_and_a_later_one_runs_is_refused_at_bind():
+    steps = (load_policy("drop-branch:count=2"), load_policy("full"))
+    for policy in (StepDown(steps=steps, taken=(0, 1)), StepDown(steps=steps, needs_ms=NEEDS[:2])):
+        message = "step-down: full runs both branches at scale 4, but drop-branch drops one at scale 3"
+        with pytest.raises(PlanConflictError, match=message):
+            policy.bind(toy("square").schedule, SHAPE)
+    assert StepDown(steps=steps, taken=(0, 0)).bind(toy("square").schedule, SHAPE).is_static
+    assert StepDown(steps=steps[::-1], needs_ms=NEEDS[:2]).bind(toy("square").schedule, SHAPE).directives == ()
+
+
+def test_steps_keep_nothing_over_what_another_one_fills_from():
+    from_scale_2 = load_policy("fastvar:skip_last=0,reference_scale=-3,first_block=1")
+    steps = (load_policy("full"), from_scale_2, load_policy("blocks-per-scale:keep_ratios=[0.5]"))
+    message = "step-down: fastvar:.* fills scale 4 with what it kept up to scale 2, but another step keeps scale 3 in"
+    with pytest.raises(PlanConflictError, match=message):
+        StepDown(steps=steps, needs_ms=NEEDS).bind(toy("square").schedule, SHAPE)
+    unused = run(toy("square"), StepDown(steps=steps, taken=(1,) * 5))
+    assert same_bits(unused, run(toy("square"), from_scale_2))
+    live = StepDown(steps=steps[:2], needs_ms=NEEDS[:2])
+    with pytest.raises(PlanConflictError, match=r"step-down \| blocks-per-scale: two fills"):
+        (live | steps[2]).bind(toy("square").schedule, SHAPE)
 
 
 def test_files_and_specs_keep_every_field_of_the_steps(tmp_path: Path):

@@ -48,8 +48,8 @@ class BoundComposed(Bound):
 
     def __init__(self, parts: Sequence[Policy], bounds: Sequence[Bound], num_scales: int) -> None:
         self.parts, self.bounds = tuple(parts), tuple(bounds)
-        ceilings = [self.ceiling(scale) for scale in range(num_scales)]
-        self.skipped = {scale: plan for scale, plan in enumerate(ceilings) if not plan.runs}
+        ceilings = [self.ceilings(scale) for scale in range(num_scales)]
+        self.skipped = {s: plans[0] for s, plans in enumerate(ceilings) if not any(plan.runs for plan in plans)}
         self._refuse_lost(ceilings)
         self.directives = tuple(dict.fromkeys(d for bound in bounds for d in bound.directives))
         self.notes = tuple(note for bound in bounds for note in bound.notes) + self._shared_promises()
@@ -73,13 +73,13 @@ class BoundComposed(Bound):
                 notes.append(f"{' and '.join(names)} both {kind.value}; one of them may have no effect")
         return tuple(notes)
 
-    def _refuse_lost(self, ceilings: Sequence[ScalePlan]) -> None:
+    def _refuse_lost(self, ceilings: Sequence[Sequence[ScalePlan]]) -> None:
         """Refuses parts that need something of a scale which another part leaves out, or keeps something newer over it.
 
         Raises:
             PlanConflictError: Names the part.
         """
-        last = max((scale for scale, plan in enumerate(ceilings) if plan.runs), default=0)
+        last = max((scale for scale in range(len(ceilings)) if scale not in self.skipped), default=0)
         for scale in (scale for scale in self.skipped if scale < last):
             for part, bound in zip(self.parts, self.bounds, strict=True):
                 if bound.record(scale) or bound.keeps(scale):
@@ -87,7 +87,7 @@ class BoundComposed(Bound):
                         f"{self.label}: {part.name} reads scale {scale}, which another part leaves out; "
                         "leave out scales at the end only, or let it read another one"
                     )
-        for scale, plan in enumerate(ceilings):
+        for scale, plan in ((scale, plan) for scale, plans in enumerate(ceilings) for plan in plans):
             source = None if plan.fill is None or not plan.runs else plan.fill.source
             for other in range(scale if source is None else source + 1, scale):
                 if any(isinstance(keep, KeepOutputs) for keep in self.keeps(other)):
