@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from foveate.core.errors import FoveateError
+from foveate.families.residency import Residency
 from foveate.pipeline import deadline
+from foveate.pipeline.bulk import _largest
 from foveate.pipeline.deadline import Deadline, Ladder
 from foveate.pipeline.pipeline import Pipeline
 from foveate.pipeline.profile import Profile, store_profile
@@ -101,6 +103,19 @@ def test_scales_step_down_as_time_runs_short_and_files_replay_them(
         path = save_image(out.images[row], tmp_path / f"{row}.png", out.row_config(row))
         again = regenerate(path, pipe)
         assert (again.is_identical, again.differences) == (True, ())
+
+
+def test_memory_is_planned_for_what_lower_levels_keep(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch):
+    """At the given setting nothing is kept; the full run needs the most keys, and lower levels need fills."""
+    call = {"policy": "blocks-per-scale:keep_ratios=[1,1]", "latency_budget_ms": 2 * 3126 + 110 + 5000}
+    need, _ = _largest(pipe, pipe.job("a red cat", call), Residency())
+    Clock(monkeypatch, {5: 9.0})
+    out = pipe("a red cat", seed=3, **call)
+    assert isinstance(from_stored(out.config["policy"]["parts"]), StepDown)
+    assert out.report.kv_bytes_peak <= need.kv
+    plain, _ = _largest(pipe, pipe.job("a red cat", {"policy": call["policy"]}), Residency())
+    assert (plain.fills, plain.kv) == (0, need.kv)
+    assert need.fills > 0
 
 
 def test_a_budget_that_was_missed_is_said_by_how_much(pipe: Pipeline, caplog: pytest.LogCaptureFixture):

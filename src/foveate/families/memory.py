@@ -177,7 +177,7 @@ def _narrowed_bytes(bound: Bound, schedule: ScaleSchedule, networks: dict[str, A
     block = networks["transformer"].block
     pairs = {
         (index, plan_dtype)
-        for plan in (bound.ceiling(scale.index) for scale in schedule.scales)
+        for plan in (plan for scale in schedule.scales for plan in bound.ceilings(scale.index))
         for index in range(networks["transformer"].shape.num_blocks)
         if (plan_dtype := plan.dtype_of(index)) is not None and plan_dtype != dtype
     }

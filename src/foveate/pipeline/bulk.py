@@ -22,10 +22,10 @@ from foveate.families.memory import MemoryNeed, largest_batch, memory_need, resi
 from foveate.families.residency import Residency
 from foveate.families.spec import ModelSpec
 from foveate.pipeline.call import MAX_SEED, Job, Prompts, resolve
+from foveate.pipeline.deadline import any_level
 from foveate.pipeline.options import CallOptions, Options, checked
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline
-from foveate.policies.full import Full
 
 LARGEST_BATCH = 16
 """Images of a batch where nobody says how many: eight already have most of the gain (docs/speed.md)."""
@@ -217,21 +217,16 @@ def _sum(first: float | None, second: float | None) -> float | None:
 def _largest(pipe: Pipeline, job: Job, residency: Residency) -> tuple[MemoryNeed, int]:
     """Bytes of one image, and how many fit at once; `_UNKNOWN` if free memory is unknown."""
     model, precision = pipe.model, pipe.model.precision
-    # A call with a deadline may run in full.
-    policies = (job.policy, Full()) if "latency_budget_ms" in job.asked else (job.policy,)
-    needs = [
-        memory_need(
-            model.spec,
-            precision.dtype,
-            policy,
-            schedule=job.schedule,
-            residency=residency,
-            quantization=precision.quantization,
-            is_guided=job.guidance.is_needed(0),
-        )
-        for policy in policies
-    ]
-    need = max(needs, key=lambda each: each.drawing)
+    is_timed = "latency_budget_ms" in job.asked
+    need = memory_need(
+        model.spec,
+        precision.dtype,
+        any_level(job.policy, job.schedule, model.transformer.shape) if is_timed else job.policy,
+        schedule=job.schedule,
+        residency=residency,
+        quantization=precision.quantization,
+        is_guided=job.guidance.is_needed(0),
+    )
     available = available_bytes(model.device)
     if available is None:
         return need, _UNKNOWN

@@ -63,6 +63,17 @@ def levels_of(
     return tuple(found)
 
 
+def any_level(policy: Policy, schedule: ScaleSchedule, shape: ModelShape) -> StepDown:
+    """A policy that may step to any level: its bounds hold for every call with a deadline.
+
+    Raises:
+        FoveateError: The policy has no dial.
+    """
+    dial = Dial.of(policy, schedule, shape)
+    steps = tuple(dict.fromkeys((Full(), *(dial.at(level) for level in LEVELS))))
+    return StepDown(steps=steps, needs_ms=((0.0,) * len(schedule),) * len(steps))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ladder:
     """The levels that a call may run at, and what it takes behind its last scale."""
