@@ -1,6 +1,7 @@
 """A tuning on the toy: it finds the fastest setting that holds a bound on prompts that did not choose it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import yaml
 
 from foveate.core.errors import FoveateError
 from foveate.eval import measure
-from foveate.eval.over import Over
+from foveate.eval.measure import Setup
+from foveate.eval.over import Over, read_overs
 from foveate.eval.study import Study, Trial, open_study
-from foveate.eval.tune import split_prompts, tune
+from foveate.eval.tune import Tuning, read_goal, split_prompts, tune
 from foveate.eval.tune_report import TuneReport
 from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import load_policy, provenance_of
@@ -192,6 +194,18 @@ def test_a_search_goes_on_in_its_file_with_the_setting_that_was_cut_off(tmp_path
     assert second.seen[0] == first.seen[2]
     assert len(second.seen) == 2
     assert len(set(second.seen + first.seen)) == 4
+
+
+def test_a_list_is_another_search_than_a_range_of_the_same_ends() -> None:
+    def config(over: str) -> dict[str, Any]:
+        setup = Setup(prompts=("a",), seeds=1, first_seed=0, against=load_policy("full"), runs=1, batch_size=1,
+                      options={})  # fmt: skip
+        goal = read_goal(None, None, ["psnr.mean > 1"])
+        return Tuning(base=load_policy("fovea"), overs=read_overs([over]), goal=goal, tuning=setup,
+                      held_out=replace(setup, prompts=("b", "c")), trials=1).config()  # fmt: skip
+
+    assert config("x=0.1..0.9") != config("x=0.1,0.9")
+    assert config("x=1..2") != config("x=1,2")
 
 
 def test_small_spaces_are_searched_whole(tmp_path: Path) -> None:

@@ -78,7 +78,9 @@ class Tuning:
     def config(self) -> dict[str, Any]:
         """What a study goes on with, as plain data."""
         overs = {one.field: list(one.values) or [str(one.low), str(one.high)] for one in self.overs}
-        return {"kind": "study", "policy": self.base.spec, "over": overs, **self.goal.to_json()}
+        # Optuna keeps the choices of a list and the numbers of a range in different ways.
+        ranges = {one.field: None if one.low is None else f"{one.low}..{one.high}" for one in self.overs}
+        return {"kind": "study", "policy": self.base.spec, "over": overs, "ranges": ranges, **self.goal.to_json()}
 
 
 def tune(  # noqa: PLR0913 - what is sought, where, and how it is measured
