@@ -119,6 +119,11 @@ def test_a_judge_by_its_name(
     run("compare", "-p", "full", *flags, "--judge", "builtins:dict").assert_refused("gives no judge")
 
 
+def test_an_interval_of_a_speedup_needs_two_calls(run: Callable[..., Any], flags: list[object]) -> None:
+    bound = ("--fail-if", "speedup.transformer.low < 1", "--batch-size", 2)
+    run("compare", "-p", "skip-scales", *flags, *bound).assert_refused("needs two calls or more", "lower --batch-size")
+
+
 def test_sweep_makes_a_table_a_plot_and_a_page(
     run: Callable[..., Any],
     flags: list[object],

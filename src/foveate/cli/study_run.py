@@ -82,6 +82,11 @@ def parse_bounds(
             raise FoveateError(
                 f"{bound.text}: an interval needs two prompts or more; give more, or bound the figure itself"
             )
+        if bound.is_interval and bound.figure.startswith("speedup.") and len(setup.batches) < 2:  # noqa: PLR2004
+            raise FoveateError(
+                f"{bound.text}: an interval of a speedup needs two calls or more, and all prompts are one; lower "
+                "--batch-size"
+            )
         if bound.figure == "beats_controls_by_db" and not has_controls:
             raise FoveateError(f"{bound.text}: there are no controls; add --controls")
     return found
