@@ -30,7 +30,8 @@ def test_one_policy(run: Callable[..., Any]) -> None:
     assert set(preset["provenance"]) >= {"bound", "model", "sha256", "command"}
     shown = run("policies", "preset-draft").out
     assert "no bound was measured" in run("policies", "ld-pruning-draft").out
-    assert preset["provenance"]["bound"] in shown
+    assert preset["provenance"]["bound"] == ["psnr.mean >= 30"]
+    assert "psnr.mean >= 30" in shown
     assert f"{preset['provenance']['model']}, weights {preset['provenance']['sha256'][:12]}" in shown
     run("policies", "ld-prunin").assert_refused("did you mean ld-pruning")
 
