@@ -265,7 +265,7 @@ def registered_name(path: str | Path, config: Mapping[str, Any]) -> str:
 
 
 def loading_options(config: Mapping[str, Any], *, device: str | None = None) -> dict[str, Any]:
-    """How the model of an image was loaded: weights, dtypes, device and kernels, in the words of `from_pretrained`.
+    """How the model of an image was loaded: weights, dtypes, device and kernels, as arguments of `from_pretrained`.
 
     Args:
         config: Of the image.
