@@ -70,5 +70,5 @@ clean:
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(PIP) install -c constraints.txt -e ".[demo,eval,dev]"
+	$(PIP) install -c constraints.txt -e ".[demo,eval,serve,dev]"
 	touch $@
