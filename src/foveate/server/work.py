@@ -135,6 +135,25 @@ class LateError(FoveateError):
     """A request was not done when its time was up, and asked for an error then."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stats:
+    """What a scheduler holds now, and what it has measured.
+
+    `images_per_s` is a running mean over the latest images, None before the first; `restarts` counts errors that
+    escaped the loop; bytes are those of the memory model.
+    """
+
+    queued_requests: int
+    queued_images: int
+    running_images: int
+    max_images: int
+    reserved_bytes: int
+    budget_bytes: int
+    images_per_s: float | None
+    restarts: int
+    is_closing: bool
+
+
 @runtime_checkable
 class Ticket(Protocol):
     """An accepted request."""
@@ -162,4 +181,13 @@ class Scheduling(Protocol):
             QueueFullError: Too many wait.
             ClosingError: The server stops.
             FoveateError: It would never fit into the memory; the message says by how much.
+        """
+
+    def stats(self) -> Stats:
+        """What is held now; safe from any thread, never waits for a scale."""
+
+    def close(self, grace_s: float) -> bool:
+        """Takes no more, and waits until everything accepted is answered, at most `grace_s` seconds.
+
+        What is not done by then fails with `ClosingError`. True if all was done in time.
         """
