@@ -19,14 +19,18 @@ import torch
 from foveate.core.errors import Cancelled, FoveateError
 from foveate.engine.forecast import forecast
 from foveate.engine.kv_cache import KVCache
-from foveate.engine.state import RequestState
+from foveate.engine.state import Request, RequestState
 from foveate.families.published import PUBLISHED
 from foveate.pipeline import output as pipeline_output
-from foveate.pipeline.call import resolve
+from foveate.pipeline.call import Job, resolve
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
 from foveate.policies.registry import load_policy
 
 PROMPTS = ["a red cat", "two big dogs on the left of the house"]
+
+
+def _requests(pipe: Pipeline, job: Job) -> tuple[Request, ...]:
+    return pipe.runner.requests(job, pipe.runner.encode(job))
 
 
 def draw(pipe: Pipeline, prompts: Any, **options: Any) -> np.ndarray:
@@ -56,7 +60,7 @@ def test_merged_trace_counts_what_a_batch_counts(toy_pipe: Pipeline) -> None:
 def test_forecast_equals_count(toy_pipe: Pipeline, policy: str) -> None:
     output = toy_pipe([PROMPTS[0]], seed=1, output_type="latent", policy=policy)
     job = resolve([PROMPTS[0]], {"seed": 1, "policy": policy}, toy_pipe.model.spec)
-    request = toy_pipe._requests(job)[0]
+    request = _requests(toy_pipe, job)[0]
     shape = toy_pipe.model.transformer.shape
     bound = load_policy(policy).bind(job.schedule, shape)
     assert bound.is_static
@@ -68,7 +72,7 @@ def test_forecast_is_an_upper_bound(toy_pipe: Pipeline) -> None:
     output = toy_pipe(PROMPTS, seed=1, output_type="latent", policy="ld-pruning")
     job = resolve(PROMPTS, {"seed": 1, "policy": "ld-pruning"}, toy_pipe.model.spec)
     shape = toy_pipe.model.transformer.shape
-    cost = forecast(job.policy.bind(job.schedule, shape), toy_pipe._requests(job)[0], shape)
+    cost = forecast(job.policy.bind(job.schedule, shape), _requests(toy_pipe, job)[0], shape)
     assert cost.flops >= output.report.flops_run
     assert cost.tokens >= output.report.tokens_run
 

@@ -127,6 +127,11 @@ def to_images(pixels_B3YX: Float[Tensor, "B 3 Y X"], output_type: str) -> Images
     return array if output_type == "np" else [Image.fromarray(picture) for picture in array]
 
 
+def tokens_run(scale: ScaleTrace) -> int:
+    """Tokens of the conditional branch that reached the head, over all images."""
+    return sum(row.head_tokens for (_, is_cond), row in scale.work.rows.items() if is_cond)
+
+
 def merge_traces(traces: Sequence[Trace]) -> Trace:
     """One trace of requests that ran one image each, as if it had been a batch; the parts are left as they were."""
     if len(traces) == 1:

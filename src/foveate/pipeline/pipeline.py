@@ -1,71 +1,36 @@
 """The pipeline, from prompts to images: the only place where a model meets a policy."""
 
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Generator
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from foveate.core.conditions import Condition
-from foveate.core.errors import BrokenNumbersError, FoveateError
-from foveate.core.isolation import inference
-from foveate.core.policy import Bound
-from foveate.core.trace import Trace
+from foveate.core.errors import FoveateError
 from foveate.core.warnings import CallWarning, log_warnings
-from foveate.engine.executor import Engine, ScaleStep
-from foveate.engine.finite import check_pixels
+from foveate.engine.executor import Engine
 from foveate.engine.graphs import DeviceCapture, Graphs
-from foveate.engine.report import Milliseconds, build_report, without_effect
-from foveate.engine.sample import KeyedSampler, ReferenceSampler, Sampler, SmoothSampler
-from foveate.engine.state import Request
 from foveate.families.loading import LoadedModel, Origin, Precision, load_model, with_independent_rows
-from foveate.families.offload import CODEBOOK, DECODER, TEXT_ENCODER, TRANSFORMER, Offload
+from foveate.families.offload import CODEBOOK, TRANSFORMER, Offload
 from foveate.families.residency import Residency
 from foveate.kernels import native
 from foveate.kernels.gpu import launch
 from foveate.kernels.heap import kept_heap
-from foveate.pipeline.budget import with_budget, with_policy
+from foveate.pipeline.budget import with_budget
 from foveate.pipeline.call import Job, Prompts, resolve, warnings_of
-from foveate.pipeline.deadline import Deadline, Ladder, late
 from foveate.pipeline.options import CallOptions, Options
-from foveate.pipeline.output import (
-    Images,
-    PipelineOutput,
-    ScaleEvent,
-    describe,
-    merge_traces,
-    quoted,
-    to_images,
-)
+from foveate.pipeline.output import Images, PipelineOutput, ScaleEvent, tokens_run
+from foveate.pipeline.runner import BatchStep, OpenCall, Runner
 
 _NO_GRAPHS_WITH_OFFLOAD = "captured graphs need weights that stay where they are; leave offload or cuda graphs out"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class BatchStep:
-    """All images of a call after one scale.
-
-    `text_ms` is the time of the text encoder, `warnings` what it left out; `deadline` is the clock of a call.
-    """
-
-    scale: int
-    f_hat_BZHW: Float[Tensor, "B Z H W"]
-    trace: Trace
-    requests: tuple[Request, ...]
-    bound: Bound
-    text_ms: float
-    warnings: tuple[CallWarning, ...]
-    deadline: Deadline | None
 
 
 class Pipeline:
@@ -73,6 +38,7 @@ class Pipeline:
 
     Attributes:
         model: Transformer, tokenizer, text encoder and what belongs to them.
+        runner: Runs calls scale by scale, for those who pack calls of their own.
     """
 
     def __init__(self, model: LoadedModel, offload: Offload | None = None, *, uses_triton: bool = False) -> None:
@@ -83,10 +49,10 @@ class Pipeline:
             offload: Moves its modules to the device and back; None leaves all of them where they are.
             uses_triton: Whether Triton kernels run on a GPU.
         """
-        self._uses_triton = uses_triton
         self.model = with_independent_rows(model)
-        self._offload = offload
-        self._engine = self._new_engine(None)
+        self.runner = Runner(
+            model=self.model, engine=_engine(self.model, None, uses_triton), offload=offload, uses_triton=uses_triton
+        )
         log_warnings(self.warnings)
         self._hides_progress: bool | None = None
 
@@ -170,10 +136,10 @@ class Pipeline:
             FoveateError: The pipeline computes on the CPU, so there is no device to save memory of.
         """
         _refuse_offload(self.model.device)
-        if self._engine.graphs is not None:
+        if self.runner.engine.graphs is not None:
             raise FoveateError(_NO_GRAPHS_WITH_OFFLOAD)
-        if self._offload is None:
-            self._offload = Offload.of(self.model)
+        if self.runner.offload is None:
+            self.runner.offload = Offload.of(self.model)
 
     def enable_cuda_graphs(self) -> None:
         """Replays the first scales of an image as captured graphs, where launching kernels takes longer than they do.
@@ -188,15 +154,11 @@ class Pipeline:
         """
         if self.model.device.type != "cuda":
             raise FoveateError('cuda graphs need a pipeline on a GPU; load it with device="cuda", or leave them out')
-        if self._offload is not None:
+        runner = self.runner
+        if runner.offload is not None:
             raise FoveateError(_NO_GRAPHS_WITH_OFFLOAD)
-        if self._engine.graphs is None:
-            self._engine = self._new_engine(Graphs(DeviceCapture(self.model.device)))
-
-    def _new_engine(self, graphs: Graphs | None) -> Engine:
-        transformer, tokenizer, make = self.model.transformer, self.model.tokenizer, self.model.spec.kind.refiner
-        refiner = None if make is None else make(transformer, tokenizer)
-        return Engine(transformer, tokenizer, graphs, refiner, uses_triton=self._uses_triton)
+        if runner.engine.graphs is None:
+            runner.engine = _engine(self.model, Graphs(DeviceCapture(self.model.device)), runner.uses_triton)
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
@@ -236,13 +198,13 @@ class Pipeline:
         """
         began = time.perf_counter()
         job = self._began(prompts, options)
-        step = None
-        with self._parts():
+        last = None
+        with self.runner.parts():
             with closing(self._steps(job, 0, began)) as steps:
-                for step in steps:  # noqa: B007 - the last one is what counts
+                for last in steps:  # noqa: B007 - the last one is what counts
                     pass
-            assert step is not None, "a schedule has at least one scale"
-            return self._finish(job, step, began)
+            assert last is not None, "a schedule has at least one scale"
+            return self.finish(*last)
 
     @overload
     def stream(
@@ -308,11 +270,11 @@ class Pipeline:
     @property
     def warnings(self) -> tuple[CallWarning, ...]:
         """What holds for every call of this model on this machine, as far as is known by now."""
-        graphs = self._engine.graphs
+        graphs = self.runner.engine.graphs
         return (
             *self.model.warnings,
             *(native.warnings() if self.model.device.type == "cpu" else ()),
-            *(launch.warnings() if self._uses_triton else ()),
+            *(launch.warnings() if self.runner.uses_triton else ()),
             *(() if graphs is None else graphs.warnings()),
         )
 
@@ -320,46 +282,37 @@ class Pipeline:
         model = self.model
         return warnings_of(job, model.spec, model.sha256, is_trained=model.weights == "pretrained")
 
+    def finish(self, call: OpenCall, step: BatchStep) -> PipelineOutput:
+        """Decodes what a step of a call left, and says what it took, with all warnings of this pipeline."""
+        return self.runner.finish(call, step, (*self.warnings, *self._warnings_of(call.job)))
+
     def _events(self, job: Job, previews: int) -> Generator[ScaleEvent[Any], None, None]:
         began = time.perf_counter()
-        num_scales = len(job.schedule)
-        with self._parts(), closing(self._steps(job, previews, began, times_scales=True)) as steps:
-            for step in steps:
+        num_scales, runner = len(job.schedule), self.runner
+        with runner.parts(), closing(self._steps(job, previews, began, times_scales=True)) as steps:
+            for call, step in steps:
                 output = None
                 if step.scale == num_scales - 1:
                     # Keys and values go before the decoder needs room.
                     steps.close()
-                    output = self._finish(job, step, began)
+                    output = self.finish(call, step)
                 images = output.images if output is not None and previews else None
                 if output is None and step.scale >= num_scales - previews:
-                    images = self._decode(step.f_hat_BZHW, job.options["output_type"], (TRANSFORMER, CODEBOOK))
+                    images = runner.decode(step.f_hat_BZHW, job.options["output_type"], (TRANSFORMER, CODEBOOK))
                 work = step.trace.scales[-1]
                 yield ScaleEvent(
                     scale=step.scale,
                     grid=work.grid,
-                    tokens_run=sum(row.head_tokens for (_, is_cond), row in work.work.rows.items() if is_cond),
+                    tokens_run=tokens_run(work),
                     tokens_full=job.num_images * work.grid[0] * work.grid[1],
                     ms=work.ms,
                     images=images,
                     output=output,
                 )
 
-    @contextmanager
-    def _parts(self) -> Iterator[None]:
-        """Moves all modules back to the CPU after a call, however it ends."""
-        try:
-            yield
-        finally:
-            with self._working():
-                pass
-
-    def _working(self, *parts: str) -> AbstractContextManager[None]:
-        """Has exactly these modules on the device, if offload is on."""
-        return nullcontext() if self._offload is None else self._offload.working(*parts)
-
     def _steps(
-        self, job: Job, previews: int, call_began: float, times_scales: bool = False
-    ) -> Generator[BatchStep, None, None]:
+        self, job: Job, previews: int, began: float, times_scales: bool = False
+    ) -> Generator[tuple[OpenCall, BatchStep], None, None]:
         """Runs the requests of a call side by side, scale by scale; closing it frees all of them.
 
         Parts are brought again before every scale: another call may have run since the last one.
@@ -367,161 +320,24 @@ class Pipeline:
         Args:
             job: The call.
             previews: How many of the last scales will be decoded.
-            call_began: When the call began, as `time.perf_counter` has it.
+            began: When the call began, as `time.perf_counter` has it.
             times_scales: Whether the time of a scale must be known when it is handed out.
         """
-        bound = job.policy.bind(job.schedule, self.model.transformer.shape)
-        budget_ms, deadline = job.options["latency_budget_ms"], None
-        ladder = None if budget_ms is None else Ladder.of(job, self.model)
-        began = time.perf_counter()
-        with self._working(TEXT_ENCODER):
-            requests = self._requests(job, times_scales)
-            warnings = self._cut_prompts(job)
-            log_warnings(warnings)
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        text_ms = 1e3 * (time.perf_counter() - began)
-        if ladder is not None and budget_ms is not None:
-            deadline = Deadline.of(ladder, float(budget_ms), call_began)
-            bound = deadline.policy.bind(job.schedule, self.model.transformer.shape)
-            requests = tuple(replace(r, remaining_ms=deadline.remaining_ms, times_scales=True) for r in requests)
         num_scales = len(job.schedule)
         with ExitStack() as stack:
             stack.enter_context(kept_heap())
-            states = []
-            with self._working(TRANSFORMER, CODEBOOK):
-                for request in requests:
-                    states.append(self._engine.open(bound, request))
-                    stack.callback(states[-1].release)
+            call = self.runner.open(job, began, times_scales=times_scales)
+            stack.callback(self.runner.close, call)
             bar = stack.enter_context(tqdm(total=num_scales, disable=self._hides_progress, unit="scale", leave=False))
             for scale in range(num_scales):
-                with self._working(TRANSFORMER, CODEBOOK, *((DECODER,) if scale > num_scales - previews else ())):
-                    companies = [states] if self.model.has_independent_rows else [[state] for state in states]
-                    steps = _all_steps([outcome for part in companies for outcome in self._engine.step(part)])
-                latents = [step.f_hat_BZHW for step in steps]
-                f_hat_BZHW = latents[0] if len(latents) == 1 else torch.cat(latents)
+                (step,) = self.runner.advance([call], decodes=scale > num_scales - previews)
+                if isinstance(step, Exception):
+                    raise step
                 bar.set_description(f"scale {scale + 1}/{num_scales}")
                 bar.update()
                 if (callback := job.options["callback_on_step_end"]) is not None:
-                    callback(self, scale, num_scales - 1 - scale, {"latents": f_hat_BZHW})
-                yield BatchStep(
-                    scale=scale,
-                    f_hat_BZHW=f_hat_BZHW,
-                    trace=merge_traces([step.trace for step in steps]),
-                    requests=requests,
-                    bound=bound,
-                    text_ms=text_ms,
-                    warnings=warnings,
-                    deadline=deadline,
-                )
-
-    def _requests(self, job: Job, times_scales: bool = False) -> tuple[Request, ...]:
-        """One request per image, or one for the batch where the device or the order of draws wants that."""
-        conditions, negatives = self._encode(job)
-
-        def request(images: Sequence[int]) -> Request:
-            return Request(
-                schedule=job.schedule,
-                guidance=job.guidance,
-                temperatures=job.temperatures,
-                filters=job.filters,
-                sampler=self._sampler(job, images),
-                conditions=tuple(conditions[i] for i in images) + tuple(negatives[i] for i in images if negatives),
-                num_images=len(images),
-                wants_maps=job.options["trace"],
-                times_scales=times_scales,
-            )
-
-        everything = range(job.num_images)
-        if job.is_batch_invariant(self.model.has_independent_rows):
-            return tuple(request([i]) for i in everything)
-        return (request(everything),)
-
-    def _encode(self, job: Job) -> tuple[tuple[Condition, ...], tuple[Condition, ...]]:
-        """Conditions of all images, and negative ones if there are any; the conditioner is asked once for both."""
-        null, count = self.model.spec.kind.null_prompt, len(job.prompts)
-        texts = (null,) * count if job.negatives is None and null is not None else job.negatives
-        negatives = texts if texts is not None and job.guidance.is_needed(0) else ()
-        with inference(self.model.device):
-            found = self.model.text.encode([*job.prompts, *negatives])
-        return job.per_image(found[:count]), job.per_image(found[count:])
-
-    def _cut_prompts(self, job: Job) -> tuple[CallWarning, ...]:
-        """Says which prompts lost their end."""
-        lengths = {prompt: self.model.text.num_cut(prompt) for prompt in dict.fromkeys(job.prompts)}
-        return tuple(
-            CallWarning(code="prompt_cut", message=f"the prompt {quoted(p)} is too long: its last {n} tokens were cut")
-            for p, n in lengths.items()
-            if n
-        )
-
-    def _sampler(self, job: Job, images: Sequence[int]) -> Sampler:
-        if job.options["rng"] == "keyed":
-            sampler: KeyedSampler | ReferenceSampler = KeyedSampler(seeds=tuple(job.seeds[i] for i in images))
-        elif (generator := job.options["generator"]) is not None:
-            sampler = ReferenceSampler(generator=generator)
-        else:
-            sampler = ReferenceSampler(generator=torch.Generator(self.model.device).manual_seed(job.seeds[0]))
-        if job.smooth_scales is None:
-            return sampler
-        first, end = job.smooth_scales
-        return SmoothSampler(
-            inner=sampler,
-            num_scales=len(job.schedule),
-            first=first,
-            end=end,
-            is_after_draw=self.model.spec.kind.smooths_after_draw,
-            holds_last=self.model.spec.kind.holds_last,
-        )
-
-    def _decode(self, f_hat_BZHW: Float[Tensor, "B Z H W"], output_type: str, beside: tuple[str, ...] = ()) -> Images:
-        """Images of a latent; the modules in `beside` stay on the device.
-
-        Raises:
-            BrokenNumbersError: Pixels are NaN or infinite.
-        """
-        if output_type == "latent":
-            # A copy made here is an ordinary tensor, which autograd and in-place operations take.
-            return f_hat_BZHW.clone()
-        with self._working(*beside, DECODER), inference(self.model.device):
-            pixels_B3YX = self.model.tokenizer.decode(f_hat_BZHW)
-        check_pixels(pixels_B3YX)
-        return to_images(pixels_B3YX, output_type)
-
-    def _finish(self, job: Job, step: BatchStep, began: float) -> PipelineOutput:
-        """Decodes, and says what it took."""
-        decoding = time.perf_counter()
-        images = self._decode(step.f_hat_BZHW, job.options["output_type"])
-        if isinstance(images, Tensor) and images.is_cuda:
-            torch.cuda.synchronize(images.device)
-        trace = step.trace
-        trace.text_ms, trace.decoder_ms = step.text_ms, 1e3 * (time.perf_counter() - decoding)
-        ms = Milliseconds(
-            text=trace.text_ms,
-            transformer=trace.transformer_ms,
-            decoder=trace.decoder_ms,
-            total=1e3 * (time.perf_counter() - began),
-        )
-        if step.deadline is not None:
-            job = with_policy(job, step.deadline.taken())
-        behind = (*without_effect(job.policy.spec, trace), *late(job, ms.total))
-        log_warnings(behind)
-        return PipelineOutput(
-            images=images,
-            prompts=job.per_image(job.prompts),
-            seeds=job.seeds,
-            config=describe(job, self.model, uses_triton=self._uses_triton),
-            report=build_report(
-                trace,
-                step.bound,
-                step.requests,
-                ms,
-                (*self.warnings, *self._warnings_of(job), *step.warnings, *behind),
-                notes=job.notes,
-                latency_budget_ms=job.asked.get("latency_budget_ms"),
-            ),
-            trace=trace,
-        )
+                    callback(self, scale, num_scales - 1 - scale, {"latents": step.f_hat_BZHW})
+                yield call, step
 
 
 def stack_uint8(images: Images) -> np.ndarray:
@@ -535,18 +351,10 @@ def stack_uint8(images: Images) -> np.ndarray:
     return images if isinstance(images, np.ndarray) else np.stack([np.asarray(image) for image in images])
 
 
-def _all_steps(outcomes: Sequence[ScaleStep | Exception]) -> list[ScaleStep]:
-    """The steps of all requests of a call; an error ends the call.
-
-    Raises:
-        BrokenNumbersError: Names every image that broke, as an index of the call.
-    """
-    errors = {i: outcome for i, outcome in enumerate(outcomes) if isinstance(outcome, Exception)}
-    for error in errors.values():
-        if not isinstance(error, BrokenNumbersError) or len(outcomes) == 1:
-            raise error
-        raise BrokenNumbersError(error.reason, [i for i, e in errors.items() if isinstance(e, BrokenNumbersError)])
-    return [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+def _engine(model: LoadedModel, graphs: Graphs | None, uses_triton: bool) -> Engine:
+    make = model.spec.kind.refiner
+    refiner = None if make is None else make(model.transformer, model.tokenizer)
+    return Engine(model.transformer, model.tokenizer, graphs, refiner, uses_triton=uses_triton)
 
 
 def _dtype(dtype: str | torch.dtype, name: str) -> torch.dtype:
