@@ -17,6 +17,7 @@ WarningCode = Literal[
     "deadline_missed",
     "policy_measured_elsewhere",
     "guard_switched",
+    "deadline_cut",
 ]
 """Codes are stable; messages are for people and may change."""
 

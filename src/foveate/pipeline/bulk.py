@@ -214,11 +214,11 @@ def _sum(first: float | None, second: float | None) -> float | None:
     return None if first is None or second is None else first + second
 
 
-def _largest(pipe: Pipeline, job: Job, residency: Residency) -> tuple[MemoryNeed, int]:
-    """Bytes of one image, and how many fit at once; `_UNKNOWN` if free memory is unknown."""
+def need_of(pipe: Pipeline, job: Job, residency: Residency = _RESIDENT) -> MemoryNeed:
+    """Bytes of one image of a call."""
     model, precision = pipe.model, pipe.model.precision
     is_timed = "latency_budget_ms" in job.asked
-    need = memory_need(
+    return memory_need(
         model.spec,
         precision.dtype,
         any_level(job.policy, job.schedule, model.transformer.shape) if is_timed else job.policy,
@@ -227,6 +227,11 @@ def _largest(pipe: Pipeline, job: Job, residency: Residency) -> tuple[MemoryNeed
         quantization=precision.quantization,
         is_guided=job.guidance.is_needed(0),
     )
+
+
+def _largest(pipe: Pipeline, job: Job, residency: Residency) -> tuple[MemoryNeed, int]:
+    """Bytes of one image, and how many fit at once; `_UNKNOWN` if free memory is unknown."""
+    need, model, precision = need_of(pipe, job, residency), pipe.model, pipe.model.precision
     available = available_bytes(model.device)
     if available is None:
         return need, _UNKNOWN

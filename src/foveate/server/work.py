@@ -19,6 +19,9 @@ from foveate.pipeline.output import PipelineOutput
 
 OnLate = Literal["coarse", "error"]
 
+MOST_PARTIALS = 3
+"""Partial images of an image."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Work:
@@ -41,6 +44,22 @@ class Work:
     wants_maps: bool = False
     budget_ms: float | None = None
     on_late: OnLate = "coarse"
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be packed.
+
+        Raises:
+            FoveateError: Several prompts, draws in the published order, another output than PIL, a callback.
+        """
+        job, options = self.job, self.job.options
+        if len(job.prompts) != 1:
+            raise FoveateError(f"a request has one prompt, got {len(job.prompts)}; send one request per prompt")
+        if options["rng"] != "keyed" or options["generator"] is not None:
+            raise FoveateError('rng="reference" draws for a whole batch, so it cannot be packed; take rng="keyed"')
+        if options["output_type"] != "pil" or options["callback_on_step_end"] is not None:
+            raise FoveateError("images come as PIL, and events take the place of a callback; leave both out")
+        if not 0 <= self.partials <= MOST_PARTIALS:
+            raise FoveateError(f"partial images must be 0 to {MOST_PARTIALS}, got {self.partials}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
