@@ -15,7 +15,17 @@ from foveate.kernels import linear as products
 from foveate.kernels.activation import gelu, silu
 from foveate.kernels.attention import attend_group
 from foveate.kernels.heads import unit_rotated
-from foveate.kernels.invariance import COUNTS, TILE_ROWS, TOGETHER, Product, failing_layers, is_row_independent
+from foveate.kernels.invariance import (
+    COUNTS,
+    MORE_COUNTS,
+    TILE_ROWS,
+    TOGETHER,
+    Product,
+    is_row_independent,
+    products_of,
+    tile_failing_,
+    tiles_of,
+)
 from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
 from foveate.kernels.residual import add_gated_
@@ -25,7 +35,7 @@ from tests.toys import Toy, label_request, make_request, run, toy, toy_var
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
-SHAPES = [(320, 256), (96, 40), (50, 70), (16, 288), (5, 1)]
+SHAPES = [(320, 256), (96, 40), (50, 70), (16, 288), (5, 1), (256, 1024), (320, 1280)]
 """Outputs and inputs."""
 TOGETHER_ROWS = 150
 PARTS = [slice(0, 1), slice(0, 3), slice(7, 8), slice(31, 47), slice(70, 135), slice(149, 150)]
@@ -89,15 +99,15 @@ def test_what_the_probe_finds_holds_for_other_numbers(
     elif not native.allows_onednn():
         pytest.skip("this torch has no oneDNN")
     probed = product(shape, dtype, has_bias=has_bias)
-    tile_rows = None if is_row_independent(probed) else TILE_ROWS
+    tiles = tiles_of([probed])
     assert is_row_independent(product(shape, dtype, has_bias=has_bias, tile_rows=TILE_ROWS))
     weight, bias = random(*shape, dtype=dtype), random(shape[0], dtype=dtype) if has_bias else None
     x = random(TOGETHER, shape[1], dtype=dtype)
-    together = linear(x, weight, bias, tile_rows)
-    for count in (*COUNTS, 4, 7, 33, 64, 128, 500):
+    together = linear(x, weight, bias, *tiles)
+    for count in (*COUNTS, 4, 7, 40, 64, 90, 128, 141, 222, 270, 300, 500):
         for first in (0, (TOGETHER - count) // 2, TOGETHER - count):
             part = slice(first, first + count)
-            assert torch.equal(linear(x[part], weight, bias, tile_rows), together[part]), (count, first, tile_rows)
+            assert torch.equal(linear(x[part], weight, bias, *tiles), together[part]), (count, first, tiles)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -197,7 +207,7 @@ def test_every_layer_of_a_model_passes_its_tiles_on(monkeypatch, family: str):
 def with_error(is_wrong: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
     """A product whose result is another one in the last place where `is_wrong` says so."""
 
-    def broken(x: Tensor, weight: Tensor, bias: Tensor | None, tile_rows: int | None) -> Tensor:
+    def broken(x: Tensor, weight: Tensor, bias: Tensor | None, tile_rows: int | None, whole_rows: int | None) -> Tensor:
         exact = linear(x, weight, bias, TILE_ROWS)
         return torch.where(is_wrong(x), torch.nextafter(exact, exact + 1), exact)
 
@@ -205,7 +215,7 @@ def with_error(is_wrong: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
 
 
 @pytest.mark.usefixtures("fresh_probe")
-@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("count", [*COUNTS, *MORE_COUNTS])
 def test_the_probe_sees_a_product_that_depends_on_how_many_rows_there_are(monkeypatch, count: int):
     monkeypatch.setattr(invariance, "linear", with_error(lambda x: torch.tensor(len(x) == count)))
     assert not is_row_independent(product((40, 24)))
@@ -225,19 +235,19 @@ def test_the_probe_sees_a_single_row_that_differs_among_others(monkeypatch, row:
 def test_the_probe_finds_nothing_in_an_exact_product_and_asks_once(monkeypatch):
     calls = []
 
-    def exact(x: Tensor, weight: Tensor, bias: Tensor | None, tile_rows: int | None) -> Tensor:
+    def exact(x: Tensor, weight: Tensor, bias: Tensor | None, tile_rows: int | None, whole_rows: int | None) -> Tensor:
         calls.append(len(x))
         return (x[:, None].double() * weight.double()).sum(-1) + (0.0 if bias is None else bias)
 
     monkeypatch.setattr(invariance, "linear", exact)
     assert is_row_independent(product((3, 4)))
-    assert len(calls) == 1 + 2 * len(COUNTS)
+    assert len(calls) == 1 + 2 * len(COUNTS) + len(MORE_COUNTS)
     assert is_row_independent(product((3, 4)))
-    assert len(calls) == 1 + 2 * len(COUNTS)
+    assert len(calls) == 1 + 2 * len(COUNTS) + len(MORE_COUNTS)
     for other in (product((3, 5)), product((3, 4), torch.bfloat16), product((3, 4), has_bias=False)):
         assert is_row_independent(other)
     assert is_row_independent(product((3, 4), num_threads=99))
-    assert len(calls) == 5 * (1 + 2 * len(COUNTS))
+    assert len(calls) == 5 * (1 + 2 * len(COUNTS) + len(MORE_COUNTS))
 
 
 def test_the_probe_leaves_the_random_state_alone():
@@ -247,25 +257,50 @@ def test_the_probe_leaves_the_random_state_alone():
 
 
 @pytest.mark.usefixtures("fresh_probe")
-def test_failing_layers_are_named_by_outputs_inputs_and_dtype(monkeypatch):
-    """Only the product of 24 inputs without a bias, and every one in bfloat16, is broken here."""
-    layers = [
-        Linear(24, 40),
-        Linear(24, 16, bias=False),
-        Linear(12, 16, bias=False),
-        Linear(8, 8).bfloat16(),
-    ]
+@pytest.mark.parametrize(
+    ("is_wrong", "wanted"),
+    [
+        (lambda rows: 32 < rows < 200, (32, 256)),
+        (lambda rows: 64 < rows < 300, (64, 384)),
+        (lambda rows: rows < 300, (384, 384)),
+        (lambda rows: rows < 600, (TILE_ROWS, None)),
+        (lambda rows: False, (None, None)),
+    ],
+)
+def test_tiles_end_where_the_layer_needs_none(
+    monkeypatch, is_wrong: Callable[[int], bool], wanted: tuple[int | None, int | None]
+):
+    """A library sums by other code up to some number of rows, as oneDNN does with AMX."""
+    product_of = products._product
 
-    def broken(x: Tensor, weight: Tensor, bias: Tensor | None, tile_rows: int | None) -> Tensor:
-        is_wrong = len(x) == 3 and not tile_rows and (x.dtype is torch.bfloat16 or (x.shape[1] == 24 and bias is None))
-        return linear(x, weight, bias, TILE_ROWS) + int(is_wrong)
+    def broken(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return product_of(x, weight, bias) + float(is_wrong(len(x)))
 
-    monkeypatch.setattr(invariance, "linear", broken)
-    assert failing_layers(layers) == {(16, 24, torch.float32), (8, 8, torch.bfloat16)}
-    assert failing_layers(iter(layers), dtype=torch.float32) == {(16, 24, torch.float32)}
-    assert failing_layers(layers[3:], dtype=torch.float32) == frozenset()
-    assert failing_layers(layers, tile_rows=TILE_ROWS) == frozenset()
-    assert failing_layers([]) == frozenset()
+    monkeypatch.setattr(products, "_product", broken)
+    assert tiles_of([product((40, 24))]) == wanted
+    layer = Linear(24, 40)
+    init_weights(layer)
+    assert bool(tile_failing_([nn.Sequential(layer)])) == (wanted[0] is not None)
+    assert (layer.tile_rows, layer.whole_rows) == wanted
+    x = random(700, 24)
+    together = layer(x)
+    assert all(torch.equal(layer(x[:n]), together[:n]) for n in (1, 2, 31, 64, 65, 199, 255, 256, 299, 383, 384, 699))
+
+
+@pytest.mark.usefixtures("fresh_probe")
+def test_a_layer_without_a_bias_is_probed_with_one_too(monkeypatch):
+    """Only its product with a bias is broken here; layers in bfloat16 that run in float32 are probed in that."""
+    layer = Linear(24, 16, bias=False)
+    kinds = [(p.has_bias, p.dtype) for p in products_of(layer.bfloat16(), torch.float32)]
+    assert kinds == [(True, torch.float32), (False, torch.float32)]
+    product_of = products._product
+
+    def broken(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return product_of(x, weight, bias) + float(len(x) == 3 and bias is not None)
+
+    monkeypatch.setattr(products, "_product", broken)
+    assert tiles_of(products_of(layer))[0] is not None
+    assert tiles_of(products_of(Linear(24, 16, bias=False))[1:]) == (None, None)
 
 
 # The other kernels

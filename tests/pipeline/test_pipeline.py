@@ -340,8 +340,8 @@ def test_layers_that_run_in_tiles_are_said(monkeypatch: pytest.MonkeyPatch, capl
     monkeypatch.setattr("foveate.kernels.invariance.is_row_independent", lambda _: False)
     with caplog.at_level("INFO", logger="foveate"):
         pipe = Pipeline.from_pretrained("emoji-tiny")
-    assert "run in tiles of 64 rows" in caplog.text
+    assert "256x1024 (in tiles of 64)" in caplog.text
     assert pipe.model.transformer.block(0).ffn.fc1.tile_rows == 64
-    assert "256x1024" in pipe("owl", seed=1, output_type="latent").config["tiled_layers"]
+    assert "256x1024 (in tiles of 64)" in pipe("owl", seed=1, output_type="latent").config["tiled_layers"]
     monkeypatch.undo()
     assert Pipeline.from_pretrained("emoji-tiny").model.tiled_layers == ()

@@ -35,7 +35,7 @@ from foveate.families.sources import (
 )
 from foveate.families.spec import ModelSpec
 from foveate.kernels import native
-from foveate.kernels.invariance import TILE_ROWS, tile_failing_
+from foveate.kernels.invariance import tile_failing_
 from foveate.weights.files import files_of, is_weight_file, naming, weights_sha256
 from foveate.weights.folder import (
     AUTOENCODER,
@@ -360,11 +360,7 @@ def with_independent_rows(model: LoadedModel) -> LoadedModel:
     transformer: Any = model.transformer
     tiled = tile_failing_([transformer.block(i) for i in range(transformer.shape.num_blocks)], [transformer.head])
     if tiled:
-        logger.info(
-            "linear layers of %s run in tiles of %d rows, so that no image depends on its batch; slower",
-            ", ".join(tiled),
-            TILE_ROWS,
-        )
+        logger.info("linear layers run in tiles, so that no image depends on its batch; slower: %s", ", ".join(tiled))
     return replace(model, tiled_layers=tiled)
 
 

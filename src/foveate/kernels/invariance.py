@@ -7,23 +7,25 @@ Axes: n rows, i inputs, o outputs.
 
 import functools
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from foveate.kernels.linear import linear, takes_onednn
 
-COUNTS = (1, 2, 3, 16, 65)
-"""Rows that are multiplied alone: few, where libraries change their code, and more than a tile."""
-TOGETHER = 520
+COUNTS = (1, 2, 3, 5, 16, 33, 37, 42, 65)
+"""Rows that are multiplied alone, from two places: few, where libraries change their code, and more than a tile."""
+MORE_COUNTS = (97, 129, 193, 257, 385)
+"""The same from one place: oneDNN with AMX sums up to some 300 rows of a wide layer by other code than more of them."""
+TOGETHER = 640
 """Rows of the matmul that they are compared with."""
 TILE_ROWS = 64
 """Rows of a tile, for layers that fail."""
-
-LayerKey = tuple[int, int, torch.dtype]
-"""Outputs, inputs, and the dtype that a layer multiplies in."""
+_SMALL_TILES = (TILE_ROWS, 32)
+_WHOLE_ROWS = (256, 384, 512)
+"""Rows from which a layer that fails is tried without tiles; fewer rows run in small tiles, or filled up to as many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +39,7 @@ class Product:
         device: Of all.
         has_bias: Whether a bias is added.
         tile_rows: As `linear` takes it.
+        whole_rows: As well.
         num_threads: Those of torch.
         has_onednn: Whether `linear` multiplies by oneDNN, else by what torch picks.
         instructions: What oneDNN is held to by its environment variable; None if by nothing.
@@ -48,6 +51,7 @@ class Product:
     device: torch.device
     has_bias: bool = True
     tile_rows: int | None = None
+    whole_rows: int | None = None
     num_threads: int = field(default_factory=torch.get_num_threads)
     has_onednn: bool = field(init=False)
     instructions: str | None = field(default_factory=lambda: os.environ.get("ONEDNN_MAX_CPU_ISA"))
@@ -76,52 +80,70 @@ def is_row_independent(product: Product) -> bool:
             )
         )
         bias_o = bias_1o[0] if product.has_bias else None
-        together_no = linear(x_ni, weight_oi, bias_o, product.tile_rows)
+        tiles = product.tile_rows, product.whole_rows
+        together_no = linear(x_ni, weight_oi, bias_o, *tiles)
         # In the middle neither a tile nor a thread's share begins.
         parts = [slice(first, first + count) for count in COUNTS for first in (0, TOGETHER // 2 + 13)]
-        return all(
-            torch.equal(linear(x_ni[rows], weight_oi, bias_o, product.tile_rows), together_no[rows]) for rows in parts
-        )
+        parts += [slice(count) for count in MORE_COUNTS]
+        return all(torch.equal(linear(x_ni[rows], weight_oi, bias_o, *tiles), together_no[rows]) for rows in parts)
 
 
-def failing_layers(
-    layers: Iterable[nn.Linear], dtype: torch.dtype | None = None, tile_rows: int | None = None
-) -> frozenset[LayerKey]:
-    """The shapes of those layers whose rows depend on the rows beside them, with the threads that torch has now.
+def tiles_of(products: Sequence[Product]) -> tuple[int | None, int | None]:
+    """`tile_rows` and `whole_rows` with which the rows of all these are independent, at the least price that is known.
 
-    Layers with weights of a class of their own (quantised ones) are left out.
+    Tiles cost up to two thirds of a fast library's speed where there are many rows, so they end where the layer is
+    independent without them. None of both where none is needed.
 
     Args:
-        layers: Any; several of one shape are probed once.
-        dtype: What they multiply in, where that is not the dtype of their weights (`models.layers.linear32`).
-        tile_rows: As `linear` takes it: whether such tiles would help.
+        products: Those of one layer.
     """
-    plain = [layer for layer in layers if type(layer.weight) in (Tensor, nn.Parameter)]
-    products = {
+    if all(is_row_independent(product) for product in products):
+        return None, None
+    for whole in _WHOLE_ROWS:
+        for tile in (*_SMALL_TILES, whole):
+            if all(is_row_independent(replace(p, tile_rows=tile, whole_rows=whole)) for p in products):
+                return tile, whole
+    return TILE_ROWS, None
+
+
+def products_of(layer: nn.Linear, dtype: torch.dtype | None = None) -> list[Product]:
+    """What a layer multiplies; none for weights of a class of their own (quantised ones).
+
+    Args:
+        layer: Without a bias it may be run with one that its module puts together.
+        dtype: What it multiplies in, where that is not the dtype of its weights (`models.layers.linear32`).
+    """
+    if type(layer.weight) not in (Tensor, nn.Parameter):
+        return []
+    return [
         Product(
             num_outputs=layer.out_features,
             num_inputs=layer.in_features,
             dtype=dtype or layer.weight.dtype,
             device=layer.weight.device,
             has_bias=has_bias,
-            tile_rows=tile_rows,
         )
-        for layer in plain
-        # A layer without a bias may be run with one that its module puts together.
         for has_bias in ((True, False) if layer.bias is None else (True,))
-    }
-    return frozenset((p.num_outputs, p.num_inputs, p.dtype) for p in products if not is_row_independent(p))
+    ]
 
 
 def describe_rows() -> str:
-    """For people: whether linear layers of this machine compute each row by itself, as far as one shape tells."""
+    """For people: whether linear layers of this machine compute each row by itself, as far as two shapes tell."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    failing = [
-        name
-        for name, dtype in kinds.items()
-        if not is_row_independent(Product(num_outputs=1024, num_inputs=256, dtype=dtype, device=torch.device("cpu")))
-    ]
-    return "independent" if not failing else f"{' and '.join(failing)} in tiles of {TILE_ROWS}"
+    shapes = ((1024, 256), (256, 1024))
+    found = []
+    for name, dtype in kinds.items():
+        device = torch.device("cpu")
+        products = (Product(num_outputs=o, num_inputs=i, dtype=dtype, device=device) for o, i in shapes)
+        tiles = {tiles for tiles in (tiles_of([product]) for product in products) if tiles[0] is not None}
+        found += [f"{name} {_described(*pair)}" for pair in sorted(tiles, key=str)]
+    return " and ".join(found) or "independent"
+
+
+def _described(tile_rows: int | None, whole_rows: int | None) -> str:
+    """For people: up to which number of rows a layer runs in tiles, and how large they are."""
+    few = "" if whole_rows is None else f"fewer than {whole_rows} rows "
+    return f"{few}in tiles of {tile_rows}"
 
 
 def tile_failing_(blocks: Iterable[nn.Module], heads: Iterable[nn.Linear] = ()) -> tuple[str, ...]:
@@ -140,7 +162,10 @@ def tile_failing_(blocks: Iterable[nn.Module], heads: Iterable[nn.Linear] = ()) 
     named = ((layer, None) for layer in layers), ((layer, torch.float32) for layer in heads)
     found: dict[str, None] = {}
     for layer, dtype in (pair for group in named for pair in group):
-        if layer.weight.device.type == "cpu" and failing_layers([layer], dtype):
-            layer.tile_rows = TILE_ROWS  # type: ignore[assignment]
-            found[f"{layer.in_features}x{layer.out_features}"] = None
+        if layer.weight.device.type != "cpu":
+            continue
+        tiles = tiles_of(products_of(layer, dtype))
+        if tiles[0] is not None:
+            layer.tile_rows, layer.whole_rows = tiles  # type: ignore[assignment]
+            found[f"{layer.in_features}x{layer.out_features} ({_described(*tiles)})"] = None
     return tuple(found)

@@ -32,6 +32,7 @@ def linear(
     weight: Float[Tensor, "o i"],
     bias: Float[Tensor, " o"] | None = None,
     tile_rows: int | None = None,
+    whole_rows: int | None = None,
 ) -> Float[Tensor, "*n o"]:
     """`torch.nn.functional.linear`, by oneDNN where no gradients are wanted; sums are float32 in both.
 
@@ -45,10 +46,11 @@ def linear(
         bias: Of the layer.
         tile_rows: Rows of one matmul, at least 1, so that no row depends on how many there are; None for all at once.
             Ignored where gradients are wanted.
+        whole_rows: Rows from which tiles are not needed, as they have the same bits all at once; None for never.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    if tile_rows is not None:
+    if tile_rows is not None and (whole_rows is None or x.numel() < whole_rows * x.shape[-1]):
         return _tiled(x, weight, bias, tile_rows)
     if x.numel() == x.shape[-1] and x.device.type == "cpu":
         return _tiled(x, weight, bias, LEAST_ROWS)
@@ -60,13 +62,15 @@ class Linear(layers.Linear):
 
     Attributes:
         tile_rows: As `linear` takes it; set on a layer whose rows would depend on each other otherwise.
+        whole_rows: As well.
     """
 
     tile_rows: int | None = None
+    whole_rows: int | None = None
 
     def forward(self, x: Float[Tensor, "*n i"]) -> Float[Tensor, "*n o"]:
         """Runs the layer."""
-        return linear(x, self.weight, self.bias, self.tile_rows)
+        return linear(x, self.weight, self.bias, self.tile_rows, self.whole_rows)
 
 
 def takes_onednn(dtype: torch.dtype) -> bool:

@@ -168,7 +168,7 @@ class CrossAttention(nn.Module):
 
 def _biased(layer: Linear, x: Float[Tensor, "n i"], *biases: Float[Tensor, " _c"]) -> Float[Tensor, "n o"]:
     """A linear layer whose bias is put together of those of its parts."""
-    return linear(x, layer.weight, torch.cat(biases), layer.tile_rows)
+    return linear(x, layer.weight, torch.cat(biases), layer.tile_rows, layer.whole_rows)
 
 
 def _full_norm(x_nC: Float[Tensor, "n C"]) -> Float[Tensor, "n C"]:

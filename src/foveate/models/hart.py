@@ -120,7 +120,7 @@ class HARTAttention(nn.Module):
         """Runs the sublayer on packed tokens."""
         prepared = _own(context.prepared)
         bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv_nC = linear(x_nC, self.qkv_proj.weight, bias, self.qkv_proj.tile_rows)
+        qkv_nC = linear(x_nC, self.qkv_proj.weight, bias, self.qkv_proj.tile_rows, self.qkv_proj.whole_rows)
         q_nND, k_nND, v_nND = qkv_nC.unflatten(-1, (3, self.heads, -1)).unbind(1)
         angles_n4h = placed(context.rotation_nD, prepared.turn_R2D, context.rows)
         q_nND, k_nND = (turned(part_nND.float(), angles_n4h).to(v_nND.dtype) for part_nND in (q_nND, k_nND))

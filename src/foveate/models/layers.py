@@ -69,7 +69,7 @@ def linear32(parent: nn.Module, name: str, x: Float[Tensor, "n i"]) -> Float[Ten
     layer = parent.get_submodule(name)
     assert isinstance(layer, Linear), "the models make their layers of this class"
     with torch.autocast(x.device.type, enabled=False):
-        return linear(x.float(), layer.weight.float(), layer.bias.float(), layer.tile_rows)
+        return linear(x.float(), layer.weight.float(), layer.bias.float(), layer.tile_rows, layer.whole_rows)
 
 
 class Modulation(nn.Sequential):
