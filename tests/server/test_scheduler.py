@@ -166,6 +166,8 @@ def test_small_scales_are_packed_and_large_ones_run_in_turns(
     scheduler = start()
     flops = toy_flops(scheduler, toy_pipe)
     limit = (flops[3] + flops[4]) / 2 / 1e9
+    scheduler.rates.fit = lambda points=None: None  # type: ignore[method-assign]
+    scheduler.rates.fixed_ms, scheduler.rates.ms_per_gflop = 0.0, 1.0
     scheduler.rates.is_small = lambda number: number < limit * 1e9  # type: ignore[method-assign]
     log: list[tuple[str, int, int]] = []
     newcomer = Heard(lambda event: isinstance(event, ScaleDone) and log.append(("new", event.scale, event.company)))
@@ -181,8 +183,12 @@ def test_small_scales_are_packed_and_large_ones_run_in_turns(
     scheduler.submit(work(toy_pipe, num_images_per_prompt=3), old)
     old.wait(), newcomer.wait()
     assert {company for who, scale, company in log if who == "old" and scale < 4} == {3}
-    assert {company for who, scale, company in log if scale >= 4} == {1}
-    behind = log[log.index(("sent", 0, 0)) + 1 :]
+    assert {company for who, scale, company in log if scale == LAST} == {1}
+    # Two scales of 64 tokens are less than one of 256, three of 144 are more.
+    assert max(company for who, scale, company in log if scale == 4) > 1
+    assert max(company for who, scale, company in log if scale == 5) < 3
+    # What ran in the same batch is still told.
+    behind = [entry for entry in log[log.index(("sent", 0, 0)) + 1 :] if entry[:2] != ("old", 4)]
     assert [(who, scale) for who, scale, _ in behind[:4]] == [("new", scale) for scale in range(4)]
     assert equal(old.images, alone(toy_pipe, num_images_per_prompt=3))
 

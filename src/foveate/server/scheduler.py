@@ -1,8 +1,8 @@
 """Packs the images of many requests, scale by scale, in a thread of its own; usable without HTTP.
 
-In every turn the small scales of all images run as one batch; where none is small one image runs one large scale. A new
-request so waits for one scale of one image at most. Whatever an image shares a batch with, it has the bits that it has
-alone (docs/speed.md says where).
+In every turn the small scales of all images run as one batch; where none is small, as many as take together no longer
+than the largest scale of one image. A new request so waits for one scale of one image at most. Whatever an image shares
+a batch with, it has the bits that it has alone (docs/speed.md says where).
 """
 
 import logging
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import accumulate, count
 from typing import Any
 
 import numpy as np
@@ -261,10 +261,14 @@ class Scheduler:
             ticket.say(Started(index=task.index, waited_ms=1e3 * (time.perf_counter() - ticket.accepted)))
 
     def _company(self) -> list[Task]:
-        """What runs next: all images whose next scale is small, else the most urgent one."""
+        """What runs next: all images whose next scale is small, else as many as take no longer than one large scale."""
         opened = sorted((task for task in self._running if task.call is not None), key=lambda task: task.urgency)
         small = [task for task in opened if self.rates.is_small(task.next_flops)]
-        return small or opened[:1]
+        if small or not opened:
+            return small
+        most = self.rates.ms(max(max(task.forecast.flops) for task in opened))
+        sums = accumulate(task.next_flops for task in opened)
+        return [task for task, flops in zip(opened, sums, strict=True) if self.rates.ms(flops) <= most] or opened[:1]
 
     def _step(self, task: Task, step: BatchStep, company: int) -> None:
         """Says what a scale left; finishes the image behind its last one, or where its time is up."""
