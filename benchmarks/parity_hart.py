@@ -112,10 +112,6 @@ class RecordedRefiner:
     conditions: list[Float[Tensor, "l C"]] = field(default_factory=list)
     residuals: list[Float[Tensor, "l Z"]] = field(default_factory=list)
 
-    def acts_at(self, scale: int, num_scales: int) -> bool:
-        """As the family."""
-        return self.inner.acts_at(scale, num_scales)
-
     def refine(self, image: RefineInput) -> Float[Tensor, "k Z"]:
         """The same at the noise of the next image."""
         tokens = image.grid[0] * image.grid[1]

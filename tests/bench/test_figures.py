@@ -1,6 +1,7 @@
 """Spreads, percentiles, turns and ratios, against values worked out by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,6 +93,22 @@ def test_ratios_are_formed_within_a_round() -> None:
     assert entry.numbers["images_per_s"] == pytest.approx(2 / 0.030)
     assert entry.numbers["single_stream_ms.p50"] == 15.0
     assert entry.numbers["single_stream_ms.p90"] is None
+
+
+def test_a_refiner_is_told_apart_and_in_no_efficiency() -> None:
+    baseline, own = timed(10.0, 800), timed(5.0, 500)
+    runs = [
+        replace(run, ms=replace(run.ms, refiner=ms, total=run.ms.total + ms), refiner_flops=flops)
+        for run, ms, flops in ((own, 1.0, 300), (baseline, 4.0, 400))
+    ]
+    entry = Timing(peak_flops_per_s=1e6).entry(Full(), runs[:1], runs[1:])
+    medians = {name: spread.median for name, spread in entry.figures.items()}
+    assert (medians["ms.refiner"], medians["speedup.refiner"], medians["flops.refiner"]) == (1.0, 4.0, 300.0)
+    assert (medians["speedup.by_flops"], medians["efficiency"], medians["peak_share"]) == (2.0, 1.0, 0.04)
+    assert (medians["flops_ratio"], medians["ms.rest"]) == (0.5, 2.0)
+    plain = Timing(peak_flops_per_s=1e6).entry(Full(), [own], [baseline])
+    assert plain.figures["ms.refiner"].median == 0
+    assert not {"speedup.refiner", "flops.refiner"} & set(plain.figures)
 
 
 def test_baseline_and_batches_leave_out_what_they_cannot_say() -> None:

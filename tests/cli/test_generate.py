@@ -53,7 +53,8 @@ def test_writes_pictures_and_one_json_object(run: Callable[..., Any], toy_folder
     assert data["images"][2]["prompt"] == "two dogs"
     assert data["policy"]["spec"] == "skip-scales:count=2"
     assert len(data["policy"]["fingerprint"]) == 12
-    assert set(data["ms"]) == {"text", "transformer", "decoder", "total"}
+    assert set(data["ms"]) == {"text", "transformer", "refiner", "decoder", "total"}
+    assert data["ms"]["refiner"] == data["flops"]["refiner_run"] == 0
     assert 0 < data["flops"]["run"] < data["flops"]["full"]
     assert data["tokens"] == {"run": 4 * 121, "full": 4 * 521}
     # Three blocks, and two branches that both run.

@@ -59,9 +59,6 @@ def rotation_of(model: Infinity, count: int) -> Tensor:
 class Adds:
     """Adds a map of the branches' hidden states and keyed noise to the latents of the last scale."""
 
-    def acts_at(self, scale: int, num_scales: int) -> bool:
-        return scale == num_scales - 1
-
     def refine(self, image: RefineInput) -> Tensor:
         noise_lZ = noise_of(image.seed, image.scale, image.grid)
         index = slice(None) if image.index_k is None else image.index_k

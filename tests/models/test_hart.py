@@ -1,5 +1,6 @@
 """HART at toy size: the text in front, the savings and their slow twins, the residual, policies, costs, weights."""
 
+import json
 import math
 from dataclasses import dataclass, replace
 from functools import cache
@@ -13,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from foveate.core.composition import Composed
 from foveate.core.conditions import PlacedText
 from foveate.core.errors import CheckpointError, FoveateError
+from foveate.core.guidance import GuidanceSchedule
 from foveate.core.protocols import RefineInput
 from foveate.core.rows import Rows
+from foveate.core.trace import Trace
 from foveate.engine.executor import Engine
 from foveate.engine.forecast import forecast, full_cost
 from foveate.engine.sample import (
@@ -194,23 +197,68 @@ def test_policies_run_and_cost_what_was_forecast(spec: str):
     assert before.flops >= result.trace.cost.flops
 
 
+STEPS = 8 * LEAST_ROWS * 2 * (256 + 32) * 32
+"""FLOPs of the embedded steps of one refinement: products of one vector, padded, which costs leave out."""
+
+
 @pytest.mark.usefixtures("plain_torch")
 def test_flops_agree_with_those_that_torch_counts():
-    """Without the residual's head, and the levels, which are two products of one vector per scale."""
-    plain = replace(subject(), refiner=None)
+    """Without levels and steps of the diffusion, which are products of one vector each."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     counter = FlopCounterMode(display=False, custom_mapping={flash: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)})
     with counter:
-        trace = run(plain, load_policy("full"), request_of()).trace
+        trace = run(subject(), load_policy("full"), request_of()).trace
     counts = counter.get_flop_counts()["Global"]
     convolutions = sum(n for op, n in counts.items() if "convolution" in str(op))
     mixtures = 2 * 48 * 8 * 2 * sum(side**2 for side in (1, 2, 4, 6, 8))
     levels = 5 * LEAST_ROWS * 2 * (256 + 64) * 64
-    assert counter.get_total_flops() - convolutions - mixtures - levels == trace.cost.flops
+    assert counter.get_total_flops() - convolutions - mixtures - levels - 2 * STEPS == trace.cost.flops
+    assert trace.cost.refiner_flops == 2 * 2 * 64 * subject().model.shape.refined_token_flops
+
+
+@pytest.mark.usefixtures("plain_torch")
+def test_each_token_of_a_branch_is_refined_once():
+    """Nine tokens, two of them guided: eleven rows in two refinements."""
+    with FlopCounterMode(display=False) as counter:
+        refined(input_of(uncond_uC=input_of().uncond_uC[[0, 7]], uncond_index_u=torch.tensor([0, 7])))
+    assert counter.get_total_flops() == 11 * subject().model.shape.refined_token_flops + 2 * STEPS
+
+
+@pytest.mark.parametrize(
+    ("spec", "tokens"), [("fovea:shares=[],guided_shares=[0.5]", (64, 32)), ("cached-guidance:count=1", (64, None))]
+)
+def test_refined_tokens_are_counted_by_branch(spec: str, tokens: tuple[int, int | None]):
+    rows = run(subject(), load_policy(spec), request_of((0,))).trace.scales[4].work.rows
+    found = tuple(rows[(0, c)].refined_tokens if (0, c) in rows else None for c in (True, False))
+    assert found == tokens
+
+
+def test_without_guidance_at_the_last_scale_one_branch_is_refined():
+    guidance = GuidanceSchedule(weights=(3.0, 3.0, 1.0, 3.0, 1.0))
+    request, shape = replace(request_of((0,)), guidance=guidance), subject().model.shape
+    cost = run(subject(), load_policy("full"), request).trace.cost
+    assert cost.refiner_flops == 64 * shape.refined_token_flops
+    assert cost == full_cost(request, shape)
+
+
+def test_time_of_the_refiner_is_a_part_of_the_last_scale():
+    trace = full_run().trace
+    last = trace.scales[-1]
+    assert 0 < last.refiner_ms < last.ms
+    assert trace.refiner_ms == last.refiner_ms == sum(scale.ms for scale in trace.scales) - trace.transformer_ms
+    data = json.loads(trace.dumps())
+    assert data["ms"]["refiner"] == trace.refiner_ms
+    again = Trace.from_json(data)
+    assert (again.cost, again.refiner_ms) == (trace.cost, trace.refiner_ms)
+    for row in (row for scale in data["scales"] for row in scale["rows"]):
+        del row["refined_tokens"]
+    del data["scales"][-1]["refiner_ms"], data["shape"]["refined_token_flops"]
+    assert Trace.from_json(data).cost.flops == trace.cost.flops - trace.cost.refiner_flops
+    assert run(replace(subject(), refiner=None), load_policy("full"), request_of()).trace.refiner_ms == 0
 
 
 def test_the_published_shape_has_the_published_size_and_cost():
-    """0.73 billion parameters; 43.6 TFLOP for an image of 1024 pixels, the residual's head left out."""
+    """0.73 billion parameters; 48.0 TFLOP for an image of 1024 pixels, 4.4 of them for the residual's head."""
     entry = published_model("hart-0.7b")
     assert entry.spec.name == "hart-0.7b-1024px"
     with torch.device("meta"):
@@ -227,7 +275,9 @@ def test_the_published_shape_has_the_published_size_and_cost():
         filters=(Filter(top_k=0, top_p=0.0),) * 14,
         temperatures=(1.0,) * 14,
     )
-    assert full_cost(request, model.shape).flops == pytest.approx(43.6e12, rel=0.01)
+    cost = full_cost(request, model.shape)
+    assert cost.flops - cost.refiner_flops == pytest.approx(43.6e12, rel=0.01)
+    assert cost.refiner_flops == pytest.approx(4.44e12, rel=0.01)
 
 
 # Guidance and the residual

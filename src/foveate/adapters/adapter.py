@@ -87,7 +87,13 @@ def draw(engine: Engine, request: Request, policy: Policy) -> Drawn:
     trace.decoder_ms = 1e3 * (now - decoding)
     warnings = without_effect(policy.spec, trace)
     log_warnings(warnings)
-    ms = Milliseconds(text=0.0, transformer=trace.transformer_ms, decoder=trace.decoder_ms, total=1e3 * (now - began))
+    ms = Milliseconds(
+        text=0.0,
+        transformer=trace.transformer_ms,
+        refiner=trace.refiner_ms,
+        decoder=trace.decoder_ms,
+        total=1e3 * (now - began),
+    )
     report = build_report(trace, bound, [request], ms, warnings)
     return Drawn(pixels_B3YX=pixels_B3YX, report=report, trace=trace)
 

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from foveate.bench.report import BenchReport, Case, Entry, ScaleFigures
+from foveate.engine.report import Milliseconds
 from foveate.pipeline.profile import Profile, features_of, fit
 
 PROFILE_FORMAT = 2
@@ -51,6 +52,7 @@ def profile(report: BenchReport, weight_bytes_per_s: float) -> dict[str, Any]:
                 "height": case.picture.height,
                 "batch": case.batch,
                 "transformer_ms": entry.figures["ms.transformer"].median,
+                "refiner_ms": entry.figures["ms.refiner"].median,
                 "predicted_ms": _predicted(fitted, entry),
             }
             for case in report.cases
@@ -76,7 +78,8 @@ def fit_profile(cases: Sequence[Case]) -> Profile:
         headroom=1.0,
     )
     entries = [entry for case in cases for entry in case.entries]
-    longer = [entry.figures["ms.transformer"].p90 / _predicted(plain, entry) for entry in entries]
+    taken = [entry.figures["ms.transformer"].p90 + entry.figures["ms.refiner"].p90 for entry in entries]
+    longer = [ms / _predicted(plain, entry) for ms, entry in zip(taken, entries, strict=True)]
     return replace(plain, headroom=max(1.0, median(longer)))
 
 
@@ -85,7 +88,7 @@ def _features(scale: ScaleFigures) -> list[float]:
 
 
 def _predicted(profile: Profile, entry: Entry) -> float:
-    """Milliseconds of the transformer as the fit has them, without headroom."""
+    """Milliseconds of all scales, a refiner's among them, as the fit has them, without headroom."""
     return sum(a * b for scale in entry.scales for a, b in zip(profile.ms, _features(scale), strict=True))
 
 
@@ -98,7 +101,7 @@ def _size(case: Case) -> dict[str, Any]:
         "pixels": picture.pixels,
         "batch": case.batch,
         "rounds": case.rounds,
-        "ms": {part: entry.figures[f"ms.{part}"].to_json() for part in ("text", "transformer", "decoder", "total")},
+        "ms": {part: entry.figures[f"ms.{part}"].to_json() for part in Milliseconds.__slots__},
         "scales": [
             {**s.to_json(), "ms_per_token_block": s.ms.median / s.token_blocks if s.token_blocks else None}
             for s in entry.scales

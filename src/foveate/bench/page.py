@@ -90,14 +90,18 @@ def markdown(report: BenchReport, plot: str | None) -> str:
 
 
 _LATENCY = (
-    "ms", "spread", "text", "transformer", "decoder", "speedup", "end to end", "FLOP-bound", "efficiency", "of peak",
+    "ms", "spread", "text", "transformer", "refiner", "decoder", "speedup", "end to end", "FLOP-bound", "efficiency",
+    "of peak",
 )  # fmt: skip
 _THROUGHPUT = ("images/s", "ms", "spread", "speedup", *(f"p{p} ms" for p in PERCENTILES))
 _MEMORY = ("KV MB", "caches MB", "activations MB", "transformer MB", "call MB", "spread", "peak MB", "call ratio")
 
 
 def _latency_cells(entry: Entry) -> tuple[str, ...]:
-    parts = (_ms(entry.figures[f"ms.{part}"].median) for part in ("text", "transformer", "decoder"))
+    text, transformer, refiner, decoder = (
+        _ms(entry.figures[f"ms.{part}"].median) for part in ("text", "transformer", "refiner", "decoder")
+    )
+    parts = (text, transformer, refiner if entry.figures["ms.refiner"].median else _NOTHING, decoder)
     measured = (_speedup(entry, part) for part in ("transformer", "end_to_end"))
     names = (("speedup.by_flops", "{:.2f}x"), ("efficiency", "{:.0%}"), ("peak_share", "{:.0%}"))
     others = (_ratio(entry.figures.get(name), form) for name, form in names)

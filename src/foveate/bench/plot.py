@@ -11,8 +11,12 @@ from matplotlib.figure import Figure
 
 from foveate.bench.report import BenchReport, Case, Entry
 
-_PARTS = {"latency": ("text", "transformer", "decoder", "rest"), "memory": ("kv", "caches", "activations")}
-_COLOURS = ("#9aa5b1", "#2f6f4f", "#d9a441", "#c9d1d9")
+_PARTS = {
+    "latency": {
+        "text": "#9aa5b1", "transformer": "#2f6f4f", "refiner": "#7fb69a", "decoder": "#d9a441", "rest": "#c9d1d9",
+    },
+    "memory": {"kv": "#9aa5b1", "caches": "#2f6f4f", "activations": "#d9a441"},
+}  # fmt: skip
 _LEGEND_SIZE = 8
 
 
@@ -38,13 +42,15 @@ def draw(report: BenchReport, path: Path) -> None:
 
 
 def _bars(axis: Axes, report: BenchReport, group: str, unit: float, label: str) -> None:
-    """Stacked parts, one bar per size, batch and policy."""
+    """Stacked parts, one bar per size, batch and policy; a part that nothing took is left out."""
     entries = [(case, entry) for case in report.cases for entry in case.entries]
     names = [f"{entry.policy}\n{case.title}" for case, entry in entries]
     places = list(range(len(entries)))
     left = [0.0] * len(entries)
-    for part, colour in zip(_PARTS[report.kind], _COLOURS, strict=False):
+    for part, colour in _PARTS[report.kind].items():
         widths = [max(_median(entry, f"{group}.{part}"), 0.0) / unit for _, entry in entries]
+        if not any(widths):
+            continue
         axis.barh(places, widths, left=left, color=colour, label=part)
         left = [before + width for before, width in zip(left, widths, strict=True)]
     axis.set_yticks(places, names, fontsize=_LEGEND_SIZE)

@@ -28,10 +28,11 @@ KINDS = ("latency", "throughput", "memory", "calibrate")
 
 _TIMING_METHOD = (
     "wall clock; the device is waited for after every scale and after decoding",
-    "ms.total is the whole call: text encoder, transformer, decoder, copying the images to main memory as bytes",
+    "ms.total is the whole call: text encoder, transformer, refiner, decoder, copying the images to memory as bytes",
+    "ms.refiner is a family's own step behind the sampler of the last scale, such as HART's residual diffusion",
     "the first scale holds what a call prepares once: text keys and values, modulation, allocation of the cache",
     "ratios are formed within a round, baseline over policy, then summarised",
-    "efficiency is speedup.transformer over speedup.by_flops",
+    "efficiency is speedup.transformer over speedup.by_flops, both of the transformer without the refiner",
     "peak_share: counted FLOPs of the transformer over its time, over the best square matrix product of this process",
     "images_per_s: all images over all time of the rounds that count, one batch after the other",
 )

@@ -1,4 +1,4 @@
-"""Time of a call: text encoder, transformer and decoder apart and end to end, and of every scale.
+"""Time of a call: text encoder, transformer, refiner and decoder apart and end to end, and of every scale.
 
 Ratios are formed within a round, baseline over policy, and only then summarised: what slows both does not count.
 """
@@ -32,7 +32,10 @@ class ScaleRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedRun:
-    """One call; the first scale's time and FLOPs hold what the request prepares once."""
+    """One call; the first scale's time and FLOPs hold what the request prepares once, the last one's the refiner's.
+
+    `refiner_flops` are a part of `flops_run`.
+    """
 
     num_images: int
     ms: Milliseconds
@@ -40,6 +43,7 @@ class TimedRun:
     flops_full: int
     kv_bytes: int
     scales: tuple[ScaleRun, ...]
+    refiner_flops: int = 0
 
     @classmethod
     def of(cls, output: PipelineOutput) -> "TimedRun":
@@ -64,12 +68,18 @@ class TimedRun:
             flops_full=report.flops_full,
             kv_bytes=report.kv_bytes_peak,
             scales=scales,
+            refiner_flops=report.refiner_flops_run,
         )
 
     @property
     def rest_ms(self) -> float:
         """Rest of the call, outside all parts: checking options, and the report itself."""
-        return self.ms.total - self.ms.text - self.ms.transformer - self.ms.decoder
+        return self.ms.total - self.ms.text - self.ms.transformer - self.ms.refiner - self.ms.decoder
+
+    @property
+    def transformer_flops(self) -> int:
+        """FLOPs of the transformer alone."""
+        return self.flops_run - self.refiner_flops
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,9 +98,11 @@ class Timing(Measure[TimedRun]):
         values["ms.rest"] = [run.rest_ms for run in own]
         values["flops.run"] = [float(run.flops_run) for run in own]
         values["flops.full"] = [float(run.flops_full) for run in own]
+        if any(run.refiner_flops for run in own):
+            values["flops.refiner"] = [float(run.refiner_flops) for run in own]
         values["flops_ratio"] = [run.flops_run / run.flops_full for run in own]
         if self.peak_flops_per_s is not None:
-            values["peak_share"] = [1e3 * r.flops_run / r.ms.transformer / self.peak_flops_per_s for r in own]
+            values["peak_share"] = [1e3 * r.transformer_flops / r.ms.transformer / self.peak_flops_per_s for r in own]
         values |= {} if baseline is None else _ratios(own, baseline)
         return Entry(
             policy=policy.spec,
@@ -102,12 +114,17 @@ class Timing(Measure[TimedRun]):
 
 
 def _ratios(own: Sequence[TimedRun], baseline: Sequence[TimedRun]) -> dict[str, list[float]]:
-    """Per round: how many times faster, the FLOP-bound speedup, and the efficiency, measured over FLOP-bound."""
+    """Per round: how many times faster, the FLOP-bound speedup, and the efficiency, measured over FLOP-bound.
+
+    The last two are of the transformer alone: what a refiner takes and spends is in neither.
+    """
     pairs = list(zip(own, baseline, strict=True))
     transformer = [b.ms.transformer / o.ms.transformer for o, b in pairs]
-    by_flops = [b.flops_run / o.flops_run for o, b in pairs]
+    by_flops = [b.transformer_flops / o.transformer_flops for o, b in pairs]
+    is_refined = all(run.ms.refiner > 0 for pair in pairs for run in pair)
     return {
         "speedup.transformer": transformer,
+        **({"speedup.refiner": [b.ms.refiner / o.ms.refiner for o, b in pairs]} if is_refined else {}),
         "speedup.decoder": [b.ms.decoder / o.ms.decoder for o, b in pairs],
         "speedup.end_to_end": [b.ms.total / o.ms.total for o, b in pairs],
         "speedup.by_flops": by_flops,

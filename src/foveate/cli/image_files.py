@@ -223,8 +223,8 @@ def report_json(report: Report, config: dict[str, Any]) -> dict[str, Any]:
     """Policy, time, what ran and what was warned of, as `generate --json` says them."""
     return {
         "policy": {key: config["policy"][key] for key in ("spec", "fingerprint")},
-        "ms": {part: getattr(report.ms, part) for part in ("text", "transformer", "decoder", "total")},
-        "flops": {"run": report.flops_run, "full": report.flops_full},
+        "ms": {part: getattr(report.ms, part) for part in ("text", "transformer", "refiner", "decoder", "total")},
+        "flops": {"run": report.flops_run, "full": report.flops_full, "refiner_run": report.refiner_flops_run},
         "tokens": {"run": report.tokens_run, "full": report.tokens_full},
         "token_blocks": {"run": report.token_blocks_run, "full": report.token_blocks_full},
         "warnings": [warning.to_json() for warning in report.warnings],
@@ -247,6 +247,8 @@ def _in_time(report: Report) -> list[tuple[str, str]]:
 def _facts(report: Report, config: dict[str, Any], num_images: int) -> list[tuple[str, str]]:
     """The short table for people."""
     ms, policy = report.ms, config["policy"]
+    names = ("text", "transformer", *(("refiner",) if ms.refiner else ()), "decoder")
+    parts = [f"{name} {getattr(ms, name):.0f}" for name in names]
 
     def ran(run: int, full: int) -> str:
         return f"{run} of {full} ({run / full:.1%})"
@@ -254,11 +256,11 @@ def _facts(report: Report, config: dict[str, Any], num_images: int) -> list[tupl
     return [
         ("images", f"{num_images} of {config['width']}x{config['height']}, model {config['model']}"),
         ("policy", f"{policy['spec']} ({policy['fingerprint']})"),
-        ("time", f"{ms.total:.0f} ms: text {ms.text:.0f}, transformer {ms.transformer:.0f}, decoder {ms.decoder:.0f}"),
+        ("time", f"{ms.total:.0f} ms: {', '.join(parts)}"),
         *_in_time(report),
         ("FLOPs", f"{in_units(report.flops_run)} of {in_units(report.flops_full)} ({report.flops_ratio:.1%})"),
         ("tokens", ran(report.tokens_run, report.tokens_full)),
         ("token-blocks", ran(report.token_blocks_run, report.token_blocks_full)),
-        ("predicted speedup", f"{report.predicted_speedup:.2f}x of the transformer"),
+        ("predicted speedup", f"{report.predicted_speedup:.2f}x of the {' and '.join(names[1:-1])}"),
         *(("note", note) for note in report.notes),
     ]

@@ -1,7 +1,8 @@
 """What a plan costs: tokens, FLOPs and bytes of the cache, from counts alone.
 
-FLOPs are 2 x multiply-accumulates of linear layers, of Q K^T and P V over the keys really visible, of the head, and of
-the text path as often as we compute it; useful rows only; no norms, softmax, interpolation; encoder and decoder apart.
+FLOPs are 2 x multiply-accumulates of linear layers, of Q K^T and P V over the keys really visible, of the head, of a
+refiner, and of the text path as often as we compute it; useful rows only; no norms, softmax, interpolation; encoder and
+decoder apart.
 Axes: P blocks; a row is one image in one branch.
 """
 
@@ -23,7 +24,8 @@ class ModelShape:
     once per request, by every row and by every text token of a row: pooling, modulation, text keys and values of all
     blocks. Where a model is not `is_cached` the tokens of a scale see only each other. With `has_text_prefix` a row's
     text runs all blocks in front of the first scale, and its last token stands for that scale. `draws_bits` says that a
-    token holds bits and not an id of a codebook.
+    token holds bits and not an id of a codebook. `refined_token_flops` are those of a family's refiner, for one token
+    of the last scale in one branch.
     """
 
     num_blocks: int
@@ -40,6 +42,7 @@ class ModelShape:
     is_cached: bool = True
     has_text_prefix: bool = False
     draws_bits: bool = False
+    refined_token_flops: int = 0
 
     @property
     def sublayer_flops(self) -> tuple[int, ...]:
@@ -65,13 +68,15 @@ class RowWork:
     """What one row ran at one scale: tokens per block, and tokens that reached the head.
 
     `attended_twice` are the blocks whose self-attention ran once more, for its entropy. `sublayer_tokens` has an entry
-    for each block whose sublayers ran fewer tokens than it: one count per sublayer.
+    for each block whose sublayers ran fewer tokens than it: one count per sublayer. `refined_tokens` are those that a
+    family's refiner read.
     """
 
     block_tokens: tuple[int, ...]
     head_tokens: int
     sublayer_tokens: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     attended_twice: tuple[int, ...] = ()
+    refined_tokens: int = 0
 
     def tokens_of(self, block: int, num_sublayers: int) -> tuple[int, ...]:
         """Tokens that ran each sublayer of a block."""
@@ -106,13 +111,14 @@ class Cost:
     """Totals of a request.
 
     `tokens` counts tokens that reached the head in the conditional branch; `token_blocks` how many blocks all tokens of
-    both branches ran, which shows a saving by depth or by branch, too.
+    both branches ran, which shows a saving by depth or by branch, too. `refiner_flops` are a part of `flops`.
     """
 
     flops: int
     tokens: int
     token_blocks: int
     kv_bytes: int
+    refiner_flops: int = 0
 
 
 def request_cost(
@@ -130,7 +136,8 @@ def request_cost(
         FLOPs, tokens, token-blocks, and the most bytes of keys and values held at the end of a scale if no row were
         released: the last scale that runs is never stored, and none where the model is not cached.
     """
-    flops = sum(shape.request_flops(tokens) for tokens in text_tokens.values())
+    refiner_flops = shape.refined_token_flops * sum(row.refined_tokens for w in work for row in w.rows.values())
+    flops = refiner_flops + sum(shape.request_flops(tokens) for tokens in text_tokens.values())
     store = _Store(shape.num_blocks)
     ran = [w for w in work if w.grid_tokens]
     for w in work:
@@ -149,7 +156,13 @@ def request_cost(
     per_token = 2 * shape.num_heads * shape.head_width * bytes_per_element
     tokens_kept = sum(r.head_tokens for w in ran for (_, is_cond), r in w.rows.items() if is_cond)
     token_blocks = sum(w.token_blocks for w in ran)
-    return Cost(flops=flops, tokens=tokens_kept, token_blocks=token_blocks, kv_bytes=per_token * store.most)
+    return Cost(
+        flops=flops,
+        tokens=tokens_kept,
+        token_blocks=token_blocks,
+        kv_bytes=per_token * store.most,
+        refiner_flops=refiner_flops,
+    )
 
 
 def scale_flops(work: Sequence[ScaleWork], shape: ModelShape, text_tokens: Mapping[Row, int]) -> list[int]:

@@ -122,11 +122,10 @@ class RefineInput:
 
 @runtime_checkable
 class Refiner(Protocol):
-    """A step of a family between sampling and commit: what it returns is added to the latents of tokens that ran."""
+    """A step of a family between sampling and commit of the last scale, added to the latents of tokens that ran.
 
-    def acts_at(self, scale: int, num_scales: int) -> bool:
-        """Whether it refines a scale."""
-        ...
+    It reads each token of a branch once, for `ModelShape.refined_token_flops`.
+    """
 
     def refine(self, image: RefineInput) -> Float[Tensor, "k Z"]:
         """Latents to add, one row per token; each token by itself."""

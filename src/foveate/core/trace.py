@@ -22,7 +22,7 @@ class ScaleTrace:
 
     `keep_Bl` and `depth_Bl` (blocks run per token, conditional branch) are kept only if the request asked for maps.
     `narrow_dtype` is what blocks ran in that a plan narrowed; `lost_copies` counts dropped tokens whose source for a
-    copy did not run either, so that they committed zero.
+    copy did not run either, so that they committed zero. `refiner_ms` is the part of `ms` that a family's refiner took.
     """
 
     scale: int
@@ -30,6 +30,7 @@ class ScaleTrace:
     ran: bool
     work: ScaleWork
     ms: float = 0.0
+    refiner_ms: float = 0.0
     narrow_dtype: str | None = None
     lost_copies: int = 0
     keep_Bl: Bool[Tensor, "B l"] | None = None
@@ -58,8 +59,13 @@ class Trace:
 
     @property
     def transformer_ms(self) -> float:
-        """Milliseconds of all scales."""
-        return sum(s.ms for s in self.scales)
+        """Milliseconds of all scales, the refiner left out."""
+        return sum(s.ms - s.refiner_ms for s in self.scales)
+
+    @property
+    def refiner_ms(self) -> float:
+        """Milliseconds of the family's refiner; 0 where it has none."""
+        return sum(s.refiner_ms for s in self.scales)
 
     @property
     def cost(self) -> Cost:
@@ -107,7 +113,12 @@ class Trace:
             "shape": {name: getattr(self.shape, name) for name in self.shape.__slots__},
             "text_tokens": [[*row, tokens] for row, tokens in self.text_tokens.items()],
             "bytes_per_element": self.bytes_per_element,
-            "ms": {"text": self.text_ms, "transformer": self.transformer_ms, "decoder": self.decoder_ms},
+            "ms": {
+                "text": self.text_ms,
+                "transformer": self.transformer_ms,
+                "refiner": self.refiner_ms,
+                "decoder": self.decoder_ms,
+            },
             "peak_kv_bytes": self.peak_kv_bytes,
             "peak_cache_bytes": self.peak_cache_bytes,
             "unfired": list(self.unfired),
@@ -118,6 +129,7 @@ class Trace:
                     "grid": list(s.grid),
                     "ran": s.ran,
                     "ms": s.ms,
+                    "refiner_ms": s.refiner_ms,
                     "narrow_dtype": s.narrow_dtype,
                     "lost_copies": s.lost_copies,
                     "evicted": list(s.work.evicted),
@@ -126,6 +138,7 @@ class Trace:
                             "image": image,
                             "conditional": c,
                             "head_tokens": r.head_tokens,
+                            "refined_tokens": r.refined_tokens,
                             "block_tokens": list(r.block_tokens),
                             "attended_twice": list(r.attended_twice),
                             "sublayer_tokens": {str(b): list(counts) for b, counts in r.sublayer_tokens.items()},
@@ -156,6 +169,7 @@ class Trace:
                 (r["image"], r["conditional"]): RowWork(
                     block_tokens=tuple(r["block_tokens"]),
                     head_tokens=r["head_tokens"],
+                    refined_tokens=r.get("refined_tokens", 0),
                     attended_twice=tuple(r.get("attended_twice", ())),
                     sublayer_tokens={int(b): tuple(counts) for b, counts in r.get("sublayer_tokens", {}).items()},
                 )
@@ -175,6 +189,7 @@ class Trace:
                     ran=s["ran"],
                     work=work,
                     ms=s["ms"],
+                    refiner_ms=s.get("refiner_ms", 0.0),
                     narrow_dtype=s.get("narrow_dtype"),
                     lost_copies=s.get("lost_copies", 0),
                 )

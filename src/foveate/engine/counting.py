@@ -3,16 +3,23 @@
 Axes: B images, l tokens of the scale.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from foveate.core.cost import RowWork, ScaleWork
+from foveate.core.cost import Row, RowWork, ScaleWork
 from foveate.core.trace import ScaleTrace
 from foveate.engine.scale_run import Active, ScaleRun
 
 
-def trace_of(run: ScaleRun) -> ScaleTrace:
-    """What ran, counted from the lists of tokens that the blocks were given; its time is filled in by the loop."""
+def trace_of(run: ScaleRun, refined: Mapping[Row, int]) -> ScaleTrace:
+    """What ran, counted from the lists of tokens that the blocks were given; its time is filled in by the loop.
+
+    Args:
+        run: The scale, behind its blocks.
+        refined: Tokens that the refiner read, by row.
+    """
     if not run.plan.runs:
         work = ScaleWork(scale=run.scale.index, grid_tokens=0, rows={}, evicted=run.plan.evict)
         return ScaleTrace(scale=run.scale.index, grid=run.scale.grid, ran=False, work=work)
@@ -24,6 +31,7 @@ def trace_of(run: ScaleRun) -> ScaleTrace:
         row: RowWork(
             block_tokens=tuple(counts[r] for counts in blocks),
             head_tokens=headed[r],
+            refined_tokens=refined.get(row, 0),
             attended_twice=run.attended_twice,
             sublayer_tokens={b: tuple(counts[r] for counts in by) for b, by in narrowed.items()},
         )

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from foveate.core.cost import Row
 from foveate.core.errors import PlanConflictError
 from foveate.core.isolation import inference
 from foveate.core.plan import BlockDtype, KeepDifference
 from foveate.core.policy import Bound, refuse_spread
-from foveate.core.protocols import Block, NextScaleModel, Prepared, RefineInput, Refiner, ScaleTokenizer
+from foveate.core.protocols import Block, NextScaleModel, Prepared, Refiner, ScaleTokenizer
 from foveate.core.signals import BranchLogits, Decoded, Record, Signal, Signals
 from foveate.core.trace import ScaleTrace, Trace, unfired
 from foveate.engine.branches import combine_logits, difference_of, guide_by_difference, per_image
@@ -28,6 +29,7 @@ from foveate.engine.fills import Difference
 from foveate.engine.finite import broken_numbers, finite_of
 from foveate.engine.graphs import Graphs
 from foveate.engine.kv_cache import KVCache
+from foveate.engine.refinement import refine, refine_inputs, refined_tokens
 from foveate.engine.scale_run import ScaleRun, refuse_thinned
 from foveate.engine.spread import soft_bits, thresholds_of
 from foveate.engine.state import Request, RequestState
@@ -228,7 +230,7 @@ class Engine:
         return self._narrowed[(index, dtype)]
 
     def _refines(self, run: ScaleRun) -> bool:
-        return self.refiner is not None and self.refiner.acts_at(run.scale.index, len(run.state.request.schedule))
+        return self.refiner is not None and run.scale.index == len(run.state.request.schedule) - 1
 
     def _sampled(self, run: ScaleRun, heads: _Heads) -> _Outcome:
         """Guidance, sampling, the residual and what the policy asked to know; the host never waits here."""
@@ -244,11 +246,11 @@ class Engine:
             run.weight,
             request.temperatures[scale.index],
         )
-        residual_BZhw, lost = self._residual(run, heads, guided)
+        residual_BZhw, lost, refined = self._residual(run, heads, guided)
         f_hat_BZHW = self.tokenizer.add(state.f_hat_BZHW, residual_BZhw, scale.index, len(request.schedule))
         return _Outcome(
             run=run,
-            trace=trace_of(run),
+            trace=trace_of(run, refined),
             lost=lost,
             f_hat_BZHW=f_hat_BZHW,
             residual_BZhw=residual_BZhw,
@@ -259,8 +261,12 @@ class Engine:
 
     def _residual(
         self, run: ScaleRun, heads: _Heads, guided: Sequence[Float[Tensor, "_k V"]]
-    ) -> tuple[Float[Tensor, "B Z y x"], Tensor | None]:
-        """Samples, and looks up what the scale adds to the latent; also how many copies were lost (`residual_of`)."""
+    ) -> tuple[Float[Tensor, "B Z y x"], Tensor | None, dict[Row, int]]:
+        """Samples, and looks up what the scale adds to the latent.
+
+        Returns:
+            The residual, how many copies were lost (`residual_of`), and the tokens that were refined, by row.
+        """
         request, scale = run.state.request, run.scale
         values = [self.tokenizer.symbols(logits_kV) for logits_kV in guided]
         thresholds = thresholds_of(run, values[0].shape[1])
@@ -272,9 +278,12 @@ class Engine:
             symbols = request.sampler.choose(*asked)
         soft_Bld = None if thresholds is None else soft_bits(run, values, symbols, thresholds, self.tokenizer)
         residual_BZhw, lost = residual_of(run, symbols, self.tokenizer, soft_Bld)
-        if drawn is not None:
-            residual_BZhw = residual_BZhw + self._refinement(run, heads, drawn, residual_BZhw)
-        return residual_BZhw, lost
+        if drawn is None or self.refiner is None:
+            return residual_BZhw, lost, {}
+        assert heads.hidden_kC is not None, "no graph ran"
+        inputs = refine_inputs(run, heads.hidden_kC, drawn)
+        added_BZhw = refine(self.refiner, run.state.refining, inputs, residual_BZhw)
+        return residual_BZhw + added_BZhw, lost, refined_tokens(inputs)
 
     def _signals(
         self, run: ScaleRun, logits: tuple[BranchLogits, ...], residual_BZhw: Tensor, f_hat_BZHW: Tensor
@@ -294,30 +303,6 @@ class Engine:
             values=run.values | run.idle_values(self.model.shape.width) | decoded,
         )
 
-    def _refinement(self, run: ScaleRun, heads: _Heads, drawn: Sequence[Tensor], like: Tensor) -> Tensor:
-        """What the family's own step adds to the latents of the tokens that ran; (B, Z, h, w)."""
-        assert self.refiner is not None, "the caller asked"
-        assert heads.hidden_kC is not None, "no graph ran"
-        added_BZl = torch.zeros_like(like).flatten(2)
-        sampler = run.state.request.sampler
-        for image, (hidden, symbols_kd) in enumerate(zip(per_image(run, heads.hidden_kC), drawn, strict=True)):
-            latents_kZ = self.refiner.refine(
-                RefineInput(
-                    scale=run.scale.index,
-                    grid=run.scale.grid,
-                    seed=sampler.seed_of(image),
-                    generator=sampler.generator_of(),
-                    cond_kC=hidden.cond_kV,
-                    uncond_uC=hidden.uncond_kV,
-                    uncond_index_u=hidden.uncond_index_u,
-                    symbols_kd=symbols_kd,
-                    index_k=hidden.index_k,
-                    weight=run.weight,
-                )
-            )
-            added_BZl[image, :, slice(None) if hidden.index_k is None else hidden.index_k] = latents_kZ.T
-        return added_BZl.view_as(like)
-
 
 def _companies(runs: Sequence[ScaleRun]) -> list[Company]:
     """Batches of runs that narrow the same blocks to the same dtypes."""
@@ -333,7 +318,7 @@ def _skipped(run: ScaleRun) -> _Outcome:
     state = run.state
     return _Outcome(
         run=run,
-        trace=trace_of(run),
+        trace=trace_of(run, {}),
         f_hat_BZHW=state.f_hat_BZHW,
         residual_BZhw=state.residual_BZhw,
         signals=state.signals,
@@ -364,6 +349,9 @@ def _committed(outcome: _Outcome, share: int) -> ScaleStep:
         trace.scales = [
             replace(part, ms=ms, lost_copies=n) for part, ms, n in zip(trace.scales, shared, lost, strict=True)
         ]
+        # Only the last try counts where a scale ran again; mates at other scales share this time as that of the scale.
+        refiner_ms = min(sum(state.refining.read()[-1:], 0.0), shared[-1])
+        trace.scales[-1] = replace(trace.scales[-1], refiner_ms=refiner_ms)
         trace.unfired = unfired(trace, state.bound.directives)
     return ScaleStep(scale=outcome.trace.scale, f_hat_BZHW=state.f_hat_BZHW, trace=trace)
 

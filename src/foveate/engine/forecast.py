@@ -44,16 +44,19 @@ def planned_work(
             continue
         reads_both = Signal.LOGITS in records or KeepDifference() in records
         has_head = reads_both or (request.guidance.on_logits and request.guidance.weights[scale.index] != 1.0)
+        is_refined = shape.refined_token_flops > 0 and scale.index == len(request.schedule) - 1
         branches = {is_cond: _branch_work(plan, scale, shape, is_cond=is_cond) for is_cond in (True, False)}
         twice = tuple(sorted(record.block for record in records if isinstance(record, AttentionEntropy)))
         rows = {}
         for row in live:
             ahead = shape.prefix_tokens(text_tokens[row]) if scale.index == 0 else 0
             part = branches[row[1]]
+            head_tokens = part.head_tokens if row[1] or has_head else 0
             rows[row] = replace(
                 part,
                 block_tokens=tuple(n + ahead for n in part.block_tokens),
-                head_tokens=part.head_tokens if row[1] or has_head else 0,
+                head_tokens=head_tokens,
+                refined_tokens=head_tokens if is_refined else 0,
                 attended_twice=twice,
             )
         work.append(ScaleWork(scale=scale.index, grid_tokens=scale.num_tokens, rows=rows, evicted=plan.evict))

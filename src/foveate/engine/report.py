@@ -21,10 +21,11 @@ def without_effect(policy: str, trace: Trace) -> tuple[CallWarning, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Milliseconds:
-    """Wall-clock time of the parts of a call, and of the whole call."""
+    """Wall-clock time of the parts of a call, and of the whole call; `refiner` is 0 where a family has none."""
 
     text: float
     transformer: float
+    refiner: float = 0.0
     decoder: float
     total: float
 
@@ -35,7 +36,8 @@ class Report:
 
     `full` stands for the same request with nothing left out; `cache_bytes_peak` is what was kept between scales beside
     keys and values. `unfired` names the policy's directives that had no effect; `notes` says what its settings imply,
-    `warnings` what the call did otherwise than one would expect. `latency_budget_ms` is what the call was to take.
+    `warnings` what the call did otherwise than one would expect. `latency_budget_ms` is what the call was to take. The
+    FLOPs of a family's refiner are part of `flops_run` and `flops_full`; `refiner_flops_run` is its part of the former.
     """
 
     flops_run: int
@@ -52,6 +54,7 @@ class Report:
     notes: tuple[str, ...] = ()
     warnings: tuple[CallWarning, ...] = ()
     latency_budget_ms: float | None = None
+    refiner_flops_run: int = 0
 
     @property
     def late_ms(self) -> float | None:
@@ -65,7 +68,7 @@ class Report:
 
     @property
     def predicted_speedup(self) -> float:
-        """Full over run: what the transformer gains at most if time followed FLOPs; nothing was measured."""
+        """Full over run: what transformer and refiner gain if time follows FLOPs; nothing was measured."""
         return self.flops_full / self.flops_run
 
 
@@ -108,6 +111,7 @@ def build_report(
         notes=(*bound.notes, *notes),
         warnings=tuple(warnings),
         latency_budget_ms=latency_budget_ms,
+        refiner_flops_run=run.refiner_flops,
     )
 
 

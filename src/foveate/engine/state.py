@@ -195,6 +195,7 @@ class RequestState:
     policy: Any
     trace: Trace
     clock: Clock
+    refining: Clock
     prepared_bytes: int
     fills: Fills = field(default_factory=Fills)
     difference: Difference | None = None
@@ -251,6 +252,7 @@ class RequestState:
                 peak_kv_bytes=cache.num_bytes,
             ),
             clock=clock,
+            refining=clock_of(model.device, request.times_scales),
             prepared_bytes=held_bytes(prepared),
             graph=None if graphs is None else _lease(graphs, model, request, limits.num_stored, prepared),
         )

@@ -1,8 +1,8 @@
 """The HART family (arXiv 2410.10812): codes and a continuous residual, a text in front of the scales, one square size.
 
 Source of the published entry: model card and demo of HART (code MIT; the weights have a licence of their own).
-Axes: k tokens that ran, l tokens of the scale, u tokens of the unconditional branch, n tokens of both branches, C
-width, Z latent channels, S steps.
+Axes: k tokens that ran, l tokens of the scale, u tokens of the unconditional branch, a the others, n tokens of both
+branches, C width, Z latent channels, S steps.
 """
 
 from collections.abc import Mapping
@@ -44,10 +44,6 @@ class ResidualRefiner:
     transformer: HART
     tokenizer: VQTokenizer
 
-    def acts_at(self, scale: int, num_scales: int) -> bool:
-        """At the last scale alone."""
-        return scale == num_scales - 1
-
     def refine(self, image: RefineInput) -> Float[Tensor, "k Z"]:
         """The residual of each token, by noise that is keyed by the image's seed or drawn in the published order."""
         noise_SlZ = to_device(self.noise(image), image.cond_kC.device)
@@ -60,15 +56,21 @@ class ResidualRefiner:
         """
         codes_kZ = self.tokenizer.codes(image.symbols_kd)
         cond_kC = self.transformer.residual_condition(image.cond_kC, codes_kZ)
+        diffuse = self.transformer.diffloss
         if image.uncond_uC is None or image.weight == 1.0:
-            return self.transformer.diffloss(cond_kC, None, 1.0, noise_SkZ)
-        index_u = slice(None) if image.uncond_index_u is None else image.uncond_index_u
+            return diffuse(cond_kC, None, 1.0, noise_SkZ)
+        index_u = image.uncond_index_u
+        if index_u is None:
+            uncond_kC = self.transformer.residual_condition(image.uncond_uC, codes_kZ)
+            return diffuse(cond_kC, uncond_kC, image.weight, noise_SkZ)
         uncond_uC = self.transformer.residual_condition(image.uncond_uC, codes_kZ[index_u])
-        guided_uZ = self.transformer.diffloss(cond_kC[index_u], uncond_uC, image.weight, noise_SkZ[:, index_u])
-        if image.uncond_index_u is None:
-            return guided_uZ
-        residual_kZ = self.transformer.diffloss(cond_kC, None, 1.0, noise_SkZ)
-        residual_kZ[index_u] = guided_uZ
+        residual_kZ = torch.empty_like(codes_kZ, dtype=torch.float32)
+        residual_kZ[index_u] = diffuse(cond_kC[index_u], uncond_uC, image.weight, noise_SkZ[:, index_u])
+        # A stable sort and no search for what is left: the host does not wait for a device.
+        is_guided_k = torch.zeros(len(cond_kC), dtype=torch.uint8, device=cond_kC.device).index_fill(0, index_u, 1)
+        alone_a = is_guided_k.argsort(stable=True)[: len(cond_kC) - len(index_u)]
+        if len(alone_a):
+            residual_kZ[alone_a] = diffuse(cond_kC[alone_a], None, 1.0, noise_SkZ[:, alone_a])
         return residual_kZ
 
     def noise(self, image: RefineInput) -> Float[Tensor, "S l Z"]:

@@ -183,6 +183,16 @@ class ResidualDiffusion(nn.Module):
         super().__init__()
         self.net = ResidualNetwork(channels, width, hidden, depth)
 
+    @staticmethod
+    def token_flops(channels: int, width: int, hidden: int, depth: int) -> int:
+        """FLOPs of all steps for one token of one branch; the embedding of a step, shared by all tokens, left out.
+
+        Arguments as the constructor's.
+        """
+        layers = depth * (3 + 2) * hidden**2
+        ends = channels * hidden + 2 * hidden**2 + 2 * channels * hidden
+        return 2 * (width * hidden + NUM_STEPS * (layers + ends))
+
     def forward(
         self,
         cond_kC: Float[Tensor, "k C"],

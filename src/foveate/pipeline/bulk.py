@@ -186,7 +186,10 @@ def refuse_too_many(pipe: Pipeline, job: Job, num_images: int, residency: Reside
 def add_reports(first: Report, second: Report) -> Report:
     """Cost of two batches together: sums of times and counts, maxima of memory; each warning once."""
     a, b = first.ms, second.ms
-    names = ("flops_run", "flops_full", "tokens_run", "tokens_full", "token_blocks_run", "token_blocks_full")
+    names = (
+        "flops_run", "flops_full", "refiner_flops_run", "tokens_run", "tokens_full", "token_blocks_run",
+        "token_blocks_full",
+    )  # fmt: skip
     peaks = ("kv_bytes_peak", "kv_bytes_bound", "cache_bytes_peak")
     both = first.warnings + second.warnings
     # A directive that had an effect in one batch is not reported as without effect.
@@ -199,6 +202,7 @@ def add_reports(first: Report, second: Report) -> Report:
         ms=Milliseconds(
             text=a.text + b.text,
             transformer=a.transformer + b.transformer,
+            refiner=a.refiner + b.refiner,
             decoder=a.decoder + b.decoder,
             total=a.total + b.total,
         ),

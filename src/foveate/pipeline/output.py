@@ -159,6 +159,7 @@ def _merge_scale(parts: Sequence[ScaleTrace]) -> ScaleTrace:
         ran=any(part.ran for part in parts),
         work=replace(parts[0].work, grid_tokens=grid_tokens, rows=rows),
         ms=sum(part.ms for part in parts),
+        refiner_ms=sum(part.refiner_ms for part in parts),
         lost_copies=sum(part.lost_copies for part in parts),
         keep_Bl=torch.cat(keeps) if keeps else None,
         depth_Bl=torch.cat(depths) if depths else None,

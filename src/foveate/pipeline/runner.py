@@ -197,6 +197,7 @@ class Runner:
         ms = Milliseconds(
             text=trace.text_ms,
             transformer=trace.transformer_ms,
+            refiner=trace.refiner_ms,
             decoder=trace.decoder_ms,
             total=1e3 * (time.perf_counter() - call.began),
         )
