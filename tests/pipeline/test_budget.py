@@ -8,12 +8,16 @@ import pytest
 import torch
 
 import foveate as fv
+from foveate.conditioning.qwen2 import RandomPlacedText
 from foveate.core.cost import ModelShape
 from foveate.core.errors import FoveateError
 from foveate.core.guidance import GuidanceSchedule
 from foveate.core.schedule import ScaleSchedule
 from foveate.engine.forecast import forecast, full_cost
-from foveate.pipeline.budget import fitted, request_of
+from foveate.families.published import published_model
+from foveate.models.hart import HART
+from foveate.pipeline.budget import fitted, request_of, with_budget
+from foveate.pipeline.call import resolve
 from foveate.pipeline.pipeline import Pipeline
 from foveate.pipeline.provenance import read_image_config, regenerate, save_image
 from foveate.policies.registry import load_policy
@@ -30,6 +34,21 @@ def test_a_budget_is_spent_and_the_fitted_policy_is_stored(toy_pipe: Pipeline, t
     assert (again.is_identical, again.differences) == (True, ())
     assert read_image_config(path)["asked"] == {"budget": 0.5}
     assert "asked" not in again.config
+
+
+@pytest.mark.parametrize("negative", [(), ("a dog",)])
+def test_a_text_of_padded_tokens_is_counted_as_it_is(negative: tuple[str, ...]):
+    """HART at 1024 pixels reads 300 tokens of every prompt, and two for none; a negative prompt has 300, too."""
+    spec = published_model("hart-0.7b").spec
+    with torch.device("meta"):
+        shape = HART(spec.transformer).shape
+    job = resolve("a red cat", {"policy": "random-tokens", "budget": 0.3, "negative_prompt": negative or None}, spec)
+    found = with_budget(job, shape)
+    conditioner = RandomPlacedText(width=8, max_tokens=300, device=torch.device("cpu"))
+    conditions = conditioner.encode(["a red cat", *(negative or [""])])
+    request = replace(request_of(job.schedule, job.guidance, shape), conditions=tuple(conditions))
+    own = forecast(found.policy.bind(job.schedule, shape), request, shape).flops
+    assert own / full_cost(request, shape).flops == pytest.approx(0.3, rel=0.002)
 
 
 def test_without_a_policy_the_default_family_is_fitted(toy_pipe: Pipeline):
@@ -93,6 +112,6 @@ def test_prompts_of_other_lengths_are_within_two_percent_of_a_large_model(tokens
     )  # fmt: skip
     schedule, guidance = ScaleSchedule.from_template(1.0, "0.25M"), GuidanceSchedule(weights=(3.0,) * 10)
     policy = fitted(load_policy("depthvar"), 0.4, schedule, guidance, shape)
-    request = replace(request_of(schedule, guidance), conditions=(torch.empty(tokens, 0),))
+    request = replace(request_of(schedule, guidance, shape), conditions=(torch.empty(tokens, 0),))
     share = forecast(policy.bind(schedule, shape), request, shape).flops / full_cost(request, shape).flops
     assert share == pytest.approx(0.4, rel=0.02)

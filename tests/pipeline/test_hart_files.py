@@ -132,5 +132,9 @@ def test_random_weights_run_by_name_and_take_what_was_forecast() -> None:
     assert torch.equal(latent_of(pipe), plain)
     for changed in ({"negative_prompt": "a dog"}, {"more_smooth": False}, {"rng": "reference"}, {"guidance_scale": 2}):
         assert not torch.equal(latent_of(pipe, **changed), plain)
+    fitted = pipe("a red cat", seed=1, output_type="latent", policy="random-tokens", budget=0.6).report
+    assert fitted.flops_ratio == pytest.approx(0.6, rel=0.02)
+    assert 0 < fitted.refiner_flops_run < fitted.flops_run
+    assert 0 < fitted.ms.refiner < fitted.ms.total
     batch = pipe(["a dog", "a red cat"], seed=1, output_type="latent").images
     assert torch.equal(batch[1:], plain)

@@ -41,7 +41,7 @@ def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def work_of(spec: str):
     subject = toy("square")
-    request = request_of(subject.schedule, GuidanceSchedule(weights=(3.0,) * 5))
+    request = request_of(subject.schedule, GuidanceSchedule(weights=(3.0,) * 5), SHAPE)
     return forecast_work(load_policy(spec).bind(subject.schedule, SHAPE), request, SHAPE), request.text_tokens()
 
 

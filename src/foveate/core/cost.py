@@ -25,7 +25,8 @@ class ModelShape:
     blocks. Where a model is not `is_cached` the tokens of a scale see only each other. With `has_text_prefix` a row's
     text runs all blocks in front of the first scale, and its last token stands for that scale. `draws_bits` says that a
     token holds bits and not an id of a codebook. `refined_token_flops` are those of a family's refiner, for one token
-    of the last scale in one branch.
+    of the last scale in one branch. `padded_tokens` are the text tokens of every prompt and of none, where all prompts
+    have as many.
     """
 
     num_blocks: int
@@ -43,6 +44,7 @@ class ModelShape:
     has_text_prefix: bool = False
     draws_bits: bool = False
     refined_token_flops: int = 0
+    padded_tokens: tuple[int, int] | None = None
 
     @property
     def sublayer_flops(self) -> tuple[int, ...]:

@@ -154,7 +154,7 @@ class Trace:
     def from_json(cls, data: dict[str, Any]) -> "Trace":
         """Reads what `to_json` wrote."""
         trace = cls(
-            shape=ModelShape(**data["shape"]),
+            shape=_shape_of(data["shape"]),
             text_tokens={(image, bool(c)): tokens for image, c, tokens in data["text_tokens"]},
             bytes_per_element=data["bytes_per_element"],
             peak_kv_bytes=data["peak_kv_bytes"],
@@ -199,6 +199,11 @@ class Trace:
     def dumps(self) -> str:
         """The trace as one JSON line."""
         return json.dumps(self.to_json(), separators=(",", ":"))
+
+
+def _shape_of(data: dict[str, Any]) -> ModelShape:
+    """A shape from plain data; lists were tuples."""
+    return ModelShape(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
 
 
 def unfired(trace: Trace, directives: Sequence[Directive]) -> tuple[str, ...]:

@@ -177,6 +177,7 @@ class HART(Transformer):
             row_flops=2 * 2 * width**2,
             text_token_flops=2 * config.text_width * width,
             has_text_prefix=True,
+            padded_tokens=(config.text_tokens, min(config.text_tokens, 2)),
             refined_token_flops=2 * config.latent_channels * width
             + ResidualDiffusion.token_flops(config.latent_channels, width, config.diff_width, config.diff_depth),
         )

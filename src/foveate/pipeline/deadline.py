@@ -52,7 +52,7 @@ def levels_of(
     Raises:
         FoveateError: The policy has no dial.
     """
-    dial, request = Dial.of(policy, schedule, shape), request_of(schedule, guidance, num_images)
+    dial, request = Dial.of(policy, schedule, shape), request_of(schedule, guidance, shape, num_images=num_images)
     found: list[Level] = []
     for setting in (Full(), *(dial.at(level) for level in LEVELS)):
         work = forecast_work(setting.bind(schedule, shape), request, shape)
