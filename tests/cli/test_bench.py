@@ -30,7 +30,7 @@ def test_latency_as_json_and_files(run: Callable[..., Any], toy_folder: Path, tm
     assert (ran.code, ran.err) == (0, "")
     data = ran.data
     assert data["schema_version"] == 1
-    assert list(data["cases"][0]["policies"][1]["ms"]) == ["text", "transformer", "decoder", "total", "rest"]
+    assert list(data["cases"][0]["policies"][1]["ms"]) == ["text", "transformer", "refiner", "decoder", "total", "rest"]
     assert data["cases"][0]["policies"][1]["efficiency"]["median"] > 0
     assert data["command"].split()[0] == "foveate"
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
