@@ -153,7 +153,7 @@ def _times(times: tuple[ScaleTime, ...]) -> str:
         for s in scales
     )
     table = Table(caption="Median milliseconds per scale", columns=("scale and grid", *names), rows=rows)
-    return f"""<h2>Time per scale</h2><p>Milliseconds of the transformer, the chosen policy beside the reference.</p>
+    return f"""<h2>Time per scale</h2><p>Milliseconds of each scale, the chosen policy beside the reference.</p>
 <div class="pg-card"><foveate-bars id="pg-bars"></foveate-bars><div class="pg-legend" id="pg-bars-legend"></div></div>
 <details><summary>As a table, all policies</summary>{_table(table)}</details>"""
 
