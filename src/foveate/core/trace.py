@@ -203,7 +203,8 @@ class Trace:
 
 def _shape_of(data: dict[str, Any]) -> ModelShape:
     """A shape from plain data; lists were tuples."""
-    return ModelShape(**{name: tuple(value) if isinstance(value, list) else value for name, value in data.items()})
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    return ModelShape(**fields)
 
 
 def unfired(trace: Trace, directives: Sequence[Directive]) -> tuple[str, ...]:
