@@ -43,9 +43,23 @@ class Forecast:
 
 
 @lru_cache(maxsize=256)
-def forecast_of(policy: Policy, schedule: ScaleSchedule, guidance: GuidanceSchedule, shape: ModelShape) -> Forecast:
-    """The forecast of one image of a call; known ones are not counted again."""
-    request = request_of(schedule, guidance)
+def forecast_of(
+    policy: Policy,
+    schedule: ScaleSchedule,
+    guidance: GuidanceSchedule,
+    shape: ModelShape,
+    has_negative: bool = False,
+) -> Forecast:
+    """The forecast of one image; known ones are not counted again.
+
+    Args:
+        policy: That of the call.
+        schedule: Its size.
+        guidance: Decides which rows there are.
+        shape: Of the model.
+        has_negative: Whether a prompt stands on the unconditional side, too.
+    """
+    request = request_of(schedule, guidance, shape, has_negative=has_negative)
     tokens = request.text_tokens()
     run = scale_flops(forecast_work(policy.bind(schedule, shape), request, shape), shape, tokens)
     full = scale_flops(full_work(request, shape), shape, tokens)
@@ -54,7 +68,7 @@ def forecast_of(policy: Policy, schedule: ScaleSchedule, guidance: GuidanceSched
 
 def profiled(profile: Profile, job: Job, shape: ModelShape) -> list[tuple[float, float]]:
     """GFLOPs of each scale of a call's full run and the milliseconds that a profile predicts; without the first one."""
-    request = request_of(job.schedule, job.guidance)
+    request = request_of(job.schedule, job.guidance, shape)
     work, tokens = full_work(request, shape), request.text_tokens()
     flops = [number / 1e9 for number in scale_flops(work, shape, tokens)]
     return list(zip(flops, profile.scale_ms(work, shape, tokens), strict=True))[1:]

@@ -419,4 +419,5 @@ class Scheduler:
         return "0" if self.pipe.model.spec.conditioning.names_classes else "an image"
 
     def _forecast(self, job: Job) -> Forecast:
-        return forecast_of(job.policy, job.schedule, job.guidance, self.pipe.model.transformer.shape)
+        shape = self.pipe.model.transformer.shape
+        return forecast_of(job.policy, job.schedule, job.guidance, shape, job.negatives is not None)
