@@ -182,7 +182,7 @@ def _native(
         out_glND.data_ptr(),
         None if lse_glN is None else lse_glN.data_ptr(),
         native.integers(num_rows, num_heads, num_queries, num_keys, width),
-        native.integers(*q_glND.stride()[:3], *k_gNmD.stride()[:3], *out_glND.stride()[:3]),
+        native.integers(*q_glND.stride()[:3], *k_gNmD.stride()[:3], *v_gNmD.stride()[:3], *out_glND.stride()[:3]),
         scale,
         native.num_threads(num_rows * num_heads * num_queries * num_keys),
     )

@@ -103,6 +103,19 @@ def allows_onednn() -> bool:
     return switches.is_on("FOVEATE_ONEDNN") and torch.backends.mkldnn.is_available()
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Whether attention in bfloat16 runs on AMX: the C code serves, the processor has it, the system permits it.
+
+    Raises:
+        FoveateError: A switch holds neither 0 nor 1.
+    """
+    if not switches.is_on("FOVEATE_AMX") or "amx_bf16" not in _processor_flags():
+        return False
+    found = library()
+    return found is not None and bool(found.foveate_amx())
+
+
 def library() -> ctypes.CDLL | None:
     """The compiled library; None, after one line at INFO, where it cannot be had.
 
@@ -261,8 +274,9 @@ def _declare(loaded: ctypes.CDLL) -> None:
     pointer, integer, word, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64, ctypes.c_float
     signatures = {
         "foveate_threads": [pointer],
-        "foveate_attend_f32": [pointer, pointer, pointer, pointer, pointer, pointer, pointer, real, integer],
-        "foveate_attend_bf16": [pointer, pointer, pointer, pointer, pointer, pointer, pointer, real, integer],
+        "foveate_attend_f32": [*[pointer] * 7, real, integer],
+        "foveate_attend_bf16": [*[pointer] * 7, real, integer],
+        "foveate_amx": [],
         "foveate_norm": [
             pointer, pointer, integer, pointer, integer, pointer, integer, pointer, integer, integer, real, integer,
         ],
@@ -272,11 +286,20 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "foveate_resize": [pointer, *[integer] * 3, pointer, *[integer] * 5, *[pointer] * 4, integer],
         "foveate_draws": [word, word, pointer, *[integer] * 3],
     }  # fmt: skip
+    if "amx_bf16" in _processor_flags():
+        signatures["foveate_attend_amx"] = [*[pointer] * 8, real, integer]
+        signatures["foveate_attend_gradients"] = [*[pointer] * 5, real, integer]
     for name, arguments in signatures.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, integer if "attend" in name else None
+        function.argtypes = arguments
+        function.restype = integer if "attend" in name or name == "foveate_amx" else None
 
 
 def integers(*values: int) -> ctypes.Array[ctypes.c_int64]:
     """A C array of 64-bit integers."""
     return (ctypes.c_int64 * len(values))(*values)
+
+
+def pointers(*tensors: Tensor) -> ctypes.Array[ctypes.c_void_p]:
+    """A C array of the addresses of tensors."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

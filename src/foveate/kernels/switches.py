@@ -8,8 +8,8 @@ from typing import Literal, get_args
 
 from foveate.core.errors import FoveateError
 
-Switch = Literal["FOVEATE_NATIVE", "FOVEATE_ONEDNN", "FOVEATE_KEEP_HEAP"]
-"""C code on a CPU; linear layers by oneDNN's own operators; memory kept while a request runs."""
+Switch = Literal["FOVEATE_NATIVE", "FOVEATE_AMX", "FOVEATE_ONEDNN", "FOVEATE_KEEP_HEAP"]
+"""C code on a CPU; its attention by AMX; linear layers by oneDNN's own operators; memory kept while a request runs."""
 
 SWITCHES: tuple[Switch, ...] = get_args(Switch)
 

@@ -4,21 +4,9 @@
 // [block][width / GROUP][KEY_BLOCK], values [keys / GROUP][width].
 //
 // The including file defines: Number, GROUP (numbers per word), FORMAT, MULTIPLY_ADD(sum, a, b) over vectors of words.
-#include "common.h"
+#include "attention_job.h"
 
 enum { KEY_BLOCK = 512, QUERY_BLOCK = 96, KEY_STEP = 4 * LANES };
-
-typedef struct {
-    Queue queue;
-    const Number *q, *k, *v;
-    Number *out;
-    float *lse;
-    int64_t heads, queries, keys, width;
-    int64_t q_row, q_token, q_head, kv_row, kv_head, kv_token, out_row, out_token, out_head;
-    int64_t parts;
-    float scale;
-    atomic_int failed;
-} Job;
 
 typedef struct {
     float *scores, *sums, *tops, *out;
@@ -27,33 +15,6 @@ typedef struct {
     uint32_t *keys, *values;
 } Scratch;
 
-// Sixteen rows of sixteen words become columns: words of neighbouring rows, then pairs of them, then quarters.
-INLINE void transpose16(__m512i rows[16]) {
-    __m512i t[16];
-    UNROLL for (int i = 0; i < 8; i++) {
-        t[2 * i] = _mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
-        t[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-        rows[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        rows[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        rows[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        rows[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-        rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
-
 // Sixteen keys, of which `count` exist: column w of `block` takes word w of each; the rest is zero.
 static void pack_sixteen(const Job *job, const Number *k, int64_t count, uint32_t *block) {
     int64_t words = job->width / GROUP;
@@ -61,7 +22,7 @@ static void pack_sixteen(const Job *job, const Number *k, int64_t count, uint32_
         __mmask16 mask = first_lanes(words - w);
         __m512i rows[16];
         UNROLL for (int i = 0; i < 16; i++)
-            rows[i] = i < count ? _mm512_maskz_loadu_epi32(mask, k + i * job->kv_token + GROUP * w) : _mm512_setzero_si512();
+            rows[i] = i < count ? _mm512_maskz_loadu_epi32(mask, k + i * job->k_token + GROUP * w) : _mm512_setzero_si512();
         transpose16(rows);
         for (int64_t i = 0; i < LANES && w + i < words; i++) _mm512_storeu_si512(block + (w + i) * KEY_BLOCK, rows[i]);
     }
@@ -73,7 +34,7 @@ static void pack_keys(const Job *job, const Number *k, uint32_t *out) {
         uint32_t *block = out + b * (job->width / GROUP);
         for (int64_t first = 0; first < count; first += LANES) {
             int64_t there = count - first < LANES ? count - first : LANES;
-            pack_sixteen(job, k + (b + first) * job->kv_token, there, block + first);
+            pack_sixteen(job, k + (b + first) * job->k_token, there, block + first);
         }
     }
 }
@@ -87,7 +48,7 @@ INLINE void interleave16(const void *even, const void *odd, uint32_t *out) {
 
 static void pack_values(const Job *job, const Number *v, uint32_t *out) {
     for (int64_t key = 0; key < job->keys; key += GROUP) {
-        const Number *first = v + key * job->kv_token, *second = key + 1 < job->keys ? first + job->kv_token : NULL;
+        const Number *first = v + key * job->v_token, *second = key + 1 < job->keys ? first + job->v_token : NULL;
         uint32_t *words = out + key / GROUP * job->width;
         if (GROUP == 1) memcpy(words, first, sizeof(uint32_t) * (size_t)job->width);
         for (int64_t d = 0; GROUP == 2 && d < job->width; d += LANES)
@@ -243,8 +204,8 @@ static void attend_tasks(Job *job, const Scratch *s) {
     while (take_slice(&job->queue, &task, &task_end)) {
         int64_t pair = task / job->parts, row = pair / job->heads, head = pair % job->heads;
         if (pair != packed) {
-            pack_keys(job, job->k + row * job->kv_row + head * job->kv_head, s->keys);
-            pack_values(job, job->v + row * job->kv_row + head * job->kv_head, s->values);
+            pack_keys(job, job->k + row * job->k_row + head * job->k_head, s->keys);
+            pack_values(job, job->v + row * job->v_row + head * job->v_head, s->values);
             packed = pair;
         }
         int64_t first = task % job->parts * per, end = first + per < job->queries ? first + per : job->queries;
@@ -256,13 +217,6 @@ static void attend_tasks(Job *job, const Scratch *s) {
             if (job->lse) store_lse(job, s, count, job->lse + (row * job->queries + i) * job->heads + head);
         }
     }
-}
-
-// A piece of `arena`, or its size while there is none.
-INLINE void *piece(char *arena, size_t *used, size_t bytes) {
-    void *at = arena ? arena + *used : NULL;
-    *used += (bytes + 63) / 64 * 64;
-    return at;
 }
 
 static Scratch lay_out(const Job *job, char *arena, size_t *used) {
@@ -293,22 +247,4 @@ static void attend_work(void *arg) {
     Scratch scratch = lay_out(job, arena, &bytes);
     attend_tasks(job, &scratch);
     free(arena);
-}
-
-// dims: rows, heads, queries, keys, width (a multiple of 16). strides, in elements: q row, token, head; keys and values
-// row, head, token; out row, token, head. A width lies together everywhere. lse: NULL, or room for the natural
-// log-sum-exp of the scores, [rows][queries][heads]. Returns 1 without memory, else 0.
-static int64_t attend(const void *q, const void *k, const void *v, void *out, float *lse, const int64_t *dims,
-                      const int64_t *strides, float scale, int64_t threads) {
-    int64_t pairs = dims[0] * dims[1];
-    // Each part of the queries packs the keys again, so a head is only split where heads do not share out evenly.
-    int64_t parts = pairs % threads && pairs < 8 * threads ? threads : 1;
-    Job job = {
-        .queue = {.count = pairs * parts, .slice = 1}, .q = q, .k = k, .v = v, .out = out, .lse = lse,
-        .heads = dims[1], .queries = dims[2], .keys = dims[3], .width = dims[4], .q_row = strides[0],
-        .q_token = strides[1], .q_head = strides[2], .kv_row = strides[3], .kv_head = strides[4], .kv_token = strides[5],
-        .out_row = strides[6], .out_token = strides[7], .out_head = strides[8], .parts = parts, .scale = scale,
-    };
-    run(attend_work, &job, threads);
-    return atomic_load(&job.failed);
 }

@@ -9,5 +9,6 @@ enum { GROUP = 2 };
 
 API int64_t foveate_attend_bf16(const void *q, const void *k, const void *v, void *out, float *lse,
                                 const int64_t *dims, const int64_t *strides, float scale, int64_t threads) {
-    return attend(q, k, v, out, lse, dims, strides, scale, threads);
+    Job job = {.q = q, .k = k, .v = v, .out = out, .lse = lse, .scale = scale};
+    return attend(attend_work, job, dims, strides, threads);
 }
