@@ -23,6 +23,7 @@ from foveate.kernels.heads import rotate, unit_heads
 from foveate.models.attention import CrossAttention
 from foveate.models.infinity import Infinity, InfinityBlock
 from foveate.models.layers import rms_norm
+from recipes.emoji.attention import attend
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,29 +99,14 @@ class BlockWeights(NamedTuple):
 class Layout(NamedTuple):
     """Where the scales of a sequence lie.
 
-    Tokens up to `ends[0]` share one attention call under the mask `first_ll`, each later scale has one without a mask.
+    Tokens up to `ends[0]` share one attention call, where each sees the first `seen_1l` keys; each later scale has one
+    without a mask.
     `rotation_LD` holds the rotary positions.
     """
 
     rotation_LD: Tensor
-    first_ll: Tensor
+    seen_1l: Tensor
     ends: tuple[int, ...]
-
-
-def attend(
-    q_BNlD: Float[Tensor, "B N l D"],
-    k_BNTD: Float[Tensor, "B N T D"],
-    v_BNTD: Float[Tensor, "B N T D"],
-    scale: float,
-    mask: Bool[Tensor, "..."] | None = None,
-) -> Float[Tensor, "B N l D"]:
-    """Attention; on a CPU spelled out, as torch's fused one is three times slower there with its gradients."""
-    if q_BNlD.device.type != "cpu":
-        return F.scaled_dot_product_attention(q_BNlD, k_BNTD, v_BNTD, attn_mask=mask, scale=scale)
-    score_BNlT = torch.matmul(q_BNlD, k_BNTD.transpose(-1, -2)) * scale
-    if mask is not None:
-        score_BNlT = score_BNlT.masked_fill(~mask, -1e4)
-    return torch.matmul(score_BNlT.softmax(-1), v_BNTD)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -151,7 +137,7 @@ def run_block(
 
     `path_B2` multiplies what self-attention and feed-forward add, image by image, see `draw_paths`.
     """
-    rotation_LD, first_ll, ends = layout
+    rotation_LD, seen_1l, ends = layout
     heads = weights.log_gain_N.shape[0]
     gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = (shared_B6C + weights.ada_6C).unbind(1)
     if path_B2 is not None:
@@ -166,8 +152,8 @@ def run_block(
     v = v.transpose(1, 2)
     parts, begin = [], 0
     for end in ends:
-        mask = first_ll if begin == 0 else None
-        parts.append(attend(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], 1.0, mask))
+        seen = seen_1l if begin == 0 else None
+        parts.append(attend(q[:, :, begin:end], k[:, :, :end], v[:, :, :end], 1.0, seen))
         begin = end
     attended = torch.cat(parts, dim=2).transpose(1, 2).flatten(2)
     x_BLC = x_BLC + _linear(attended, weights.proj, weights.proj_bias, dtype).float() * gate_1[:, None]
@@ -175,7 +161,7 @@ def run_block(
     x = F.layer_norm(x_BLC, x_BLC.shape[-1:], weights.norm, weights.norm_bias, eps=1e-6)
     q = _linear(x, weights.cross_q, weights.cross_q_bias, dtype).unflatten(-1, (heads, -1)).transpose(1, 2)
     k, v = _text_heads(text_BTC, weights.cross_kv, weights.cross_v_bias, heads, dtype)
-    attended = attend(q, k, v, q.shape[-1] ** -0.5, is_real_BT[:, None, None]).transpose(1, 2).flatten(2)
+    attended = attend(q, k, v, q.shape[-1] ** -0.5, is_real_BT.sum(-1, keepdim=True)).transpose(1, 2).flatten(2)
     x_BLC = x_BLC + _linear(attended, weights.cross_proj, weights.cross_proj_bias, dtype).float()
 
     x = _linear(_modulate(x_BLC, 1 + scale_2, shift_2), weights.up, weights.up_bias, dtype)
@@ -257,7 +243,7 @@ class Teacher:
         pool: CrossAttention = self.model.text_proj_for_sos.ca
         k, v = _text_heads(text_BTE, pool.mat_kv.weight, pool.v_bias, pool.heads, self.dtype)
         q_BN1D = pool.mat_q[0].to(self.dtype)[None, :, None].expand(len(text_BTE), -1, -1, -1)
-        pooled_BC = attend(q_BN1D, k, v, pool.scale, is_real_BT[:, None, None]).flatten(1)
+        pooled_BC = attend(q_BN1D, k, v, pool.scale, is_real_BT.sum(-1, keepdim=True)).flatten(1)
         return _linear(pooled_BC, pool.proj.weight, pool.proj.bias, self.dtype).float()
 
     def _entries(self, pooled_BC: Tensor, inputs: Sequence[Tensor]) -> Float[Tensor, "B L C"]:
@@ -276,10 +262,10 @@ class Teacher:
             model, counts = self.model, [h * w for h, w in self.schedule.grids[:num_scales]]
             all_ends = np.cumsum(counts).tolist()
             first = max((end for end in all_ends if end <= self.masked_tokens), default=all_ends[0])
-            scale_l = torch.repeat_interleave(torch.arange(num_scales), torch.tensor(counts))[:first]
+            seen = [end for end, count in zip(all_ends, counts, strict=True) if end <= first for _ in range(count)]
             self._layouts[num_scales] = Layout(
                 rotation_LD=torch.cat([model.positions(self.schedule, s) for s in range(num_scales)]),
-                first_ll=(scale_l[:, None] >= scale_l[None]).to(model.device),
+                seen_1l=torch.tensor([seen], device=model.device),
                 ends=tuple(end for end in all_ends if end >= first),
             )
         return self._layouts[num_scales]
