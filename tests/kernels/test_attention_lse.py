@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from foveate.kernels import native
 from foveate.kernels.attention import attend_group, attend_group_copies, attend_group_lse, entropy
+from tests.kernels.paths import take_path
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [
@@ -33,17 +34,15 @@ def inference() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["native", "flash", "scores"])
+@pytest.fixture(params=["amx", "native", "flash", "scores"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs a test in C, with torch's flash kernel for CPUs, and with scores that are computed once more."""
-    if request.param == "native":
-        if native.library() is None:
-            pytest.skip(f"no C kernels on this machine: {native.describe()}")
-        yield request.param
+    """Runs a test in C with AMX and without, with torch's flash kernel for CPUs, and with scores computed once more."""
+    path = take_path(request.param, monkeypatch)
+    if path in ("amx", "native"):
+        yield path
         return
-    monkeypatch.setattr(native, "library", lambda: None)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if request.param == "flash" else SDPBackend.MATH):
-        yield request.param
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if path == "flash" else SDPBackend.MATH):
+        yield path
 
 
 @contextmanager
@@ -93,7 +92,7 @@ def assert_near(got: Tensor, wanted: Tensor, margin: float) -> None:
 
 def lse_step(path: str, q_nND: Tensor) -> float:
     """Error of a log-sum-exp per unit of the largest score; torch's flash kernel is coarser in bfloat16."""
-    is_flash = path == "flash" or (path == "native" and q_nND.shape[-1] % 16 != 0)
+    is_flash = path == "flash" or (path in ("amx", "native") and q_nND.shape[-1] % 16 != 0)
     return 1e-4 if is_flash and q_nND.dtype is torch.bfloat16 else 1e-6
 
 
@@ -139,6 +138,22 @@ def test_each_path_is_the_one_that_runs(path: str) -> None:
     ran = {event.key for event in profile.key_averages()}
     names = {"flash": "aten::_scaled_dot_product_flash_attention_for_cpu", "scores": "aten::logsumexp"}
     assert ran & set(names.values()) == ({names[path]} if path in names else set())
+
+
+@pytest.mark.parametrize("name", ["amx", "native"])
+def test_each_c_path_is_the_one_that_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_path(name, monkeypatch)
+    library, called = native.loaded(), []
+
+    class Spy:
+        def __getattr__(self, function: str) -> object:
+            called.append(function)
+            return getattr(library, function)
+
+    monkeypatch.setattr(native, "loaded", Spy)
+    for dtype in DTYPES:
+        attend_group(*inputs((1, 2, 5, 9, 32), dtype), 0.3)
+    assert called == ["foveate_attend_f32", f"foveate_attend_{'amx' if name == 'amx' else 'bf16'}"]
 
 
 def test_gradients_flow_through_the_log_sum_exp() -> None:

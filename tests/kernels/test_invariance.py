@@ -30,6 +30,7 @@ from foveate.kernels.linear import Linear, linear
 from foveate.kernels.norm import norm_modulate
 from foveate.kernels.residual import add_gated_
 from foveate.policies.full import Full
+from tests.kernels.paths import ATTENTION_PATHS, take_path
 from tests.models.test_switti import request_of, subject_of
 from tests.toys import Toy, label_request, make_request, run, toy, toy_var
 
@@ -49,6 +50,12 @@ def path(request, monkeypatch) -> str:
     elif native.library() is None:
         pytest.skip(f"no C kernels on this machine: {native.describe()}")
     return request.param
+
+
+@pytest.fixture(params=ATTENTION_PATHS)
+def attention_path(request, monkeypatch) -> str:
+    """Runs a test of attention on each of its paths."""
+    return take_path(request.param, monkeypatch)
 
 
 @pytest.fixture(params=[1, 2])
@@ -379,8 +386,10 @@ def test_activations_of_tokens_alone(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(4, 16, 16, 30), (4, 64, 1, 40), (1, 32, 9, 530), (2, 128, 100, 131)], ids=str)
-def test_attention_of_rows_alone(path: str, threads: int, shape: tuple[int, int, int, int], dtype: torch.dtype):
-    if path == "torch" and threads > 1:
+def test_attention_of_rows_alone(
+    attention_path: str, threads: int, shape: tuple[int, int, int, int], dtype: torch.dtype
+):
+    if attention_path == "torch" and threads > 1:
         pytest.skip("torch's attention in float32 gives a head other bits on its second thread")
     heads, width, queries, keys = shape
     q = random(5 * queries, 3, heads, width, dtype=dtype)[:, 0]
@@ -389,7 +398,7 @@ def test_attention_of_rows_alone(path: str, threads: int, shape: tuple[int, int,
     for a, b in ((0, 1), (4, 5), (1, 3)):
         part = slice(a * queries, b * queries)
         assert torch.equal(attend_group(q[part], k[a:b], v[a:b], 0.3), together[part])
-    if path == "native":
+    if attention_path != "torch":
         for first, last in ((0, 1), (queries - 1, queries), (queries // 3, queries // 2 + 1)):
             alone = attend_group(q[queries + first : queries + last], k[1:2], v[1:2], 0.3)
             assert torch.equal(alone, together[queries + first : queries + last])

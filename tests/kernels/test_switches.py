@@ -23,11 +23,11 @@ Patch = pytest.MonkeyPatch
 @pytest.fixture
 def fresh(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """As in a new process; what is found out in the test is forgotten after it."""
-    for known in (native._found, products._onednn_multiplies):
+    for known in (native._found, native.has_amx, products._onednn_multiplies):
         known.cache_clear()
     with caplog.at_level(logging.INFO, logger="foveate"):
         yield caplog
-    for known in (native._found, products._onednn_multiplies):
+    for known in (native._found, native.has_amx, products._onednn_multiplies):
         known.cache_clear()
 
 
@@ -230,7 +230,7 @@ def test_c_code_that_was_switched_off_is_no_warning(monkeypatch: Patch, fresh: p
 def test_nothing_is_said_where_c_code_serves(fresh: pytest.LogCaptureFixture) -> None:
     if native.library() is None:
         pytest.skip(f"no C kernels on this machine: {native.describe()}")
-    assert native.describe() == "native"
+    assert native.describe() == ("native (AMX)" if native.has_amx() else "native")
     assert native.warnings() == ()
     assert fresh.records == []
 

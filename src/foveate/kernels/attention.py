@@ -174,18 +174,22 @@ def _native(
     out_glND = q_glND.new_empty(q_glND.shape)
     num_rows, num_queries, num_heads, width = q_glND.shape
     num_keys = k_gNmD.shape[2]
-    attend = library.foveate_attend_f32 if q_glND.dtype is torch.float32 else library.foveate_attend_bf16
-    failed = attend(
-        q_glND.data_ptr(),
-        k_gNmD.data_ptr(),
-        v_gNmD.data_ptr(),
-        out_glND.data_ptr(),
+    tensors = (
+        *(x.data_ptr() for x in (q_glND, k_gNmD, v_gNmD, out_glND)),
         None if lse_glN is None else lse_glN.data_ptr(),
+    )
+    others = (
         native.integers(num_rows, num_heads, num_queries, num_keys, width),
         native.integers(*q_glND.stride()[:3], *k_gNmD.stride()[:3], *v_gNmD.stride()[:3], *out_glND.stride()[:3]),
         scale,
         native.num_threads(num_rows * num_heads * num_queries * num_keys),
     )
+    if q_glND.dtype is torch.float32:
+        failed = library.foveate_attend_f32(*tensors, *others)
+    elif native.has_amx():
+        failed = library.foveate_attend_amx(*tensors, None, *others)
+    else:
+        failed = library.foveate_attend_bf16(*tensors, *others)
     if failed:
         raise MemoryError("no memory for packed keys and values")
     return out_glND

@@ -1,5 +1,7 @@
 """C code for processors with AVX-512 BF16: compiled once per machine with its own compiler, then kept in a cache.
 
+On those with AMX, attention in bfloat16 and its gradients run on that; `FOVEATE_AMX=0` switches it off.
+
 Nothing is compiled before a tensor asks for it. Where there is no such processor or no compiler, plain torch runs: one
 line on the logger says why, `foveate env` says it too, and `warnings` puts it into reports. `FOVEATE_NATIVE=0` switches
 the C code off, `FOVEATE_CACHE` moves the folder of the compiled library.
@@ -82,10 +84,11 @@ _SILENCE = "FOVEATE_NATIVE=0 silences this"
 
 
 def describe() -> str:
-    """What runs on this CPU, for reports: `native`, or `torch` and why; and whether oneDNN may not be called."""
+    """What runs on this CPU, for reports: `native`, `native (AMX)`, or `torch` and why; says if oneDNN is off."""
     found = _found()
     reason = found.reason if isinstance(found, Plain) else "replaced in this process"
-    kernels = "native" if library() is not None else f"torch ({reason})"
+    served = "native (AMX)" if has_amx() else "native"
+    kernels = served if library() is not None else f"torch ({reason})"
     return kernels if allows_onednn() else f"{kernels}, no oneDNN"
 
 
