@@ -65,7 +65,7 @@ def _mask(seen_Bl: Tensor, num_keys: int) -> Tensor:
     return torch.arange(num_keys, device=seen_Bl.device) < seen_Bl[:, None, :, None]
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_amx() -> bool:
     return native.has_amx()
 
