@@ -97,3 +97,9 @@ def test_it_is_what_runs_and_is_counted(monkeypatch: pytest.MonkeyPatch) -> None
     counted = flops_of(lambda: attend(q, k, v, 0.2))
     monkeypatch.setattr(attention, "_has_amx", lambda: False)
     assert flops_of(lambda: attend(q, k, v, 0.2)) == counted == 4 * 2 * 3 * 5 * 7 * 32
+
+
+def test_the_compiler_sees_one_operator_with_these_shapes_and_strides() -> None:
+    q, k, v, _ = (x.requires_grad_() for x in inputs((2, 3, 5, 7, 32)))
+    seen, checks = torch.full((2, 5), 4, dtype=torch.int32), ("test_schema", "test_faketensor")
+    torch.library.opcheck(attention._attend, (q, k, v, seen, 0.2), test_utils=checks)
