@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from foveate.core.errors import FoveateError
 from foveate.core.layers import init_weights
 from foveate.core.rows import Rows
 from foveate.kernels import native
@@ -275,6 +276,33 @@ def test_the_library_is_compiled_once_and_kept(tmp_path, path: str) -> None:
     # Another processor or compiler gets a library of its own.
     assert run_python(DESCRIBE, FOVEATE_CACHE=str(tmp_path), CC="gcc -O1").stdout.strip() == native.describe()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.soak
+def test_a_library_that_was_compiled_ahead_needs_no_compiler_and_no_folder(tmp_path, monkeypatch) -> None:
+    if native.library() is None:
+        pytest.skip(f"no C kernels on this machine: {native.describe()}")
+    native.compile_ahead(tmp_path)
+    monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("FOVEATE_CACHE", "/proc/none")
+    monkeypatch.setenv("FOVEATE_KERNELS", str(tmp_path))
+    values = "\nimport torch; from foveate.kernels.activation import gelu\n"
+    values += "with torch.inference_mode(): print(gelu(torch.arange(-3, 3, 0.1)[None]).tolist())"
+    wanted = gelu(torch.arange(-3, 3, 0.1)[None]).tolist()
+    assert run_python(DESCRIBE + values).stdout == f"native\n{wanted}\n"
+
+
+def test_a_library_of_another_version_is_not_loaded(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("CC", str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("FOVEATE_KERNELS", str(tmp_path))
+    (tmp_path / "kernels-any-of-another-version.so").write_bytes(b"")
+    with pytest.raises(native._PlainError) as raised:
+        native._compiled()
+    assert raised.value.plain.reason == "FOVEATE_KERNELS holds no library of this version"
+    (tmp_path / native._name_ahead()).write_bytes(b"")
+    assert native._compiled() == tmp_path / native._name_ahead()
+    with pytest.raises(FoveateError, match="install gcc, or set CC"):
+        native.compile_ahead(tmp_path)
 
 
 @pytest.mark.usefixtures("plain_torch")

@@ -4,7 +4,8 @@ On those with AMX, attention in bfloat16 and its gradients run on that; `FOVEATE
 
 Nothing is compiled before a tensor asks for it. Where there is no such processor or no compiler, plain torch runs: one
 line on the logger says why, `foveate env` says it too, and `warnings` puts it into reports. `FOVEATE_NATIVE=0` switches
-the C code off, `FOVEATE_CACHE` moves the folder of the compiled library.
+the C code off, `FOVEATE_CACHE` moves the folder of the compiled library. `FOVEATE_KERNELS` is a folder that
+`compile_ahead` filled, as in a container without a compiler: then nothing is compiled.
 """
 
 import ctypes
@@ -24,13 +25,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from foveate.core.errors import FoveateError
 from foveate.core.warnings import CallWarning
 from foveate.kernels import switches
 
 logger = logging.getLogger("foveate")
 
 SOURCES = Path(__file__).parent / "native"
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-shared", "-fPIC", "-fvisibility=hidden")
+_FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC", "-fvisibility=hidden")
+_HERE, _ANYWHERE = ("-march=native",), ("-march=x86-64-v4", "-mavx512bf16")
+"""For this processor alone, and for every one that has what is needed."""
 _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 _COMPILE_SECONDS = 120
@@ -80,6 +84,7 @@ class _PlainError(Exception):
 
 _COMPILER = "install gcc, or set CC to a C compiler that knows AVX-512 BF16"
 _FOLDER = "set FOVEATE_CACHE to a folder of yours that can be written"
+_AHEAD = "fill the folder of FOVEATE_KERNELS with foveate.kernels.native.compile_ahead of this version, or unset it"
 _SILENCE = "FOVEATE_NATIVE=0 silences this"
 
 
@@ -186,34 +191,87 @@ def _processor_flags() -> frozenset[str]:
     return frozenset(next((line.split(":", 1)[1] for line in lines if line.startswith("flags")), "").split())
 
 
+def compile_ahead(folder: Path) -> Path:
+    """Compiles the library for every processor that it serves, so that a machine without a compiler can load it.
+
+    Args:
+        folder: What `FOVEATE_KERNELS` will name there; made if it is missing. Libraries of other versions may be in it.
+
+    Returns:
+        The file.
+
+    Raises:
+        FoveateError: There is no compiler, or it fails.
+        OSError: The folder cannot be written.
+    """
+    target = folder / _name_ahead()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile_into(target, _compiler(), _ANYWHERE)
+    except _PlainError as error:
+        raise FoveateError(f"{error.plain.reason}: {error}; {error.plain.remedy}") from None
+    return target
+
+
 def _compiled() -> Path:
     """The library file, compiled now if this machine has not done so before.
 
     Raises:
-        _PlainError: No compiler, one that fails, or no folder that can be written.
+        _PlainError: No compiler, one that fails, or no folder that can be written; or no library where one shall be.
     """
-    sources = sorted(SOURCES.glob("*.c"))
-    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
-    if compiler is None:
-        raise _PlainError("there is no C compiler", _COMPILER, "none of cc, gcc, clang is there")
-    digest = hashlib.sha256("\n".join((compiler, *_FLAGS, *sorted(_processor_flags()))).encode())
-    for path in (*sources, *sorted(SOURCES.glob("*.h"))):
-        digest.update(path.read_bytes())
+    if given := os.environ.get("FOVEATE_KERNELS"):
+        return _found_ahead(Path(given))
+    compiler = _compiler()
+    digest = hashlib.sha256("\n".join((compiler, *_HERE, *_FLAGS, *sorted(_processor_flags()))).encode())
+    digest.update(_sources())
     try:
         target = _cache_folder() / f"kernels-{digest.hexdigest()[:20]}.so"
         if not target.is_file():
-            # Two processes may compile at once: each writes a file of its own, and the last rename wins.
-            with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                partial = Path(folder) / target.name
-                _compile(compiler, sources, partial)
-                partial.replace(target)
+            _compile_into(target, compiler, _HERE)
     except OSError as error:
         raise _PlainError("no folder holds the compiled library", _FOLDER, str(error)) from None
     return target
 
 
-def _compile(compiler: str, sources: Sequence[Path], target: Path) -> None:
-    command = [*compiler.split(), *_FLAGS, "-o", str(target), *map(str, sources)]
+def _found_ahead(folder: Path) -> Path:
+    """The library of this version that was compiled ahead; whoever else may write it could run code of theirs."""
+    target = folder / _name_ahead()
+    try:
+        owner = target.stat().st_uid
+    except OSError as error:
+        raise _PlainError("FOVEATE_KERNELS holds no library of this version", _AHEAD, str(error)) from None
+    if owner not in (0, _user()):
+        raise _PlainError("the library in FOVEATE_KERNELS belongs to another user", _AHEAD, f"number {owner}")
+    return target
+
+
+def _name_ahead() -> str:
+    """The name of a library that was compiled ahead; it says from which sources."""
+    return f"kernels-any-{hashlib.sha256(_sources()).hexdigest()[:20]}.so"
+
+
+def _sources() -> bytes:
+    """All C code."""
+    return b"".join(path.read_bytes() for ending in ("c", "h") for path in sorted(SOURCES.glob(f"*.{ending}")))
+
+
+def _compiler() -> str:
+    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if compiler is None:
+        raise _PlainError("there is no C compiler", _COMPILER, "none of cc, gcc, clang is there")
+    return compiler
+
+
+def _compile_into(target: Path, compiler: str, processor: Sequence[str]) -> None:
+    """Two processes may compile at once: each writes a file of its own, and the last rename wins."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        partial = Path(folder) / target.name
+        command = [*compiler.split(), *processor, *_FLAGS, "-o", str(partial), *map(str, sorted(SOURCES.glob("*.c")))]
+        _run(command)
+        partial.replace(target)
+
+
+def _run(command: Sequence[str]) -> None:
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=_COMPILE_SECONDS)
     except subprocess.CalledProcessError as error:
