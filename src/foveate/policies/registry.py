@@ -208,6 +208,17 @@ def load_policy(policy: str | Path | Policy) -> Policy:
     return _from_yaml(Path(text)) if text.endswith((".yaml", ".yml")) else _from_spec(text)
 
 
+def load_spec(text: str) -> Policy:
+    """A policy from names and fields alone: what would be a file to `load_policy` is an unknown name here.
+
+    Raises:
+        FoveateError: An unknown name or field (the closest is named), or a value out of range.
+    """
+    if text.endswith((".yaml", ".yml")):
+        raise unknown("policy", text, [*all_policies(), *PRESETS])
+    return _from_spec(text)
+
+
 def provenance_of(policy: str | Path | Policy) -> Provenance | None:
     """Where a setting comes from, for a preset as it is and a policy file; None for all others.
 
