@@ -17,15 +17,12 @@ from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import FoveateError, is_out_of_memory
 from foveate.engine.report import Report
 from foveate.pipeline.bulk import LARGEST_BATCH, DrawnBatch, add_reports
-from foveate.pipeline.encoding import JPEG_TEXT_BYTES, Encoder, text_of
+from foveate.pipeline.encoding import JPEG_TEXT_BYTES, Encoder, fits_jpeg, prompt_bytes
 from foveate.pipeline.options import Options
 from foveate.pipeline.provenance import save_image
 
 _MAP, _TRACE = "-map.png", "-trace.json"
 """Endings of what `--trace` writes."""
-
-_REST_BYTES = 16_384
-"""Of a JPEG's metadata, what everything but prompts may take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,8 +178,8 @@ def refuse_long_prompts(prompts: Sequence[str], call: Options, encoder: Encoder,
         return
     held = 1 + (LARGEST_BATCH if stored is None else stored)
     repeats, negative = min(int(call["num_images_per_prompt"]), held), call["negative_prompt"]
-    lengths = (length for prompt in prompts for length in repeat(len(text_of({"": [prompt, negative]})), repeats))
-    if sum(nlargest(held, lengths)) > JPEG_TEXT_BYTES - _REST_BYTES:
+    lengths = (length for prompt in prompts for length in repeat(prompt_bytes(prompt, negative), repeats))
+    if not fits_jpeg(nlargest(held, lengths)):
         raise FoveateError(
             f"the prompts are too long to be stored in a jpeg, which holds {JPEG_TEXT_BYTES} bytes; write png or webp"
         )

@@ -7,7 +7,7 @@ that a file can say how it was encoded.
 import io
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ DEFAULT_QUALITY = 95
 
 JPEG_TEXT_BYTES = 65_000
 """A text of a JPEG must fit into one segment of 64 KiB."""
+
+_REST_BYTES = 16_384
+"""Of a JPEG's text, what everything but prompts may take."""
 
 _EXIF_IFD, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
 
@@ -167,6 +170,16 @@ def _reason(error: Exception) -> str:
 def text_of(config: Mapping[str, Any]) -> str:
     """A configuration as the text of a file: JSON in ASCII, whatever the prompts are written in."""
     return json.dumps(config, separators=(",", ":"))
+
+
+def fits_jpeg(lengths: Iterable[int]) -> bool:
+    """Whether prompts fit into a JPEG beside the rest of its text; `lengths` are those of `prompt_bytes`."""
+    return sum(lengths) <= JPEG_TEXT_BYTES - _REST_BYTES
+
+
+def prompt_bytes(prompt: str, negative: str | Sequence[str] | None) -> int:
+    """What a prompt and its negative one take in the text of a file."""
+    return len(text_of({"": [prompt, negative]}))
 
 
 def _exif(text: str) -> bytes:

@@ -90,12 +90,21 @@ def save_image(
     if encoder.format != by_suffix.format:
         raise FoveateError(f"cannot write {encoder.format} to {path}; let the name and the format agree")
     try:
-        content = encoder.encode(image, text_of({**config, "encoder": encoder.to_json()}))
+        content = encoded_image(image, config, encoder)
     except FoveateError as error:
         raise FoveateError(f"cannot write {path}: {error}") from None
     with replace_file(path) as partial:
         partial.write_bytes(content)
     return Path(path)
+
+
+def encoded_image(image: Image.Image, config: Mapping[str, Any], encoder: Encoder) -> bytes:
+    """The file that `save_image` writes.
+
+    Raises:
+        FoveateError: The configuration is too long for a JPEG.
+    """
+    return encoder.encode(image, text_of({**config, "encoder": encoder.to_json()}))
 
 
 def read_image_config(path: str | Path) -> dict[str, Any]:
