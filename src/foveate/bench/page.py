@@ -79,11 +79,11 @@ def markdown(report: BenchReport, plot: str | None) -> str:
     given = [*facts(report), ("processor", _processor(report)), ("devices", devices), ("versions", ", ".join(versions))]
     lines = [f"# foveate bench {report.kind}", "", "```text", report.command, "```", ""]
     lines += [f"- {name}: {value}" for name, value in given]
-    lines += ["", *_markdown_table(main_table(report))]
+    lines += ["", *markdown_table(main_table(report))]
     lines += ["", f"![{report.kind}]({plot})"] if plot is not None else []
     for case in report.cases:
         if report.kind == "latency":
-            lines += ["", f"Median milliseconds per scale, {case.title}:", "", *_markdown_table(scale_table(case))]
+            lines += ["", f"Median milliseconds per scale, {case.title}:", "", *markdown_table(scale_table(case))]
     lines += ["", "How it was measured:", "", *(f"- {line}" for line in report.method)]
     lines += ["", "Not part of any figure:", "", *(f"- {line}" for line in report.excluded)]
     return "\n".join(lines) + "\n"
@@ -159,7 +159,8 @@ def _processor(report: BenchReport) -> str:
     return f"{kind}; kernels: {cpu['kernels']}"
 
 
-def _markdown_table(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
+    """Lines of a table in Markdown."""
     columns, rows = table
 
     def line(cells: Sequence[str]) -> str:

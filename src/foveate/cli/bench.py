@@ -1,4 +1,4 @@
-"""`foveate bench`: time, throughput and memory of policies beside each other, and a profile of this machine."""
+"""`foveate bench`: time, throughput and memory of policies, load on a server, and a profile of this machine."""
 
 import json
 import shlex
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
+from foveate.cli.bench_serve import DEFAULT as NO_LOAD
+from foveate.cli.bench_serve import LoadOptions, bench_serve, changed_flag
 from foveate.cli.console import (
     SCHEMA_VERSION,
     in_units,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 _BATCHES = {"throughput": [1, 4, 16]}
 """Where not only batch 1 is measured by default."""
 
+_ROUNDS = 10
 _FILES = ("bench.json", "bench.csv", "bench.svg", "bench.md")
 _PROFILE = "profile.json"
 
@@ -67,9 +70,10 @@ class BenchOptions:
         seed: First seed; every image of a policy has its own.
         policy: A name, a spec such as skip-scales:count=2, or a YAML file; may be repeated.
             Ratios are against the first one. Default: full alone.
-        runs: Measured rounds; every policy runs once in each.
-        warmup: Warm-up rounds, at every size and batch.
-        output: Folder for bench.json, bench.csv, bench.svg and bench.md; for calibrate, a copy of the profile.
+        runs: Measured rounds; every policy, or kind of load, runs once in each. Default: 10, and 1 for serve.
+        warmup: Warm-up rounds, at every size and batch; requests before the first round for serve.
+        output: Folder for bench.json, bench.csv (not of serve), bench.svg and bench.md; for calibrate, a copy of the
+            profile.
         as_json: Print one JSON object.
         quiet: Show no progress.
         config: A YAML file with values for these flags; flags win.
@@ -81,7 +85,7 @@ class BenchOptions:
     prompts: Path | None = None
     seed: int = 0
     policy: Annotated[list[str] | None, Parameter(name=["--policy", "-p"], group=POLICY)] = None
-    runs: Annotated[int, Parameter(group=MEASUREMENT)] = 10
+    runs: Annotated[int | None, Parameter(group=MEASUREMENT)] = None
     warmup: Annotated[int, Parameter(group=MEASUREMENT)] = 1
     output: Annotated[Path | None, Parameter(name=["--output", "-o"], group=OUTPUT)] = None
     as_json: JsonFlag = False
@@ -93,27 +97,37 @@ _MODEL, _OPTIONS = ModelOptions(), BenchOptions()
 
 
 def bench(
-    kind: Annotated[Literal["latency", "throughput", "memory", "calibrate"], Parameter(group=MEASUREMENT)],
+    kind: Annotated[Literal["latency", "throughput", "memory", "calibrate", "serve"], Parameter(group=MEASUREMENT)],
     /,
     *,
     options: BenchOptions = _OPTIONS,
+    load: LoadOptions = NO_LOAD,
     model: ModelOptions = _MODEL,
 ) -> int:
-    """Measure time, throughput or memory of policies, or write a profile of this machine.
+    """Measure time, throughput or memory of policies, load on a server, or a profile of this machine.
 
     Args:
         kind: latency: time by part and scale. throughput: images per second by batch, and percentiles at batch 1.
             memory: weights, keys and values, and the rest. calibrate: what this machine takes, for --latency-budget-ms.
+            serve: how soon and how many images a server sends under load.
         options: What is measured, how often, and what is reported.
+        load: What load a server gets.
         model: Which model runs, and on what.
     """
     for flag, least in (("runs", 1), ("warmup", 0), ("seed", 0)):
-        if getattr(options, flag) < least:
-            raise FoveateError(f"--{flag} must be {least} or more, got {getattr(options, flag)}")
+        value = getattr(options, flag)
+        if value is not None and value < least:
+            raise FoveateError(f"--{flag} must be {least} or more, got {value}")
+    if kind != "serve" and load != NO_LOAD:
+        raise FoveateError(f"{kind} puts no load on a server; leave out --{changed_flag(load)}, or measure serve")
     if kind == "calibrate" and options.policy is not None:
         raise FoveateError("calibrate measures policies of its own; leave out --policy")
     if options.output is not None and options.output.exists() and not options.output.is_dir():
         raise FoveateError(f"--output must be a folder, {options.output} is a file")
+    if kind == "serve":
+        if options.output is not None:
+            _require_matplotlib()
+        return bench_serve(options, model, load)
     pictures = sizes_of(options.size, options.aspect_ratio)
     batches = _batches(kind, options.batch)
     prompts = None if options.prompts is None else read_prompt_file(options.prompts)
@@ -159,7 +173,7 @@ def _bench(
             kind=kind,
             policies=policies,
             workloads=tuple(_workload(picture, batch, texts, options.seed) for picture, batch in pictures),
-            runs=options.runs,
+            runs=_ROUNDS if options.runs is None else options.runs,
             warmup=options.warmup,
             command=shlex.join(["foveate", *sys.argv[1:]]),
         )

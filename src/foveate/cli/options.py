@@ -18,10 +18,11 @@ C = TypeVar("C")
 Number = TypeVar("Number", int, float)
 
 GROUPS = tuple(
-    Group.create_ordered(name) for name in ("Image", "Policy", "Measurement", "Output", "Model", "Dtypes", "Machine")
+    Group.create_ordered(name)
+    for name in ("Image", "Policy", "Measurement", "Server", "Limits", "Output", "Model", "Dtypes", "Machine")
 )
 """Groups of flags, in the order in which help shows them."""
-PICTURE, POLICY, MEASUREMENT, OUTPUT, MODEL, FORMATS, MACHINE = GROUPS
+PICTURE, POLICY, MEASUREMENT, SERVER, LIMITS, OUTPUT, MODEL, FORMATS, MACHINE = GROUPS
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["int8", "fp8"]

@@ -1,0 +1,71 @@
+"""Bodies of requests that do not stream; encoding takes long, so they are made in worker threads."""
+
+import time
+
+from foveate.server import replies
+from foveate.server.exchange import Exchange, media_type
+from foveate.server.reproduce import Origin
+from foveate.server.schemas import CallInfo, CompareReply, ImageData, ImageRequest, ImagesReply, PolicyInfo, SideReply
+from foveate.server.service import Service
+
+
+def images_body(exchange: Exchange, service: Service, origin: Origin) -> str:
+    """OpenAI's body; called in a thread."""
+    (side,) = exchange.sides
+    asked, check = side.asked, service.settings.moderation
+    body = asked.body
+    assert isinstance(body, ImageRequest), "of generations"
+    made = [side.made(side.done[index], origin) for index in sorted(side.done)]
+    files = [replies.file_of(asked, one.event, check) for one in made]
+    data = []
+    for index, content in enumerate(files):
+        if body.response_format == "url":
+            name = exchange.id if index == 0 else f"{exchange.id}-{index}"
+            service.store.put(asked.work.key, name, content, media_type(asked))
+            data.append(ImageData(url=f"{origin.base_url.rstrip('/')}/v1/images/{name}"))
+        else:
+            data.append(ImageData(b64_json=replies.as_base64(content)))
+    reply = ImagesReply(
+        created=int(time.time()),
+        data=data,
+        output_format=asked.encoder.format,  # type: ignore[arg-type]  # it came from that field
+        quality=asked.quality,
+        size=asked.size,
+        usage=replies.total_usage(made),
+        foveate=CallInfo(
+            id=exchange.id,
+            model=asked.model,
+            policy=PolicyInfo(spec=asked.job.policy.spec, fingerprint=asked.job.policy.fingerprint),
+            warnings=replies.all_warnings(made),
+            images=[one.info for one in made],
+        ),
+    )
+    return reply.model_dump_json(
+        exclude={"data": {"__all__": {"b64_json" if body.response_format == "url" else "url"}}}
+    )
+
+
+def compare_body(exchange: Exchange, service: Service, origin: Origin) -> str:
+    """The body of a comparison; called in a thread."""
+    made = [side.made(side.done[0], origin) for side in exchange.sides]
+    check = service.settings.moderation
+    a, b = (
+        SideReply(
+            b64_json=replies.as_base64(replies.file_of(side.asked, one.event, check)),
+            foveate=one.info,
+        )
+        for side, one in zip(exchange.sides, made, strict=True)
+    )
+    asked = exchange.sides[0].asked
+    reply = CompareReply(
+        created=int(time.time()),
+        id=exchange.id,
+        model=asked.model,
+        seed=asked.job.seeds[0],
+        output_format=asked.encoder.format,  # type: ignore[arg-type]  # it came from that field
+        size=asked.size,
+        a=a,
+        b=b,
+        fidelity=replies.fidelity_of(made[0], made[1]),
+    )
+    return reply.model_dump_json()

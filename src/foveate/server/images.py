@@ -1,0 +1,215 @@
+"""`POST /v1/images/generations` and `/v1/images/compare`, whole or as streams, and `GET /v1/images/{id}`."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from pydantic_core import from_json
+
+from foveate.server import bodies, streams
+from foveate.server.admission import Asked, asked_of, sides_of
+from foveate.server.errors import CLIENT_GONE, TIMEOUT, ApiError
+from foveate.server.exchange import Exchange
+from foveate.server.gate import id_of, on_leaving, owner_of
+from foveate.server.reproduce import Origin
+from foveate.server.schemas import (
+    AcceptedEvent,
+    ComparedEvent,
+    CompareReply,
+    CompareRequest,
+    CompletedEvent,
+    ErrorEvent,
+    ErrorReply,
+    ImageRequest,
+    ImagesReply,
+    PartialImageEvent,
+    QueueEvent,
+    ScaleEvent,
+)
+from foveate.server.service import Service, service_of
+
+logger = logging.getLogger("foveate.server")
+
+_PING_S = 15
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorReply, "description": "A field is refused; `param` names it. Also: no such field, no JSON."},
+    401: {"model": ErrorReply, "description": "No key, or a wrong one."},
+    404: {"model": ErrorReply, "description": "Another model than the loaded one."},
+    408: {"model": ErrorReply, "description": "The body took too long."},
+    413: {"model": ErrorReply, "description": "The body is too large."},
+    429: {"model": ErrorReply, "description": "The queue is full, or too many came with this key; see Retry-After."},
+    500: {"model": ErrorReply, "description": "The server failed; its log says why."},
+    503: {"model": ErrorReply, "description": "The model is being loaded, or the server stops."},
+    504: {"model": ErrorReply, "description": "Behind latency_budget_ms, with on_late error."},
+    507: {"model": ErrorReply, "description": "The image cannot be kept for its url."},
+}
+
+
+def _answers(model: type[BaseModel], *events: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """What an endpoint answers, for its description."""
+    names = ", ".join(str(event.model_fields["type"].default) for event in events)
+    whole = {
+        "model": model,
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "description": f"The images; with stream, events: {names}.",
+    }
+    return {200: whole, **_ERRORS}
+
+
+class StrictRoute(APIRoute):
+    """A route whose JSON is that of the standard: no NaN, no infinity, no half of a surrogate pair."""
+
+    def get_route_handler(self) -> Any:  # noqa: ANN401 - as in the base
+        """The handler, with such requests."""
+        handle = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:  # noqa: ANN401 - whatever the body holds
+        """The body.
+
+        Raises:
+            ApiError: It is no JSON.
+        """
+        try:
+            return from_json(await self.body(), allow_inf_nan=False)
+        except ValueError as error:
+            raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
+
+
+router = APIRouter(prefix="/v1/images", route_class=StrictRoute, tags=["images"])
+
+
+@router.post(
+    "/generations",
+    responses=_answers(
+        ImagesReply, PartialImageEvent, CompletedEvent, ErrorEvent, AcceptedEvent, QueueEvent, ScaleEvent
+    ),
+    summary="Generate images",
+)
+async def generate(body: ImageRequest, request: Request) -> Response:
+    """Generates n images of a prompt, whole or as a stream."""
+    service = service_of(request)
+    pipe, _ = service.opened()
+    asked = await service.admit(asked_of, body, pipe, service.settings, owner_of(request))
+    exchange = await _begun(request, service, [asked])
+    if body.stream:
+        return streams.streamed(exchange, service, _origin(request))
+    await _watched(exchange, request)
+    return await _whole(exchange, service, request)
+
+
+@router.post(
+    "/compare",
+    responses=_answers(
+        CompareReply,
+        PartialImageEvent,
+        CompletedEvent,
+        ComparedEvent,
+        ErrorEvent,
+        AcceptedEvent,
+        QueueEvent,
+        ScaleEvent,
+    ),
+    summary="Compare two policies",
+)
+async def compare(body: CompareRequest, request: Request) -> Response:
+    """Generates one image under two policies with the same random numbers, and says how far they are apart."""
+    service = service_of(request)
+    pipe, _ = service.opened()
+    sides = await service.admit(sides_of, body, pipe, service.settings, owner_of(request))
+    exchange = await _begun(request, service, sides)
+    if body.stream:
+        return streams.streamed(exchange, service, _origin(request))
+    await _watched(exchange, request)
+    reply = await service.encode(bodies.compare_body, exchange, service, _origin(request))
+    return Response(reply, media_type="application/json")
+
+
+@router.post("/edits", include_in_schema=False)
+@router.post("/variations", include_in_schema=False)
+async def unsupported() -> None:
+    """Refuses what OpenAI has and no next-scale model here can do.
+
+    Raises:
+        ApiError: Always.
+    """
+    raise ApiError(404, "this server generates images; it has no edits and no variations", code="not_found")
+
+
+@router.get(
+    "/{image_id}",
+    responses={
+        200: {"content": {f"image/{kind}": {} for kind in ("png", "jpeg", "webp")}, "description": "The file."},
+        401: _ERRORS[401],
+        404: {"model": ErrorReply, "description": "No such image of this key, or it has expired."},
+    },
+    response_class=Response,
+    summary="Fetch a kept image",
+)
+async def fetch(image_id: Annotated[str, Path(max_length=64)], request: Request) -> Response:
+    """Sends a kept image to the key that made it."""
+    service = service_of(request)
+    found = await service.admit(service.store.get, owner_of(request), image_id)
+    if found is None:
+        raise ApiError(404, "no such image; urls expire, and belong to the key that made them", code="not_found")
+    content, kind = found
+    return Response(content, media_type=kind, headers={"Cache-Control": "private, no-store"})
+
+
+async def _begun(request: Request, service: Service, asked: Sequence[Asked]) -> Exchange:
+    """Submits a request; when its answer is sent or its client has gone, the exchange hears of it."""
+    request.state.policy = service.metrics.policy(asked[0].work)
+    exchange = Exchange(service, asked, id_of(request), owner_of(request))
+    on_leaving(request, exchange.leave)
+    await service.admit(exchange.submit, request.headers)
+    return exchange
+
+
+async def _watched(exchange: Exchange, request: Request) -> None:
+    """Waits until all images are there.
+
+    Raises:
+        ApiError: Something failed, or the client went away.
+    """
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    async def drained() -> None:
+        async for _ in exchange.events():
+            pass
+
+    tasks = [asyncio.create_task(drained()), asyncio.create_task(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ApiError(CLIENT_GONE, "the client went away", kind=TIMEOUT, code="cancelled")
+        await tasks[0]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _whole(exchange: Exchange, service: Service, request: Request) -> Response:
+    """The body of a request without stream."""
+    reply = await service.encode(bodies.images_body, exchange, service, _origin(request))
+    return Response(reply, media_type="application/json")
+
+
+def _origin(request: Request) -> Origin:
+    settings = service_of(request).settings
+    return Origin(base_url=str(request.base_url), has_keys=settings.keys.is_required, model_flags=settings.model_flags)

@@ -1,0 +1,207 @@
+"""Runs the application with uvicorn: loads and warms up while it already answers, and ends without losing a request.
+
+The first SIGTERM or SIGINT begins the end: no new requests, every accepted one is finished or answered, and the process
+exits within the seconds of grace. A second one ends at once.
+"""
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import uvicorn
+from fastapi import FastAPI
+
+from foveate.core.errors import FoveateError
+from foveate.pipeline.pipeline import Pipeline
+from foveate.server.app import create_app
+from foveate.server.limits import Limits
+from foveate.server.protocol import timed_protocol
+from foveate.server.scheduler import Scheduler
+from foveate.server.service import Service
+from foveate.server.settings import ServerSettings
+from foveate.server.threads import in_daemon
+
+logger = logging.getLogger("foveate.server")
+
+Load = Callable[[], tuple[Pipeline, Scheduler]]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_AT_ONCE = 2
+"""Signals that end it without waiting."""
+
+_BACKLOG = 512
+_KEEP_ALIVE_S = 30
+_SHARE_FOR_SENDING, _LEAST_FOR_SENDING_S, _MOST_FOR_SENDING_S = 0.2, 0.5, 3.0
+"""Of the seconds of grace, what is left for sending what was finished last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a server listens, and how long it takes to end.
+
+    Attributes:
+        host: Address.
+        port: 0 takes a free one.
+        grace_s: Seconds from the first signal to the end of the process.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grace_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        """Refuses what no server can have."""
+        if not 0 <= self.port < 2**16:
+            raise FoveateError(f"port must be 0 to {2**16 - 1}, got {self.port}")
+        if self.grace_s <= 0:
+            raise FoveateError(f"grace must be above 0 seconds, got {self.grace_s:g}")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, without signal handlers of its own, which would cut streams off."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals alone."""
+        yield
+
+
+def server_of(app: FastAPI, limits: Limits) -> uvicorn.Server:
+    """A server of an application, which ends when its `should_exit` is set; it knows no signals."""
+    config = uvicorn.Config(
+        app,
+        http=timed_protocol(limits),
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+    )
+    return _Server(config)
+
+
+def serve(load: Load, settings: ServerSettings, place: Place) -> bool:
+    """Serves until a signal ends it.
+
+    Args:
+        load: Loads the model and makes its scheduler, not yet started; called in a thread.
+        settings: How it runs.
+        place: Where.
+
+    Returns:
+        Whether every accepted request was finished.
+
+    Raises:
+        FoveateError: The address is taken, or the model cannot be loaded.
+    """
+    with _listening(place) as listener:
+        return asyncio.run(_Run(load, settings, place, listener).run())
+
+
+class _Run:
+    """One life of a server."""
+
+    def __init__(self, load: Load, settings: ServerSettings, place: Place, listener: socket.socket) -> None:
+        self._load, self._place, self._listener = load, place, listener
+        self._app: FastAPI = create_app(None, None, settings)
+        self._service: Service = self._app.state.service
+        self._server = server_of(self._app, settings.limits)
+        self._signals: list[int] = []
+        self._stop = asyncio.Event()
+
+    async def run(self) -> bool:
+        """Serves until it is over."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+        serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
+        loading = asyncio.create_task(self._open())
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({serving, loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done() and loading.exception() is None:
+                await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            return await self._end(serving, loading)
+        finally:
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+            for task in (loading, stopping):
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+            # Once more, as a second signal leaves the application no time for it.
+            self._service.release()
+
+    async def _open(self) -> None:
+        """Loads and warms up; from then on requests are taken."""
+        began = time.perf_counter()
+        pipe, scheduler = await in_daemon(self._load, "foveate-load")
+        scheduler.start()
+        warm_s = await in_daemon(scheduler.warm_up, "foveate-warm-up")
+        self._service.open(pipe, scheduler)
+        host, port = self._listener.getsockname()[:2]
+        logger.info(
+            "ready",
+            extra={
+                "fields": {
+                    "url": f"http://{f'[{host}]' if ':' in host else host}:{port}",
+                    "model": pipe.model.spec.name,
+                    "load_s": round(time.perf_counter() - began - warm_s, 2),
+                    "warm_up_s": round(warm_s, 2),
+                }
+            },
+        )
+
+    async def _end(self, serving: asyncio.Task[None], loading: asyncio.Task[None]) -> bool:
+        """Answers what was accepted, and ends the server; an error of loading is raised behind it."""
+        until = time.monotonic() + self._place.grace_s
+        for_sending = min(_MOST_FOR_SENDING_S, _SHARE_FOR_SENDING * self._place.grace_s)
+        closing = asyncio.create_task(self._service.close(self._place.grace_s - for_sending))
+        await asyncio.wait({closing}, timeout=self._place.grace_s - for_sending / 2)
+        if not closing.done():
+            self._service.answer_all()
+        left = max(_LEAST_FOR_SENDING_S, until - time.monotonic())
+        self._server.config.timeout_graceful_shutdown = left  # type: ignore[assignment]  # any number of seconds
+        self._server.should_exit = True
+        await serving
+        if not closing.done():
+            logger.error("the end of a scale did not come within the seconds of grace")
+        is_done = closing.done() and closing.result() and len(self._signals) < _AT_ONCE
+        closing.cancel()
+        if loading.done() and not loading.cancelled() and (error := loading.exception()) is not None:
+            raise error
+        return is_done
+
+    def _on_signal(self, number: int) -> None:
+        self._signals.append(number)
+        self._stop.set()
+        if len(self._signals) >= _AT_ONCE:
+            self._server.force_exit = True
+            self._service.stop_now()
+
+
+@contextmanager
+def _listening(place: Place) -> Iterator[socket.socket]:
+    """A bound socket, so that a taken address is known before a model is loaded.
+
+    Raises:
+        FoveateError: There is no such address, or it is taken.
+    """
+    try:
+        found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, _, _, _, address = found[0]
+        listener = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise FoveateError(f"cannot listen on {place.host} port {place.port}: {reason}; try another --port") from None
+    with listener:
+        listener.setblocking(False)
+        yield listener

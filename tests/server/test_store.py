@@ -1,0 +1,111 @@
+"""The store of finished images: its bounds, its end, and a disk that is full."""
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from foveate.core.errors import FoveateError
+from foveate.server.store import ImageStore, StoreFullError, StoreSettings
+from tests.server.conftest import Live
+from tests.server.test_keys import Clock
+
+
+def store(tmp_path: Path, clock: Clock | None = None, **settings: float) -> ImageStore:
+    return ImageStore(StoreSettings(folder=tmp_path, **settings), clock or Clock())
+
+
+def test_files_are_kept_for_their_owner(tmp_path: Path) -> None:
+    kept = store(tmp_path)
+    kept.put("a", "x", b"one", "image/png")
+    kept.put("b", "x", b"two", "image/webp")
+    assert kept.get("a", "x") == (b"one", "image/png")
+    assert kept.get("b", "x") == (b"two", "image/webp")
+    assert kept.get("a", "y") is None
+    kept.put("a", "x", b"three", "image/png")
+    assert (kept.get("a", "x"), kept.held) == ((b"three", "image/png"), (2, 8))
+    kept.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_bounded_in_number_bytes_and_time(tmp_path: Path) -> None:
+    clock = Clock()
+    kept = store(tmp_path, clock, images=3, bytes=10, seconds=60.0)
+    for name in "abcd":
+        kept.put("o", name, b"xx", "image/png")
+    assert [name for name in "abcd" if kept.get("o", name)] == ["b", "c", "d"]
+    kept.put("o", "e", b"x" * 7, "image/png")
+    assert [name for name in "abcde" if kept.get("o", name)] == ["d", "e"]
+    with pytest.raises(StoreFullError, match="11 bytes"):
+        kept.put("o", "f", b"x" * 11, "image/png")
+    clock.now += 61
+    assert kept.get("o", "e") is None
+    kept.put("o", "g", b"x", "image/png")
+    clock.now += 61
+    kept.expire()
+    assert kept.held == (0, 0)
+    (folder,) = tmp_path.iterdir()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_full_disk_pushes_out_the_oldest_and_then_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = store(tmp_path)
+    for name in "ab":
+        kept.put("o", name, b"x", "image/png")
+    real, free = Path.write_bytes, [1, 0]
+
+    def write(path: Path, content: bytes) -> int:
+        if not free or not free.pop():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    kept.put("o", "c", b"x", "image/png")
+    assert [name for name in "abc" if kept.get("o", name)] == ["b", "c"]
+    with pytest.raises(StoreFullError, match="No space left on device; ask for b64_json"):
+        kept.put("o", "d", b"x", "image/png")
+    monkeypatch.undo()
+    kept.put("o", "e", b"x", "image/png")
+    assert kept.get("o", "e") is not None
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FoveateError, match="cannot keep images in"):
+        store(tmp_path / "none")
+
+
+def test_a_client_hears_of_a_full_disk(start, monkeypatch: pytest.MonkeyPatch) -> None:
+    live: Live = start()
+
+    def write(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", write)
+    error = live.refused(507, response_format="url")
+    assert (error["code"], error["param"]) == ("store_full", "response_format")
+    assert "No space left" in error["message"]
+    assert str(live.service.store._folder) not in error["message"]
+    assert live.generate().status == 200
+
+
+@pytest.mark.soak
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=False, capture_output=True
+    )
+    if mount.returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        kept = store(tmp_path)
+        for name in range(8):
+            kept.put("o", str(name), b"x" * 16_000, "image/png")
+        assert kept.get("o", "7") == (b"x" * 16_000, "image/png")
+        assert kept.held[0] < 5
+        with pytest.raises(StoreFullError, match="No space left"):
+            kept.put("o", "large", b"x" * 100_000, "image/png")
+        kept.put("o", "after", b"x" * 1000, "image/png")
+        assert kept.get("o", "after") is not None
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
