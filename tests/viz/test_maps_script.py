@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from foveate.eval.fidelity import psnr
 from foveate.viz.maps import panel
 from foveate.viz.page import asset
 from foveate.viz.page_payload import packed_depth
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="node is no
 SIDE, GRID, BLOCKS = 40, (8, 10), 12
 PROGRAM = """
 import { readFileSync } from "node:fs";
-import { paintCompute, paintDifference, readDepth } from "./maps.mjs";
+import { paintCompute, paintDifference, psnr, readDepth } from "./maps.mjs";
 const given = JSON.parse(readFileSync(0, "utf-8"));
 const image = (data) => ({ width: given.width, height: given.height, data: Uint8ClampedArray.from(data) });
 const blank = () => image(new Array(4 * given.width * given.height).fill(0));
@@ -28,7 +29,7 @@ const compute = blank();
 const [rows, columns] = given.grid;
 paintCompute(compute, a, { rows, columns, blocks: given.blocks, depth: readDepth(given.depth, rows * columns) });
 const told = paintDifference(blank(), a, b, 1);
-console.log(JSON.stringify({ compute: [...compute.data], told }));
+console.log(JSON.stringify({ compute: [...compute.data], told, db: [psnr(a, b), psnr(a, a)] }));
 """
 
 
@@ -59,3 +60,5 @@ def test_pixels_of_the_page_are_those_of_the_sheet(kind: str, tmp_path: Path) ->
     difference = np.abs(one - other).max(-1)
     assert found["told"]["most"] == difference.max()
     assert found["told"]["share"] == pytest.approx((difference > 8).mean())
+    pair = other.astype(np.uint8)[None], one.astype(np.uint8)[None]
+    assert found["db"] == pytest.approx([psnr(*pair)[0], 100.0])

@@ -316,6 +316,25 @@ def test_the_viewer_shows_an_image_while_it_forms(page: Any) -> None:
     assert page.locator("#live .fv-picture").is_visible()
 
 
+def test_the_viewer_shows_one_image_alone_and_says_which_scale_is_chosen(page: Any) -> None:
+    image = "document.querySelector('.pg-thumb img').src"
+    scale = "({scale, rows: 1, columns: 1, blocks: 3, depth: Int16Array.of(3), caption: 'ran'})"
+    page.evaluate(
+        "() => { const view = document.createElement('foveate-view'); view.id = 'live';"
+        " document.querySelector('main').prepend(view); window.chosen = [];"
+        " view.addEventListener('foveate-scale', (event) => window.chosen.push(event.detail));"
+        f" view.show({{subject: 'a cat', picture: {image}, pictureName: 'ours',"
+        f" scales: [0, 1, 2].map((scale) => {scale})}}); view.view = 'image'; }}"
+    )
+    assert page.locator("#live .fv-tab:not([hidden])").all_inner_texts() == ["Image", "Compute"]
+    assert page.locator("#live .fv-picture").is_visible()
+    assert page.locator("#live .fv-picture").get_attribute("alt") == "a cat, ours"
+    page.locator('#live .fv-tab:has(input[value="compute"])').click()
+    page.locator("#live .fv-thumb").first.click()
+    page.locator("#live .fv-scrub").press("ArrowRight")
+    assert page.evaluate("window.chosen") == [0, 1]
+
+
 def test_the_viewer_works_as_modules_under_a_strict_policy(browser: Any) -> None:
     """As a server hands it out: files of their own, no inline script or style."""
     strict = "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:"

@@ -35,7 +35,7 @@ export class FoveateBars extends HTMLElement {
     this.#width = this.clientWidth;
     if (this.#figure === null || !this.isConnected || this.#width < 60) return;
     const { series, groups, label, unit } = this.#figure;
-    const height = Math.round(Math.min(Math.max(0.36 * this.#width, 230), 320));
+    const height = Math.round(Math.min(Math.max((this.#figure.aspect ?? 0.36) * this.#width, 230), 320));
     const most = Math.max(...series.flatMap((one) => one.values.flat()).filter(Number.isFinite), 1e-9);
     const bottom = height - BAR_MARGIN.bottom;
     const y = (value) => bottom - (value / (1.04 * most)) * (bottom - BAR_MARGIN.top);

@@ -50,6 +50,15 @@ export function paintDifference(target, reference, picture, gain) {
   return { most, share: above / (out.length / 4) };
 }
 
+/** PSNR of two images over all pixels and channels, in dB; equal ones get 100, and nothing gets more. */
+export function psnr(reference, picture) {
+  const [a, b] = [reference.data, picture.data];
+  let sum = 0;
+  for (let i = 0; i < a.length; i += 4) for (let c = i; c < i + 3; c += 1) sum += (a[c] - b[c]) * (a[c] - b[c]);
+  const mean = sum / (0.75 * a.length);
+  return mean === 0 ? 100 : Math.min(100, 10 * Math.log10((255 * 255) / mean));
+}
+
 /** A grey map, coloured like the difference. */
 export function paintHeat(target, grey) {
   for (let i = 0; i < target.data.length; i += 4) put(target.data, i, MAGMA_256[grey.data[i]]);

@@ -8,6 +8,7 @@
  *     series: [{ name, tone: "0", mark: "circle", line: null | "straight" | "hv" | "vh", isDashed, isThin,
  *                points: [{ id, label, text, x: [value, low, high], y: [value, low, high], isFaint }] }],
  *     // low and high are optional
+ *     aspect: 0.56,                                          // optional, height over width, within limits
  *     canPick: true,                                         // false: points say their values, and that is all
  *     rules: [{ x | y: 1, label }],                          // dashed lines across the plot
  *   };
@@ -92,7 +93,7 @@ export class FoveatePlot extends HTMLElement {
     this.#width = this.clientWidth;
     if (this.#figure === null || !this.isConnected || this.#width < 60) return;
     const hadFocus = this.contains(document.activeElement) ? document.activeElement.dataset.id : undefined;
-    const height = Math.round(Math.min(Math.max(0.56 * this.#width, 300), 500));
+    const height = Math.round(Math.min(Math.max((this.#figure.aspect ?? 0.56) * this.#width, 300), 500));
     const space = this.#space(height);
     const svg = draw("svg", {
       viewBox: `0 0 ${this.#width} ${height}`,

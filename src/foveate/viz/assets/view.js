@@ -1,30 +1,48 @@
 /**
  * <foveate-view>: two images of one prompt and seed, looked at in five ways: slider, side by side, difference, FLIP
- * map, and the compute map of every scale. The report and the server's page share it. It sends no request and writes no
- * inline style or handler, so it works under a content security policy without 'unsafe-inline'.
+ * map, and the compute map of every scale; an image without another one is shown alone. The report and the server's
+ * page share it. It sends no request and writes no inline style or handler, so it works under a content security policy
+ * without 'unsafe-inline'.
  *
  *   const view = document.createElement("foveate-view");        // with theme.css and view.css
  *   view.show({
+ *     subject: "a red apple",                                   // optional, for a screen reader
  *     reference: "data:...", picture: "data:...",               // URLs; reference may be null: then only one image
  *     referenceName: "full", pictureName: "fovea",
  *     flip: "data:..." | null,                                  // grey, 255 is 1
  *     scales: [{ scale, rows, columns, blocks, depth, caption, image }],
  *   });
- *   view.view = "compute";                                      // slider, side, difference, flip, compute
+ *   view.view = "compute";                                      // image, slider, side, difference, flip, compute
  *
  * `depth` has the blocks that each token ran, -1 where it did not run, or is null where the whole scale did not;
  * `caption` is the line below; `image` is an optional URL of the image as of that scale.
  *
  * Live use: `addScale({...})` appends a scale and shows it, coarse to fine; `show` with the finished images ends that.
- * Events: "foveate-view" (detail: the view) when the reader changes the view.
+ * Events: "foveate-view" (detail: the view) when the reader changes the view, "foveate-scale" (detail: its index) when
+ * another scale is chosen.
  */
 import { make } from "./dom.js";
 import { paintCompute, paintDifference, paintHeat, paintTokens } from "./maps.js";
 
-const VIEWS = { slider: "Slider", side: "Side by side", difference: "Difference", flip: "FLIP", compute: "Compute" };
+const VIEWS = {
+  image: "Image",
+  slider: "Slider",
+  side: "Side by side",
+  difference: "Difference",
+  flip: "FLIP",
+  compute: "Compute",
+};
 const SMALLEST_CANVAS = 512;
 const MS_PER_SCALE = 450;
-const EMPTY = { reference: null, picture: null, referenceName: "", pictureName: "", flip: null, scales: [] };
+const EMPTY = {
+  subject: "",
+  reference: null,
+  picture: null,
+  referenceName: "",
+  pictureName: "",
+  flip: null,
+  scales: [],
+};
 let made = 0;
 
 export class FoveateView extends HTMLElement {
@@ -89,12 +107,14 @@ export class FoveateView extends HTMLElement {
   set scale(index) {
     this.#scale = Math.min(Math.max(0, Math.round(index)), Math.max(0, this.#pair.scales.length - 1));
     this.#refresh();
+    this.dispatchEvent(new CustomEvent("foveate-scale", { detail: this.#scale, bubbles: true }));
   }
 
   #has(view) {
     const { reference, picture, flip, scales } = this.#pair;
     if (view === "compute") return scales.length > 0;
     if (view === "flip") return flip !== null;
+    if (view === "image") return reference === null && picture !== null;
     return reference !== null && picture !== null;
   }
 
@@ -172,14 +192,15 @@ export class FoveateView extends HTMLElement {
     if (this.#parts === null) return;
     if (!this.#has(this.#view)) this.#view = Object.keys(VIEWS).find((view) => this.#has(view)) ?? this.#view;
     const p = this.#parts;
-    const { reference, picture, referenceName, pictureName } = this.#pair;
+    const { subject, reference, picture, referenceName, pictureName } = this.#pair;
+    const said = (name) => [subject, name].filter(Boolean).join(", ");
     this.dataset.view = this.#view;
     for (const input of p.tabs.querySelectorAll("input")) {
       input.checked = input.value === this.#view;
       input.parentElement.hidden = !this.#has(input.value);
     }
-    this.#source(p.reference, reference, referenceName);
-    this.#source(p.picture, picture, pictureName);
+    this.#source(p.reference, reference, said(referenceName));
+    this.#source(p.picture, picture, said(pictureName));
     p.left.textContent = referenceName;
     p.right.textContent = pictureName;
     this.#cut();
@@ -187,9 +208,9 @@ export class FoveateView extends HTMLElement {
     this.#paint();
   }
 
-  #source(image, url, name) {
+  #source(image, url, said) {
     image.hidden = url === null;
-    image.alt = name;
+    image.alt = said;
     if (url !== null && image.getAttribute("src") !== url) image.src = url;
   }
 
