@@ -33,8 +33,8 @@ logger = logging.getLogger("foveate")
 
 SOURCES = Path(__file__).parent / "native"
 _FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC", "-fvisibility=hidden")
-_HERE, _ANYWHERE = ("-march=native",), ("-march=x86-64-v4", "-mavx512bf16")
-"""For this processor alone, and for every one that has what is needed."""
+_HERE, _ANYWHERE = ("-march=native",), ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+"""For this processor alone, and for every one that has what is needed; AMX is asked for before it runs."""
 _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 _COMPILE_SECONDS = 120
@@ -347,7 +347,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
         "foveate_resize": [pointer, *[integer] * 3, pointer, *[integer] * 5, *[pointer] * 4, integer],
         "foveate_draws": [word, word, pointer, *[integer] * 3],
     }  # fmt: skip
-    if "amx_bf16" in _processor_flags():
+    # Missing where the compiler was too old for it.
+    if hasattr(loaded, "foveate_attend_amx"):
         signatures["foveate_attend_amx"] = [*[pointer] * 8, real, integer]
         signatures["foveate_attend_gradients"] = [*[pointer] * 5, real, integer]
     for name, arguments in signatures.items():
