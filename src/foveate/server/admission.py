@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 
 from foveate.core.errors import FoveateError
 from foveate.pipeline.call import Job, warnings_of
+from foveate.pipeline.deadline import Ladder
 from foveate.pipeline.encoding import DEFAULT_QUALITY, Encoder, fits_jpeg, prompt_bytes
 from foveate.pipeline.options import OPTIONS, Options
 from foveate.pipeline.pipeline import Pipeline
@@ -87,9 +88,12 @@ def asked_of(body: ImageRequest, pipe: Pipeline, settings: ServerSettings, owner
         assert rule is not None, "it is declared with one"
         rule.refuse("latency_budget_ms", body.latency_budget_ms)
     job = _job(body, options, pipe, limits)
-    moderate(settings.moderation, body.prompt)
     ignored = [name for name in ("style", "moderation") if getattr(body, name) is not None]
     notes = [WarningInfo(code=f"{name}_ignored", message=f"{name} has no effect here") for name in ignored]
+    if body.latency_budget_ms is not None:
+        job, found = _stepping(job, body, options, pipe, limits)
+        notes += found
+    moderate(settings.moderation, body.prompt)
     return Asked(
         body=body,
         work=_work(body, job, owner, budget_ms=body.latency_budget_ms, on_late=body.on_late or "coarse"),
@@ -235,6 +239,23 @@ def _job(body: Body, options: dict[str, Any], pipe: Pipeline, limits: Limits, po
     with about(policy):
         job.policy.bind(job.schedule, pipe.model.transformer.shape)
     return job
+
+
+def _stepping(
+    job: Job, body: ImageRequest, options: dict[str, Any], pipe: Pipeline, limits: Limits
+) -> tuple[Job, list[WarningInfo]]:
+    """The call that steps down to cheaper settings of its policy when time gets short.
+
+    Where that cannot be, as this machine has no profile or the policy no dial, the call as it was, and a warning: it is
+    still cut at its end.
+    """
+    try:
+        timed = _job(body, {**options, "latency_budget_ms": body.latency_budget_ms}, pipe, limits)
+        Ladder.of(timed, pipe.model)
+    except FoveateError as error:
+        message = f"the policy does not step down before latency_budget_ms is over: {error}"
+        return job, [WarningInfo(code="deadline_without_levels", message=message)]
+    return timed, []
 
 
 def _work(body: Body, job: Job, owner: str, **deadline: Any) -> Work:
