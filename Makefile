@@ -66,7 +66,7 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install -e packages/foveate-emoji
-	$(PIP) install -c constraints.txt -e ".[demo,eval]"
+	$(PIP) install -c constraints.txt -e ".[demo,eval,serve]"
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
