@@ -270,7 +270,9 @@ def test_a_late_request_gets_its_coarse_image(toy_pipe: Pipeline, start: Callabl
     assert done.is_coarse
     assert done.scales == 5
     assert "deadline_cut" in [warning.code for warning in done.output.report.warnings]
-    assert equal(coarse.images, alone(toy_pipe, policy="skip-scales:count=2"))
+    spec = done.output.config["policy"]["spec"]
+    assert spec == "full|skip-scales:count=2"
+    assert equal(coarse.images, alone(toy_pipe, policy=spec))
     assert isinstance(refused.wait().error, LateError)
 
 

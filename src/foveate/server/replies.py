@@ -94,11 +94,7 @@ def file_of(asked: Asked, event: ImageDone, check: Check | None) -> bytes:
     """
     image = event.output.images[0]
     moderate(check, asked.body.prompt, image)
-    config = event.output.row_config(0)
-    if event.is_coarse:
-        # `--from` generates the whole image; this says why the pixels differ.
-        config["scales_before_deadline"] = event.scales
-    return encoded_image(image, config, asked.encoder)
+    return encoded_image(image, event.output.row_config(0), asked.encoder)
 
 
 def completed(asked: Asked, made: Made, check: Check | None) -> CompletedEvent:

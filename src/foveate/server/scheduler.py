@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, count
 from typing import Any
 
@@ -30,7 +30,7 @@ from foveate.server.fair_queue import FairQueue
 from foveate.server.forecasts import Forecast, forecast_of, profiled
 from foveate.server.rates import Rates
 from foveate.server.room import Room
-from foveate.server.tickets import RequestTicket, Task, deadline_cut, job_of
+from foveate.server.tickets import RequestTicket, Task, ended_at, job_of
 from foveate.server.work import (
     ClosingError,
     Failed,
@@ -337,10 +337,7 @@ class Scheduler:
         assert call is not None, "it ran"
         self.pipe.runner.close(call)
         if is_coarse:
-            call = replace(
-                call,
-                encoded=replace(call.encoded, warnings=(*call.encoded.warnings, deadline_cut(task.job, step.scale))),
-            )
+            call = ended_at(call, step.scale)
         output: PipelineOutput[Any] = self.pipe.finish(call, step)
         self._forget([task])
         ticket.num_left -= 1

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from foveate.core.warnings import CallWarning
+from foveate.pipeline.budget import with_policy
 from foveate.pipeline.call import Job
 from foveate.pipeline.options import Options
 from foveate.pipeline.runner import BatchStep, Encoded, OpenCall
+from foveate.policies.skip_scales import SkipScales
 from foveate.server.forecasts import Forecast
 from foveate.server.work import Event, Failed, Finished, Listener, Work
 
@@ -98,11 +100,15 @@ def job_of(job: Job, index: int, *, wants_maps: bool) -> Job:
     return replace(job, options=options, seeds=(seed,))
 
 
-def deadline_cut(job: Job, scale: int) -> CallWarning:
-    """The warning of an image whose latest scale is not its last one."""
-    left = len(job.schedule) - 1 - scale
-    message = (
-        f"the image ends {left} scales before its last one, as its time was up; policy skip-scales:count={left} makes "
-        "it again"
+def ended_at(call: OpenCall, scale: int) -> OpenCall:
+    """The call as if it had been asked to end behind a scale, so that its image can be made again; with a warning."""
+    job, left = call.job, len(call.job.schedule) - 1 - scale
+    message = f"the image ends {left} scales before its last one, as its time was up"
+    warning = CallWarning(code="deadline_cut", message=message)
+    taken = job.policy if call.deadline is None else call.deadline.taken()
+    return replace(
+        call,
+        job=with_policy(job, taken | SkipScales(count=left)),
+        deadline=None,
+        encoded=replace(call.encoded, warnings=(*call.encoded.warnings, warning)),
     )
-    return CallWarning(code="deadline_cut", message=message)
