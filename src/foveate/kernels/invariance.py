@@ -13,19 +13,22 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from foveate.kernels import native
 from foveate.kernels.linear import linear, takes_onednn
 
 COUNTS = (1, 2, 3, 5, 16, 33, 37, 42, 65)
 """Rows that are multiplied alone, from two places: few, where libraries change their code, and more than a tile."""
 MORE_COUNTS = (97, 129, 193, 257, 385)
-"""The same from one place: oneDNN with AMX sums up to some 300 rows of a wide layer by other code than more of them."""
+"""The same from one place."""
 TOGETHER = 640
 """Rows of the matmul that they are compared with."""
+MANY_COUNTS, MANY_TOGETHER = (*MORE_COUNTS, 520, 700, 736, 1024, 1800), 2600
+"""Both for bfloat16 on processors with AMX, where oneDNN changes its code several times, up to thousands of rows."""
 TILE_ROWS = 64
 """Rows of a tile, for layers that fail."""
 _SMALL_TILES = (TILE_ROWS, 32)
-_WHOLE_ROWS = (256, 384, 512)
-"""Rows from which a layer that fails is tried without tiles; fewer rows run in small tiles, or filled up to as many."""
+_WHOLE_ROWS = (512, 384, 256)
+"""Rows of the larger tiles that are tried for a layer that fails: the more, the faster."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,18 +66,21 @@ class Product:
 
 @functools.cache
 def is_row_independent(product: Product) -> bool:
-    """Whether the first rows, and rows from the middle, have alone the bits that they have among all `TOGETHER`.
+    """Whether the first rows, and rows from the middle, have alone the bits that they have among many.
 
     Multiplies random numbers of its own once per product and process; global random state is left alone. Waits for the
     device.
     """
     device, dtype = product.device, product.dtype
+    # Tiles of fixed sizes leave nothing to be found among many rows.
+    has_many = native.has_amx_products() and dtype is torch.bfloat16 and product.tile_rows is None
+    more, together = (MANY_COUNTS, MANY_TOGETHER) if has_many else (MORE_COUNTS, TOGETHER)
     random = torch.Generator(device).manual_seed(0)
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         x_ni, weight_oi, bias_1o = (
             torch.randn(*shape, generator=random, dtype=torch.float32, device=device).to(dtype)
             for shape in (
-                (TOGETHER, product.num_inputs),
+                (together, product.num_inputs),
                 (product.num_outputs, product.num_inputs),
                 (1, product.num_outputs),
             )
@@ -83,16 +89,17 @@ def is_row_independent(product: Product) -> bool:
         tiles = product.tile_rows, product.whole_rows
         together_no = linear(x_ni, weight_oi, bias_o, *tiles)
         # In the middle neither a tile nor a thread's share begins.
-        parts = [slice(first, first + count) for count in COUNTS for first in (0, TOGETHER // 2 + 13)]
-        parts += [slice(count) for count in MORE_COUNTS]
+        parts = [slice(first, first + count) for count in COUNTS for first in (0, together // 2 + 13)]
+        parts += [slice(count) for count in more]
         return all(torch.equal(linear(x_ni[rows], weight_oi, bias_o, *tiles), together_no[rows]) for rows in parts)
 
 
 def tiles_of(products: Sequence[Product]) -> tuple[int | None, int | None]:
     """`tile_rows` and `whole_rows` with which the rows of all these are independent, at the least price that is known.
 
-    Tiles cost up to two thirds of a fast library's speed where there are many rows, so they end where the layer is
-    independent without them. None of both where none is needed.
+    Small tiles cost up to two thirds of a fast library's speed where there are many rows, so most rows run in large
+    ones, whose rows have the same bits. As all matmuls then have one of two sizes, the promise holds for any number of
+    rows. None of both where none is needed.
 
     Args:
         products: Those of one layer.
@@ -141,9 +148,9 @@ def describe_rows() -> str:
 
 
 def _described(tile_rows: int | None, whole_rows: int | None) -> str:
-    """For people: up to which number of rows a layer runs in tiles, and how large they are."""
-    few = "" if whole_rows is None else f"fewer than {whole_rows} rows "
-    return f"{few}in tiles of {tile_rows}"
+    """For people: how many rows the tiles of a layer have."""
+    large = "" if whole_rows in (None, tile_rows) else f"{whole_rows} and "
+    return f"in tiles of {large}{tile_rows}"
 
 
 def tile_failing_(blocks: Iterable[nn.Module], heads: Iterable[nn.Linear] = ()) -> tuple[str, ...]:

@@ -46,12 +46,13 @@ def linear(
         bias: Of the layer.
         tile_rows: Rows of one matmul, at least 1, so that no row depends on how many there are; None for all at once.
             Ignored where gradients are wanted.
-        whole_rows: Rows from which tiles are not needed, as they have the same bits all at once; None for never.
+        whole_rows: Rows of a larger tile of which a row has the same bits; as many of these as there are rows for run
+            first. None for small ones only.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
-    if tile_rows is not None and (whole_rows is None or x.numel() < whole_rows * x.shape[-1]):
-        return _tiled(x, weight, bias, tile_rows)
+    if tile_rows is not None:
+        return _tiled(x, weight, bias, tile_rows, whole_rows)
     if x.numel() == x.shape[-1] and x.device.type == "cpu":
         return _tiled(x, weight, bias, LEAST_ROWS)
     return _product(x, weight, bias)
@@ -127,15 +128,24 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _tiled(
-    x: Float[Tensor, "*n i"], weight: Float[Tensor, "o i"], bias: Float[Tensor, " o"] | None, tile_rows: int
+    x: Float[Tensor, "*n i"],
+    weight: Float[Tensor, "o i"],
+    bias: Float[Tensor, " o"] | None,
+    tile_rows: int,
+    whole_rows: int | None = None,
 ) -> Float[Tensor, "*n o"]:
-    """Matmuls of `tile_rows` rows each; the last tile is filled up with repeats of its last row."""
+    """Matmuls of `whole_rows`, then of `tile_rows` rows each; the last is filled up with repeats of its last row."""
     x_ni = x.reshape(-1, x.shape[-1])
     num_rows = len(x_ni)
     if not num_rows:
         return _product(x, weight, bias)
-    missing = -num_rows % tile_rows
-    if missing:
-        x_ni = torch.cat((x_ni, x_ni[-1:].expand(missing, -1)))
-    out_no = torch.cat([_product(tile_ti, weight, bias) for tile_ti in x_ni.split(tile_rows)])
+    num_whole = 0 if whole_rows is None else num_rows // whole_rows * whole_rows
+    tiles = list(x_ni[:num_whole].split(whole_rows)) if whole_rows is not None and num_whole else []
+    rest_ni = x_ni[num_whole:]
+    if len(rest_ni):
+        missing = -len(rest_ni) % tile_rows
+        if missing:
+            rest_ni = torch.cat((rest_ni, rest_ni[-1:].expand(missing, -1)))
+        tiles += rest_ni.split(tile_rows)
+    out_no = torch.cat([_product(tile_ti, weight, bias) for tile_ti in tiles])
     return out_no[:num_rows].view(*x.shape[:-1], -1)

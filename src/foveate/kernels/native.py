@@ -111,6 +111,11 @@ def allows_onednn() -> bool:
     return switches.is_on("FOVEATE_ONEDNN") and torch.backends.mkldnn.is_available()
 
 
+def has_amx_products() -> bool:
+    """Whether the processor has AMX, so that oneDNN may multiply bfloat16 with it."""
+    return "amx_bf16" in _processor_flags()
+
+
 @functools.cache
 def has_amx() -> bool:
     """Whether attention in bfloat16 runs on AMX: the C code serves, the processor has it, the system permits it.
@@ -222,7 +227,9 @@ def _compiled() -> Path:
     if given := os.environ.get("FOVEATE_KERNELS"):
         return _found_ahead(Path(given))
     compiler = _compiler()
-    digest = hashlib.sha256("\n".join((compiler, *_HERE, *_FLAGS, *sorted(_processor_flags()))).encode())
+    digest = hashlib.sha256(
+        "\n".join((compiler, _version(compiler), *_HERE, *_FLAGS, *sorted(_processor_flags()))).encode()
+    )
     digest.update(_sources())
     try:
         target = _cache_folder() / f"kernels-{digest.hexdigest()[:20]}.so"
@@ -260,6 +267,17 @@ def _compiler() -> str:
     if compiler is None:
         raise _PlainError("there is no C compiler", _COMPILER, "none of cc, gcc, clang is there")
     return compiler
+
+
+def _version(compiler: str) -> str:
+    """What a compiler says of itself; a newer one may know instructions that an older one left out."""
+    try:
+        told = subprocess.run(
+            [*compiler.split(), "--version"], capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return told.stdout.partition("\n")[0]
 
 
 def _compile_into(target: Path, compiler: str, processor: Sequence[str]) -> None:
