@@ -148,6 +148,7 @@ class Engine:
             Per request, what its scale left or the error that it raised.
         """
         before = [state.request.sampler.state() for state in states]
+        outcomes: list[ScaleStep | Exception] | None = None
         try:
             with self.guard():
                 outcomes = self._advance(states)
@@ -156,6 +157,8 @@ class Engine:
                 state.request.sampler.restore(sampler_state)
             if len(states) == 1:
                 return [error]
+        if outcomes is None:
+            # Behind the handler: its error would hold the tensors of the batch, and memory may be what was missing.
             return [outcome for state in states for outcome in self.step([state])]
         for state, sampler_state, outcome in zip(states, before, outcomes, strict=True):
             if isinstance(outcome, Exception):
@@ -173,7 +176,7 @@ class Engine:
         outcomes = [self._sampled(run, heads[id(run)]) if run.plan.runs else _skipped(run) for run in runs]
         errors = [broken_numbers(outcome.run.state, outcome.finite) for outcome in outcomes]
         return [
-            _committed(outcome, len(states)) if error is None else error
+            _tried(outcome, len(states)) if error is None else error
             for outcome, error in zip(outcomes, errors, strict=True)
         ]
 
@@ -324,6 +327,14 @@ def _skipped(run: ScaleRun) -> _Outcome:
         signals=state.signals,
         difference=state.difference,
     )
+
+
+def _tried(outcome: _Outcome, share: int) -> ScaleStep | Exception:
+    """As `_committed`; an error is the answer of its own request, as the others have gone on."""
+    try:
+        return _committed(outcome, share)
+    except Exception as error:  # such as too little memory
+        return error
 
 
 def _committed(outcome: _Outcome, share: int) -> ScaleStep:
