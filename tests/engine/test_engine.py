@@ -354,7 +354,7 @@ def test_the_trace_counts_what_ran():
         selections=(TokenSelection(score_Bl=torch.tensor([[4.0, 1.0, 3.0, 0.0]]), share=0.75, rule=Rule.COUNT),),
         depths=(DepthMap(depth_Bl=torch.tensor([[2, 2, 1, 0]]), order=(1, 0, 2, 3, 4)),),
     )
-    trace = trace_of(begin(plan, (2, 2)))
+    trace = trace_of(begin(plan, (2, 2)), {})
     assert trace.work.rows[(0, True)].block_tokens == (2, 3, 0, 0, 0)
     assert trace.keep_Bl.tolist() == [[True, True, True, False]]
     assert trace.depth_Bl.tolist() == [[2, 2, 1, 0]]

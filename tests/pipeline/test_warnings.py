@@ -77,7 +77,7 @@ def test_plain_kernels_are_said_on_a_cpu(toy_pipe: Pipeline, monkeypatch, caplog
 
 
 def test_codes_are_those_of_the_contract(caplog):
-    assert len(set(WARNING_CODES)) == 11
+    assert len(set(WARNING_CODES)) == 12
     with caplog.at_level(logging.WARNING, logger="foveate"):
         log_warnings(CallWarning(code=code, message=f"100 % {code}") for code in WARNING_CODES)
     assert [record.getMessage() for record in caplog.records] == [f"100 % {code}" for code in WARNING_CODES]

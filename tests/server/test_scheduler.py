@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from foveate.core.errors import Cancelled, FoveateError
+from foveate.engine.scale_run import ScaleRun
 from foveate.pipeline.pipeline import Pipeline
 from foveate.pipeline.runner import OpenCall
 from foveate.server.scheduler import Scheduler, SchedulerSettings
@@ -321,6 +322,81 @@ def test_an_error_that_stays_is_the_answer_and_the_next_request_works(
     again = Heard()
     scheduler.submit(work(toy_pipe), again)
     assert equal(again.wait().images, alone(toy_pipe))
+
+
+def test_one_poisoned_image_does_not_end_its_neighbours(
+    toy_pipe: Pipeline, start: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that escapes is that of no image; whose it is shows when they run by themselves."""
+    scheduler, advance = start(), toy_pipe.runner.advance
+
+    def poisoned(self: object, calls: list[OpenCall], *, decodes: bool = False) -> Any:
+        if any(call.job.seeds == (13,) and call.next_scale == 3 for call in calls):
+            raise RuntimeError("a poison")
+        return advance(calls, decodes=decodes)
+
+    monkeypatch.setattr(type(toy_pipe.runner), "advance", poisoned)
+    bad, good = Heard(), [Heard() for _ in range(3)]
+    for seed, heard in enumerate(good):
+        scheduler.submit(work(toy_pipe, seed=seed), heard)
+    scheduler.submit(work(toy_pipe, seed=13), bad)
+    assert "poison" in str(bad.wait().error)
+    images = [heard.wait().images for heard in good]
+    monkeypatch.undo()
+    assert all(equal(found, alone(toy_pipe, seed=seed)) for seed, found in enumerate(images))
+
+
+def test_no_image_starves_behind_deadlines(toy_pipe: Pipeline, start: Callable[..., Scheduler]) -> None:
+    """Somebody sends one request with a deadline behind the other; the image without one still runs in time."""
+    scheduler = start(max_images=2)
+    scheduler.rates.is_small = lambda number: False  # type: ignore[method-assign]
+    scheduler.rates.fit = lambda points=None: None  # type: ignore[method-assign]
+    scheduler.rates.fixed_ms, scheduler.rates.ms_per_gflop = 0.0, 1.0
+    vips: list[float] = []
+    plain = Heard()
+
+    def again(event: Event) -> None:
+        if isinstance(event, Finished) and len(vips) < 40 and not plain.of(Finished):
+            vips.append(event.total_ms)
+            scheduler.submit(work(toy_pipe, key="vip", extra={"budget_ms": 1e9}), Heard(again))
+
+    scheduler.submit(work(toy_pipe, key="vip", extra={"budget_ms": 1e9}), Heard(again))
+    scheduler.submit(work(toy_pipe), plain)
+    plain.wait()
+    assert len(vips) < 5
+
+
+def test_a_scheduler_that_ends_answers_and_refuses(
+    toy_pipe: Pipeline, start: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler, heard = start(), Heard()
+    monkeypatch.setattr(scheduler, "_busy_turns", lambda: 1 / 0)
+    scheduler.submit(work(toy_pipe), heard)
+    assert isinstance(heard.wait().error, ClosingError)
+    scheduler._thread.join(TIMEOUT_S)
+    with pytest.raises(ClosingError):
+        scheduler.submit(work(toy_pipe), Heard())
+    assert not scheduler.close(1.0)
+
+
+def test_an_error_while_one_image_commits_is_its_own(
+    toy_pipe: Pipeline, start: Callable[..., Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other image of the batch has gone on, and is not run again."""
+    scheduler, commit = start(), ScaleRun.commit
+
+    def fail(run: ScaleRun) -> None:
+        if run.state.request.sampler.seed_of(0) == 13 and run.scale.index == 3:
+            raise MemoryError("no room for the commit")
+        commit(run)
+
+    monkeypatch.setattr(ScaleRun, "commit", fail)
+    good, bad = Heard(), Heard()
+    scheduler.submit(work(toy_pipe), good)
+    scheduler.submit(work(toy_pipe, seed=13), bad)
+    assert isinstance(bad.wait().error, MemoryError)
+    assert equal(good.wait().images, alone(toy_pipe))
+    assert [event.scale for event in good.of(ScaleDone)] == list(range(LAST + 1))
 
 
 def test_memory_bounds_what_runs_at_once(toy_pipe: Pipeline, start: Callable[..., Scheduler]) -> None:

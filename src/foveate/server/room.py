@@ -13,13 +13,17 @@ from foveate.pipeline.pipeline import Pipeline
 _UNKNOWN = 1 << 62
 """The budget where the system does not say how much memory is left: the number of images bounds it."""
 
+_KNOWN = 256
+"""Kinds of calls that are remembered."""
+
 
 @dataclass(kw_only=True, slots=True)
 class Room:
-    """Bytes for images, and how many of them are reserved."""
+    """Bytes for images, and how many of them are reserved; `decoder` are those of decoding one, which are left out."""
 
     pipe: Pipeline
     budget: int = _UNKNOWN
+    decoder: int = 0
     reserved: int = 0
     _needs: dict[object, int] = field(default_factory=dict)
 
@@ -33,7 +37,7 @@ class Room:
         need, precision = need_of(pipe, job), model.precision
         resident = resident_bytes(model.spec, precision.dtype, precision.quantization, Residency())
         weights = need.phases["transformer"] - need.drawing
-        return cls(pipe=pipe, budget=int(share * available) + resident - weights - need.decoder)
+        return cls(pipe=pipe, budget=int(share * available) + resident - weights - need.decoder, decoder=need.decoder)
 
     def need(self, job: Job) -> int:
         """Bytes that an image of a call takes while it is generated; known ones are not counted again.
@@ -42,9 +46,13 @@ class Room:
             FoveateError: More than there is when nothing else runs.
         """
         key = (job.policy, job.schedule, job.guidance.is_needed(0), "latency_budget_ms" in job.asked)
-        if key not in self._needs:
-            self._needs[key] = need_of(self.pipe, job).drawing
-        need = self._needs[key]
+        need = self._needs.get(key)
+        if need is None:
+            found = need_of(self.pipe, job)
+            need = found.drawing + max(0, found.decoder - self.decoder)
+            if len(self._needs) >= _KNOWN:
+                self._needs.clear()
+            self._needs[key] = need
         if need > self.budget:
             raise FoveateError(
                 f"an image of this size takes {need / 1e6:,.0f} MB beside the weights, and {self.budget / 1e6:,.0f} MB "

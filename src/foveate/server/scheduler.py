@@ -8,6 +8,7 @@ a batch with, it has the bits that it has alone (docs/speed.md says where).
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ _ATTEMPTS = 3
 """How often an image is begun before an error that escapes the loop is its answer."""
 _LATEST_IMAGES = 32
 """Images that the rate looks back on."""
+_LATEST_FINISHES = 8
+"""Decodings whose longest is expected of the next one."""
 _PAUSE_S = 0.05
 """Behind an error that escaped the loop, so that one that comes every turn does not fill the log."""
 
@@ -89,13 +92,16 @@ class Scheduler:
         self._running: list[Task] = []
         self._orders, self._restarts = count(), 0
         self._busy_s, self._done_at = 0.0, deque[float](maxlen=_LATEST_IMAGES)
-        self._is_closing = self._is_stopped = False
+        self._is_closing = self._is_stopped = self._has_dropped = False
+        self._company_now: list[Task] = []
+        self._finish_s = deque[float](maxlen=_LATEST_FINISHES)
         self._room = Room(pipe=pipe)
         self._thread = threading.Thread(target=self._loop, name="foveate-scheduler", daemon=True)
 
     def start(self) -> None:
         """Starts the thread; sizes memory by what is free now, and rates by a profile where there is one."""
-        job = self.pipe.job(self._any_prompt(), {})
+        with kept_heap():
+            job = self.pipe.job(self._any_prompt(), {})
         self._room = Room.of(self.pipe, job, self.settings.memory_share)
         try:
             self.rates.fit(profiled(load_profile(self.pipe.model), job, self.pipe.model.transformer.shape))
@@ -180,25 +186,33 @@ class Scheduler:
             self._is_closing = True
             self._lock.notify_all()
         self._thread.join(grace_s)
-        was_done = not self._thread.is_alive()
         with self._lock:
             self._is_stopped = True
             self._lock.notify_all()
         self._thread.join()
-        return was_done
+        return not self._has_dropped
 
     # What follows runs in the scheduler's thread, but for what only reads under the lock.
 
     def _loop(self) -> None:
+        try:
+            self._serve()
+        except Exception:
+            logger.exception("the scheduler ended; requests are refused until the server is started again")
+        finally:
+            with self._lock:
+                self._is_closing = self._is_stopped = True
+            self._drop(ClosingError("the server stopped before the request was done; try again later"))
+
+    def _serve(self) -> None:
         while True:
             with self._lock:
                 while not (self._running or len(self._queue) or self._is_closing):
                     self._lock.wait()
                 if self._is_stopped or (self._is_closing and not self._running and not len(self._queue)):
-                    break
+                    return
             with kept_heap():
                 self._busy_turns()
-        self._drop(ClosingError("the server stopped before the request was done; try again later"))
 
     def _busy_turns(self) -> None:
         """Turns until nothing is left or somebody stops it."""
@@ -211,9 +225,10 @@ class Scheduler:
             self._busy_s += time.perf_counter() - began
 
     def _turn(self) -> None:
+        self._company_now = []
         self._drop_gone()
         self._admit()
-        company = self._company()
+        company = self._company_now = self._company()
         if not company:
             return
         calls = [task.call for task in company if task.call is not None]
@@ -244,6 +259,7 @@ class Scheduler:
                     return
                 self._queue.pop()
                 task.order, task.attempts = next(self._orders), task.attempts + 1
+                task.admitted = time.perf_counter()
                 self._running.append(task)
                 self._room.reserved += task.need_bytes
             self._open(task)
@@ -263,6 +279,9 @@ class Scheduler:
     def _company(self) -> list[Task]:
         """What runs next: all images whose next scale is small, else as many as take no longer than one large scale."""
         opened = sorted((task for task in self._running if task.call is not None), key=lambda task: task.urgency)
+        if opened and opened[0].is_suspect:
+            return opened[:1]
+        opened = [task for task in opened if not task.is_suspect]
         small = [task for task in opened if self.rates.is_small(task.next_flops)]
         if small or not opened:
             return small
@@ -290,11 +309,12 @@ class Scheduler:
             self._fail(ticket, error)
 
     def _is_late(self, task: Task) -> bool:
-        """Whether the next scale would end behind the deadline of its request."""
+        """Whether the image would be decoded behind the deadline of its request if another scale ran."""
         deadline, forecast = task.ticket.deadline, task.forecast
         if deadline is None or task.call is None:
             return False
-        return time.perf_counter() + self.rates.ms(forecast.flops[task.call.next_scale]) / 1e3 > deadline
+        needs_s = self.rates.ms(forecast.flops[task.call.next_scale]) / 1e3 + max(self._finish_s, default=0.0)
+        return time.perf_counter() + needs_s > deadline
 
     def _said(self, task: Task, step: BatchStep, company: int) -> ScaleDone:
         work, scale, asked = step.trace.scales[-1], step.scale, task.ticket.work
@@ -338,7 +358,11 @@ class Scheduler:
         self.pipe.runner.close(call)
         if is_coarse:
             call = ended_at(call, step.scale)
+        began = time.perf_counter()
         output: PipelineOutput[Any] = self.pipe.finish(call, step)
+        self._finish_s.append(time.perf_counter() - began)
+        if ticket.work.on_late == "error" and ticket.deadline is not None and time.perf_counter() > ticket.deadline:
+            raise LateError("the image was done behind its latency_budget_ms; allow more time")
         self._forget([task])
         ticket.num_left -= 1
         self._done_at.append(self._busy_s)
@@ -352,6 +376,7 @@ class Scheduler:
         with self._lock:
             self._queue.remove(lambda task: task.ticket is ticket)
         self._forget([task for task in self._running if task.ticket is ticket])
+        _release_frames(error)
         ticket.say(Failed(error=error))
 
     def _forget(self, tasks: Sequence[Task]) -> None:
@@ -366,24 +391,32 @@ class Scheduler:
                 self._room.reserved -= task.need_bytes
 
     def _recover(self, error: Exception) -> None:
-        """Begins all running images again, from their seeds; one that was begun too often gets the error."""
+        """Begins the images of a batch again, from their seeds; one that was begun too often gets the error.
+
+        They run by themselves then, so that an error that comes again is that of its own image.
+        """
         logger.error("an error escaped the scheduler's loop; its images are generated again", exc_info=error)
         self._restarts += 1
         time.sleep(_PAUSE_S)
-        tasks = sorted(self._running, key=lambda task: -task.order)
+        tasks = [task for task in self._company_now or self._running if task in self._running]
+        _release_frames(error)
         self._forget(tasks)
-        for task in tasks:
+        for task in sorted(tasks, key=lambda task: -task.order):
             if task.attempts >= _ATTEMPTS:
                 self._fail(task.ticket, error)
             elif not task.ticket.is_over:
                 with self._lock:
                     self._queue.push(task.ticket.work.key, task, 0.0, in_front=True)
+        if not tasks:
+            # Nothing ran, so nothing would change.
+            self._drop(error)
 
     def _drop(self, error: Exception) -> None:
         """Ends everything that is left."""
         with self._lock:
             waiting = list(self._queue.order())
         for ticket in dict.fromkeys(task.ticket for task in (*self._running, *waiting)):
+            self._has_dropped = True
             self._fail(ticket, error)
 
     def _place(self, ticket: RequestTicket) -> int:
@@ -392,10 +425,11 @@ class Scheduler:
             ahead: dict[int, None] = {}
             for task in self._queue.order():
                 if task.ticket is ticket:
-                    break
+                    return len(ahead) + 1
                 if not task.ticket.has_started:
                     ahead[id(task.ticket)] = None
-            return len(ahead) + 1
+            # It left the queue, and its prompt is being encoded.
+            return 1
 
     def _images_per_s(self) -> float | None:
         times = list(self._done_at)
@@ -418,3 +452,10 @@ class Scheduler:
     def _forecast(self, job: Job) -> Forecast:
         shape = self.pipe.model.transformer.shape
         return forecast_of(job.policy, job.schedule, job.guidance, shape, job.negatives is not None)
+
+
+def _release_frames(error: BaseException | None) -> None:
+    """Frees what the frames of an error hold, tensors among it; where it was raised stays known."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

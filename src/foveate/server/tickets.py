@@ -19,6 +19,8 @@ from foveate.server.work import Event, Failed, Finished, Listener, Work
 logger = logging.getLogger("foveate")
 
 _ID_BYTES = 16
+_PATIENCE_S = 5.0
+"""How far behind its start an image without a deadline is as urgent as one whose deadline is then."""
 
 
 class RequestTicket:
@@ -79,6 +81,7 @@ class Task:
     attempts: int = 0
     sent: int = -1
     order: int = 0
+    admitted: float = 0.0
     has_started: bool = False
 
     @property
@@ -89,8 +92,14 @@ class Task:
 
     @property
     def urgency(self) -> tuple[float, int]:
-        """Earlier deadlines first, then older images."""
-        return (self.ticket.deadline or float("inf"), self.order)
+        """Earlier deadlines first, then older images; one without a deadline has its own, so that none starves."""
+        own = self.admitted + _PATIENCE_S
+        return (own if self.ticket.deadline is None else min(own, self.ticket.deadline), self.order)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether an error escaped the loop while it ran: it then runs by itself, to tell whose error it was."""
+        return self.attempts > 1
 
 
 def job_of(job: Job, index: int, *, wants_maps: bool) -> Job:
