@@ -31,7 +31,7 @@ class TrainOptions:
         device: cpu or cuda; default: a GPU if there is one.
         minutes_scale: Multiplies the training minutes of both networks.
         dry_run: Take one small step of everything in OUTPUT/dry and write an untrained model there.
-        start_from: Folder of a model of the same shape to train further.
+        start_from: Folder of a model to train further; a shallower one with fewer scales is grown.
         tokenizer: Weights of a tokenizer to start from, before those of START-FROM.
         keep_tokenizer: Leave the tokenizer as it is.
         stop_after: Minutes after which to pause behind a checkpoint, with exit status 75.
@@ -67,7 +67,7 @@ def train(recipe: Path, /, *, options: TrainOptions) -> int:
     """
     if not recipe.is_file():
         raise FoveateError(f"no recipe at {recipe}; one is recipes/emoji/configs/emoji_tiny.yaml")
-    from recipes.emoji import loop, stages  # noqa: PLC0415 - torch is loaded when the command runs
+    from recipes.emoji import loop, stages, start  # noqa: PLC0415 - torch is loaded when the command runs
     from recipes.emoji.recipe import Route  # noqa: PLC0415
 
     route = Route(
@@ -76,9 +76,9 @@ def train(recipe: Path, /, *, options: TrainOptions) -> int:
         keeps_tokenizer=options.keep_tokenizer,
         is_dry=options.dry_run,
     )
-    start = stages.Start(model=options.start_from, tokenizer=options.tokenizer)
+    begin = start.Start(model=options.start_from, tokenizer=options.tokenizer)
     try:
-        made = stages.train(recipe, options.output, options.stage, _log, route, start, options.stop_after)
+        made = stages.train(recipe, options.output, options.stage, _log, route, begin, options.stop_after)
     except loop.PauseError as pause:
         _log(str(pause))
         return PAUSED

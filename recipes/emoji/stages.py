@@ -9,7 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,13 +39,14 @@ from foveate.tokenizers.bsq import BSQTokenizer
 from foveate.weights.files import weights_sha256
 from foveate.weights.folder import AUTOENCODER, TRANSFORMER, read_network, save_folder, text_encoder_folder
 from foveate.weights.infinity import load_autoencoder, load_transformer
-from foveate.weights.stored import State
 from recipes.emoji.contrast import rim_contrast
 from recipes.emoji.corpus import Corpus, CorpusConfig, build_corpus, load_corpus
 from recipes.emoji.loop import Limits, PauseError, averages_of
 from recipes.emoji.places import placed_share, teach_places
 from recipes.emoji.recipe import Recipe, Route, load_corpus_config, load_recipe
 from recipes.emoji.sampling import ScoreBook, choose_sampling, require_scorer
+from recipes.emoji.shared_codes import SharedCodes
+from recipes.emoji.start import Start, fitted
 from recipes.emoji.texts import bundled_encoder
 from recipes.emoji.tokenizer import composite, psnr_of, reconstruct, train_tokenizer
 from recipes.emoji.transformer import train_transformer
@@ -59,26 +60,11 @@ M = TypeVar("M", bound=nn.Module)
 BATCH = 16
 """Drawings that are reconstructed together."""
 
+FITTED = 128
+"""Scenes by which a tokenizer takes over older codes."""
+
 SAMPLING = "sampling.json"
 """What the validation scenes chose, in the folder of a run."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
-    """What a run begins with, before its first checkpoint; nothing means from random weights.
-
-    Attributes:
-        model: Folder of a model of the same shape, for example the bundled one: both networks are trained further.
-        tokenizer: Weights of a tokenizer alone, which go before those of `model`.
-    """
-
-    model: Path | None = None
-    tokenizer: Path | None = None
-
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether the tokenizer begins with weights."""
-        return self.model is not None or self.tokenizer is not None
 
 
 def train(
@@ -187,16 +173,16 @@ class TrainingFolder:
         def draw(model: Autoencoder) -> None:
             save_sheet(torch.cat([preview, reconstruct(model, preview, recipe.grids)]), 8, self.out / "tokenizer.png")
 
-        path_of_start = self._path_of_start(AUTOENCODER, self.start.tokenizer)
-        initial = _weights_at(path_of_start, lambda: Autoencoder(recipe.shape), load_autoencoder)
+        codes = self.start.older_codes(recipe)
         weights = train_tokenizer(
             recipe,
             sequence,
             checkpoint,
             self.log,
             draw,
-            initial=initial,
+            initial=None if checkpoint.exists() else self._initial_tokenizer(sequence, codes),
             limits=self.limits(recipe.dtype, recipe.device),
+            codes=codes,
         )
         _save(weights, path)
         draw(self.autoencoder())
@@ -205,6 +191,14 @@ class TrainingFolder:
             if len(drawings):
                 self.log(f"tokenizer PSNR on drawings of the {name} split: {self._psnr(drawings):.2f} dB")
         return path
+
+    def _initial_tokenizer(self, sequence: SceneSequence, codes: SharedCodes | None) -> dict[str, Tensor] | None:
+        recipe = self.recipe.tokenizer
+        weights = self.start.own_tokenizer(recipe, codes)
+        if weights is None or codes is None or not recipe.optimisation.minutes:
+            return weights
+        pixels = sequence.pixels(sequence.scenes(0, BATCH if self._is_dry else FITTED))
+        return fitted(weights, recipe, codes, pixels)
 
     def places(self) -> Path:
         """Trains the position tagger, unless its weights are there.
@@ -257,23 +251,18 @@ class TrainingFolder:
         def draw(weights: dict[str, Tensor]) -> None:
             self.sample_sheet(weights, encoder, self.out / "samples.png")
 
-        initial = _weights_at(self._path_of_start(TRANSFORMER), lambda: Infinity(recipe.shape), load_transformer)
         weights = train_transformer(
             recipe,
             windows,
             checkpoint,
             self.log,
             draw,
-            initial=initial,
+            initial=None if checkpoint.exists() else self.start.transformer(recipe.shape),
             limits=self.limits(recipe.dtype, recipe.device),
         )
         _save(weights, path)
         draw(weights)
         return path
-
-    def _path_of_start(self, stem: str, own: Path | None = None) -> Path | None:
-        """Where the weights lie that a network begins with."""
-        return own if own is not None or self.start.model is None else self.start.model / stem
 
     def sequence(self, corpus: Corpus, device: str, schedule: ScaleSchedule, seed: int = 0) -> SceneSequence:
         """The scenes of the training split, rendered on a device in the size of a schedule."""
@@ -421,15 +410,6 @@ class TrainingFolder:
             f"stored in float16: {float(psnr_n.median()):.1f} dB from the weights as trained "
             f"(median of {len(psnr_n)} images, least {float(psnr_n.min()):.1f})"
         )
-
-
-def _weights_at(
-    path: Path | None, build: Callable[[], M], load: Callable[[M, State], None]
-) -> dict[str, Tensor] | None:
-    """Weights that training starts from, in float32 on the CPU; None where it starts anew."""
-    if path is None:
-        return None
-    return read_network(path, build, load, torch.float32, torch.device("cpu")).state_dict()
 
 
 def _save(weights: Mapping[str, Tensor], path: Path) -> None:

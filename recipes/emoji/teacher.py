@@ -24,6 +24,7 @@ from foveate.models.attention import CrossAttention
 from foveate.models.infinity import Infinity, InfinityBlock
 from foveate.models.layers import rms_norm
 from recipes.emoji.attention import attend
+from recipes.emoji.crops import Crop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,7 +196,7 @@ class Teacher:
     masked_tokens: int
     dtype: torch.dtype
     run_block: RunBlock = run_block
-    _layouts: dict[int, Layout] = field(default_factory=dict)
+    _layouts: dict[tuple[int, Crop | None], Layout] = field(default_factory=dict)
 
     def compiled(self) -> "Teacher":
         """The same with its blocks compiled: one graph for all blocks, per number of scales."""
@@ -212,6 +213,7 @@ class Teacher:
         texts: PaddedTexts,
         inputs: Sequence[Float[Tensor, "B Z _h _w"]],
         path_PB2: Float[Tensor, "P B 2"] | None = None,
+        crop: Crop | None = None,
     ) -> Float[Tensor, "B L V"]:
         """Float32 logits of `len(inputs) + 1` scales, two per bit.
 
@@ -219,6 +221,7 @@ class Teacher:
             texts: What is asked for.
             inputs: What each scale behind the first reads, see `Quantised.inputs`.
             path_PB2: What `draw_paths` gave; all blocks run whole if None.
+            crop: Where `inputs` was cropped; nowhere if None.
         """
         model, dtype = self.model, self.dtype
         text_BTE = rms_norm(texts.features_BTE, model.text_norm.weight).to(dtype)
@@ -232,7 +235,7 @@ class Teacher:
         text_BTC = _linear(text_BTE, first.weight, first.bias, dtype)  # type: ignore[arg-type]
         text_BTC = _linear(F.gelu(text_BTC, approximate="tanh"), second.weight, second.bias, dtype)  # type: ignore[arg-type]
         x_BLC = self._entries(pooled_BC, inputs)
-        layout = self._layout(len(inputs) + 1)
+        layout = self._layout(len(inputs) + 1, crop)
         for index in range(model.config.depth):
             weights = BlockWeights.of(model.block(index))
             path_B2 = None if path_PB2 is None else path_PB2[index]
@@ -256,16 +259,20 @@ class Teacher:
             entries.append(word_BlC.float() + level_KC[scale])
         return torch.cat(entries, dim=1)
 
-    def _layout(self, num_scales: int) -> Layout:
+    def _layout(self, num_scales: int, crop: Crop | None) -> Layout:
         """Built once."""
-        if num_scales not in self._layouts:
-            model, counts = self.model, [h * w for h, w in self.schedule.grids[:num_scales]]
+        if (num_scales, crop) not in self._layouts:
+            model, grids = self.model, self.schedule.grids[:num_scales]
+            rotations = [model.positions(self.schedule, s) for s in range(num_scales)]
+            if crop is not None:
+                rotations = [crop.of_tokens(s, grids[s], rotation) for s, rotation in enumerate(rotations)]
+            counts = [len(rotation) for rotation in rotations]
             all_ends = np.cumsum(counts).tolist()
             first = max((end for end in all_ends if end <= self.masked_tokens), default=all_ends[0])
             seen = [end for end, count in zip(all_ends, counts, strict=True) if end <= first for _ in range(count)]
-            self._layouts[num_scales] = Layout(
-                rotation_LD=torch.cat([model.positions(self.schedule, s) for s in range(num_scales)]),
+            self._layouts[num_scales, crop] = Layout(
+                rotation_LD=torch.cat(rotations),
                 seen_1l=torch.tensor([seen], device=model.device),
                 ends=tuple(end for end in all_ends if end >= first),
             )
-        return self._layouts[num_scales]
+        return self._layouts[num_scales, crop]

@@ -19,6 +19,7 @@ from foveate.core.schedule import Grid
 from foveate.tokenizers.autoencoder import Autoencoder, AutoencoderConfig, ResBlock
 from foveate.tokenizers.bsq import quantise
 from recipes.emoji.loop import Limits, Optimisation, Run, flops_of, steps
+from recipes.emoji.shared_codes import SharedCodes
 from recipes.emoji.window import SceneSequence
 
 PREVIEW_STEPS = 2000
@@ -85,7 +86,11 @@ def psnr_of(out: Tensor, target: Tensor) -> Float[Tensor, " B"]:
 
 
 def _loss(
-    model: Autoencoder, target: Tensor, recipe: TokenizerRecipe, rng: np.random.Generator
+    model: Autoencoder,
+    target: Tensor,
+    recipe: TokenizerRecipe,
+    rng: np.random.Generator,
+    codes: SharedCodes | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     grids = recipe.grids
     if rng.random() < recipe.early_exit_share:
@@ -99,7 +104,12 @@ def _loss(
     figures = {"loss": loss.detach(), "commitment": commitment.detach()}
     if grids == recipe.grids:
         figures["psnr"] = psnr_of(out.detach(), target).mean()
-    return loss + recipe.commitment * commitment, figures
+    loss = loss + recipe.commitment * commitment
+    if codes is not None:
+        distance = codes.distance(latent, target)
+        figures["codes"] = distance.detach()
+        loss = loss + codes.weight * distance
+    return loss, figures
 
 
 def train_tokenizer(
@@ -110,6 +120,7 @@ def train_tokenizer(
     preview: Callable[[Autoencoder], None] | None = None,
     initial: Mapping[str, Tensor] | None = None,
     limits: Limits | None = None,
+    codes: SharedCodes | None = None,
 ) -> dict[str, Tensor]:
     """Trains until the recipe's minutes are used up, resuming from `checkpoint` if it exists.
 
@@ -121,6 +132,7 @@ def train_tokenizer(
         preview: Called with the averaged model now and then, to draw a sample sheet.
         initial: Weights to start from; a checkpoint goes before them.
         limits: When to pause; never if None.
+        codes: Whose codes the first scales share; nobody's if None.
 
     Returns:
         The averaged weights, float32.
@@ -138,7 +150,7 @@ def train_tokenizer(
         rng = np.random.default_rng([recipe.optimisation.seed, step])
         target = sequence.pixels(sequence.scenes(step * batch, batch))
         with torch.autocast(recipe.device, dtype, enabled=dtype != torch.float32):
-            loss, figures = _loss(model, target, recipe, rng)
+            loss, figures = _loss(model, target, recipe, rng, codes)
         run.update(loss, recipe.optimisation)
         run.samples += batch
         run.flops += step_flops

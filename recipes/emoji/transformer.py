@@ -24,6 +24,7 @@ from foveate.core.schedule import ScaleSchedule
 from foveate.core.transfer import to_device
 from foveate.models.infinity import Infinity, InfinityConfig
 from foveate.tokenizers.bsq import Quantised, quantise
+from recipes.emoji.crops import Crop
 from recipes.emoji.loop import Limits, Optimisation, Run, flops_of, steps
 from recipes.emoji.teacher import PaddedTexts, Teacher, draw_paths, pad_texts
 from recipes.emoji.window import Window
@@ -33,12 +34,14 @@ from recipes.emoji.window import Window
 class Length:
     """A kind of step: the first `scales` scales of `times` as many examples as the batch, in `share` of the steps.
 
-    `schedule` is that of another aspect ratio; None is the recipe's own.
+    `whole` scales run whole and of the finer ones a window, see `crops`; None runs all of them whole. `schedule` is
+    that of another aspect ratio; None is the recipe's own.
     """
 
     scales: int
     share: float
     times: int = 1
+    whole: int | None = None
     schedule: ScaleSchedule | None = None
 
 
@@ -82,9 +85,13 @@ class TransformerRecipe:
             FoveateError: If they leave out the last scale, or the shares are not those of a whole.
         """
         for schedule in self.schedules:
-            scales = [length.scales for length in self.lengths if (length.schedule or self.schedule) == schedule]
+            lengths = [length for length in self.lengths if (length.schedule or self.schedule) == schedule]
+            scales = [length.scales for length in lengths if length.whole is None]
             if sorted(set(scales)) != scales or scales[-1:] != [len(schedule)] or scales[0] < 2:
                 raise FoveateError(f"lengths must rise from 2 or more scales to all {len(schedule)}, got {scales}")
+        for length in self.lengths:
+            if length.whole is not None and not 0 < length.whole < length.scales:
+                raise FoveateError(f"whole must be in [1, {length.scales - 1}], got {length.whole}")
         shares = [length.share for length in self.lengths]
         if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
             raise FoveateError(f"the shares of lengths must be positive and add up to 1, got {shares}")
@@ -133,12 +140,13 @@ def bit_loss(logits_BLV: Float[Tensor, "B L V"], quantised: Quantised, scale_pow
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Example:
-    """One batch: texts, bits and their flips, which sublayers run, and the schedule that all of it follows."""
+    """One batch: texts, bits and their flips, which sublayers and tokens run, the schedule that all of it follows."""
 
     texts: PaddedTexts
     quantised: Quantised
     path_PB2: Float[Tensor, "P B 2"] | None
     schedule: ScaleSchedule
+    crop: Crop | None
 
 
 def _batch(recipe: TransformerRecipe, windows: Mapping[ScaleSchedule, Window], model: Infinity, run: Run) -> _Example:
@@ -161,8 +169,13 @@ def _batch(recipe: TransformerRecipe, windows: Mapping[ScaleSchedule, Window], m
     path_PB2 = None
     if recipe.path_rate > 0:
         path_PB2 = to_device(draw_paths(recipe.path_rate, recipe.shape.depth, len(texts), rng), latents_BZHW.device)
+    crop = None if length.whole is None else Crop.drawn(length.whole, rng)
     return _Example(
-        texts=pad_texts(texts, recipe.text_length), quantised=quantised, path_PB2=path_PB2, schedule=schedule
+        texts=pad_texts(texts, recipe.text_length),
+        quantised=quantised if crop is None else crop.of(quantised),
+        path_PB2=path_PB2,
+        schedule=schedule,
+        crop=crop,
     )
 
 
@@ -211,7 +224,7 @@ def train_transformer(
     plain = {schedule: _teacher(recipe, model, schedule) for schedule in recipe.schedules}
     # Other aspect ratios are too rare to be worth the minutes of compiling them.
     running = plain | ({recipe.schedule: plain[recipe.schedule].compiled()} if recipe.compiles else {})
-    step_flops: dict[tuple[ScaleSchedule, int, int], int] = {}
+    step_flops: dict[tuple[ScaleSchedule, int, int, int], int] = {}
     previewed_s = math.inf
     for _ in steps(run, recipe.optimisation, checkpoint, log, limits or Limits()):
         began = time.perf_counter()
@@ -219,10 +232,11 @@ def train_transformer(
         run.note(input_ms=1e3 * (time.perf_counter() - began))
         texts, quantised = example.texts, example.quantised
         num_scales = len(quantised.bits)
-        kind = (example.schedule, num_scales, len(texts.is_real_BT))
+        kind = (example.schedule, num_scales, len(texts.is_real_BT), quantised.bits[-1].shape[1])
         if kind not in step_flops:
-            step_flops[kind] = 3 * flops_of(partial(plain[example.schedule].logits, texts, quantised.inputs))
-        logits = running[example.schedule].logits(texts, quantised.inputs, example.path_PB2)
+            plainly = partial(plain[example.schedule].logits, texts, quantised.inputs, crop=example.crop)
+            step_flops[kind] = 3 * flops_of(plainly)
+        logits = running[example.schedule].logits(texts, quantised.inputs, example.path_PB2, example.crop)
         loss, per_scale = bit_loss(logits, quantised, recipe.scale_power)
         run.update(loss, recipe.optimisation)
         run.flops += step_flops[kind]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from recipes.emoji import heads, stages, text_match
+from recipes.emoji import heads, stages, start, text_match
 from recipes.emoji.__main__ import main
 from recipes.emoji.loop import PauseError
 from recipes.emoji.recipe import Route
@@ -49,8 +49,8 @@ def test_train_passes_everything_on(run: Run, tmp_path: Path, monkeypatch: pytes
     options = ("--minutes-scale", 0.5, "--dry-run", "--start-from", "old", "--tokenizer", "t", "--keep-tokenizer")
     assert run(*command, *options) == (0, "run/model\n", "half done\n")
     route = Route(device="cpu", minutes_scale=0.5, keeps_tokenizer=True, is_dry=True)
-    start = stages.Start(model=Path("old"), tokenizer=Path("t"))
-    assert seen == [Path("r.yaml"), Path("run"), "export", route, start, None]
+    begin = start.Start(model=Path("old"), tokenizer=Path("t"))
+    assert seen == [Path("r.yaml"), Path("run"), "export", route, begin, None]
     assert run(*command, "--stop-after", 9) == (75, "", "half done\npaused at 9.0 of 15 minutes\n")
     assert seen[-1] == 9.0
 

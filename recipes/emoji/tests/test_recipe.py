@@ -15,12 +15,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from foveate.core.errors import FoveateError
+from foveate.families.packaged import packaged_models
 from foveate.models.infinity import Infinity
 from foveate.pipeline.pipeline import Pipeline
 from recipes.emoji import stages
 from recipes.emoji.loop import PauseError
 from recipes.emoji.recipe import Route, load_corpus_config, load_recipe
-from recipes.emoji.stages import Start, train
+from recipes.emoji.stages import train
+from recipes.emoji.start import Start
 from recipes.emoji.tests.toy_corpus import write_corpus
 from recipes.emoji.tokenizer import new_autoencoder
 
@@ -127,6 +129,22 @@ def test_the_default_model_has_the_scales_and_size_that_the_methods_need() -> No
     assert [schedule.grids[-1] for schedule in transformer.schedules] == [(32, 32), (27, 36), (36, 27)]
     assert transformer.path_rate == 0.1
     assert 10e6 < sum(p.numel() for p in Infinity(transformer.shape).parameters()) < 16e6
+
+
+def test_the_ten_scale_model_can_begin_with_the_small_one() -> None:
+    small, large = (load_recipe(CONFIGS / f"{name}.yaml", Route(device="cpu")) for name in ("emoji_tiny", "emoji_ten"))
+    start = Start(model=packaged_models()["emoji-tiny"])
+    codes = start.older_codes(large.tokenizer)
+    assert codes is not None
+    assert codes.grid == (16, 16)
+    assert start.older_codes(small.tokenizer) is None, "its own tokenizer is trained further"
+    assert start.own_tokenizer(large.tokenizer, codes) is None
+    weights = start.transformer(large.transformer.shape)
+    assert weights is not None
+    assert 10e6 < sum(value.numel() for value in weights.values()) < 16e6
+    assert large.notice.startswith(large.name)
+    with pytest.raises(FoveateError, match="scales must begin with those of"):
+        start.older_codes(replace(large.tokenizer, grids=large.tokenizer.grids[1:]))
 
 
 def test_a_given_tokenizer_stays_as_it_is(tmp_path: Path) -> None:
