@@ -23,7 +23,7 @@ from foveate.server.keys import ENVIRONMENT
         (("--moderation", "json"), "must be package.module:function"),
         (("--moderation", "json:nothing"), "has no attribute"),
         (("--moderation", "json:__name__"), "is no function"),
-        (("--store", "no/such/folder"), "cannot keep images in no/such/folder"),
+        (("--port", "0", "--store", "/dev/null/images"), "cannot keep images in /dev/null/images"),
         (("--model", "emojo"), "did you mean emoji"),
         (("--encoders", "0"), "encoders must be 1 or more"),
     ],

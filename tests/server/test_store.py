@@ -72,8 +72,20 @@ def test_a_full_disk_pushes_out_the_oldest_and_then_says_so(tmp_path: Path, monk
 
 
 def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FoveateError, match="cannot keep images in"):
-        store(tmp_path / "none")
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "inside"):
+        with pytest.raises(FoveateError, match="cannot keep images in"):
+            store(folder)
+
+
+def test_a_folder_that_is_not_there_is_made(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "images"
+    kept = store(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    kept.put("a", "x", b"one", "image/png")
+    kept.close()
+    assert list(folder.iterdir()) == []
 
 
 def test_a_client_hears_of_a_full_disk(start, monkeypatch: pytest.MonkeyPatch) -> None:

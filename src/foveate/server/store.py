@@ -30,7 +30,8 @@ class StoreSettings:
     """How much is kept.
 
     Attributes:
-        folder: Where a folder of the server's own is made; None takes the system's for temporary files.
+        folder: Where a folder of the server's own is made, made itself where there is none; None takes the system's
+            for temporary files.
         images: At most.
         bytes: Of all files together, at most.
         seconds: How long an image is kept.
@@ -56,13 +57,15 @@ class ImageStore:
     """Files by owner and id; safe from any thread."""
 
     def __init__(self, settings: StoreSettings, clock: Callable[[], float] = time.monotonic) -> None:
-        """Makes the folder, which only this user can read.
+        """Makes the folder, which only this user can read, and the one around it where there is none.
 
         Raises:
             FoveateError: It cannot be made.
         """
         self._settings, self._clock = settings, clock
         try:
+            if settings.folder is not None:
+                settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix="foveate-images-", dir=settings.folder))
         except OSError as error:
             raise FoveateError(f"cannot keep images in {settings.folder}: {error.strerror}") from None
