@@ -176,6 +176,13 @@ def test_a_size_that_is_not_names_the_nearest_three(live: Live) -> None:
     assert "/v1/sizes" in message
 
 
+@pytest.mark.parametrize("size", ["big", "1:1", "256", "0x256"])
+def test_what_is_no_size_names_some_that_are(live: Live, size: str) -> None:
+    message = live.refused(size=size)["message"]
+    assert "such as 256x256, " in message
+    assert "/v1/sizes" in message
+
+
 def test_null_is_absent(live: Live, toy_pipe: Pipeline) -> None:
     nothing = {name: None for name in ImageRequest.model_fields if name not in ("prompt", "seed")}
     answer = live.generate(**nothing)

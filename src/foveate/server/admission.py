@@ -4,6 +4,7 @@ What an option of a call may be is checked where it is declared (`pipeline.optio
 OpenAI's fields, and the limits of this server. It may take tens of milliseconds and runs in worker threads.
 """
 
+import math
 import re
 import secrets
 from collections.abc import Iterator, Sequence
@@ -40,6 +41,7 @@ _OWN = ("negative_prompt", "guidance_scale", "temperature", "top_k", "top_p", "m
 
 _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 _RANDOM_SEEDS = 2**32
+_NAMED_SIZES = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -82,7 +84,7 @@ def asked_of(body: ImageRequest, pipe: Pipeline, settings: ServerSettings, owner
     _require(count <= limits.images, f"n must be 1 to {limits.images}, got {count}; send several requests", "n")
     encoder = _checked_encoder(body, pipe, settings)
     spec, quality = _policy_of(body)
-    options = {**_options(body), "num_images_per_prompt": count, "policy": spec, "seed": body.seed}
+    options = {**_options(body, pipe, limits), "num_images_per_prompt": count, "policy": spec, "seed": body.seed}
     with about("latency_budget_ms"):
         rule = OPTIONS["latency_budget_ms"].rule
         assert rule is not None, "it is declared with one"
@@ -115,11 +117,11 @@ def sides_of(body: CompareRequest, pipe: Pipeline, settings: ServerSettings, own
     _check_stream(body)
     encoder = _checked_encoder(body, pipe, settings)
     seed = secrets.randbelow(_RANDOM_SEEDS) if body.seed is None else body.seed
-    found = []
+    options, found = _options(body, pipe, settings.limits), []
     for side, spec in (("a", body.policy_a), ("b", body.policy_b)):
         with about(f"policy_{side}"):
             load_spec(spec)
-        job = _job(body, {**_options(body), "policy": spec, "seed": seed}, pipe, settings.limits, f"policy_{side}")
+        job = _job(body, {**options, "policy": spec, "seed": seed}, pipe, settings.limits, f"policy_{side}")
         warnings = _known_warnings(job, pipe)
         work = _work(body, job, owner)
         found.append(
@@ -208,16 +210,27 @@ def _policy_of(body: ImageRequest) -> tuple[str, str | None]:
     return QUALITIES[body.quality or "auto"]
 
 
-def _options(body: Body) -> dict[str, Any]:
+def _options(body: Body, pipe: Pipeline, limits: Limits) -> dict[str, Any]:
     """The options that bodies of both endpoints have, as a call takes them."""
     size = None if body.size is None or body.size == "auto" else _SIZE.fullmatch(body.size)
     if body.size is not None and body.size != "auto":
-        _require(size is not None, f"size must be WIDTHxHEIGHT in pixels, or auto, got {body.size[:80]!r}", "size")
+        message = f"size must be WIDTHxHEIGHT in pixels, such as {_some_sizes(pipe, limits)}, or auto"
+        _require(size is not None, f"{message}, got {body.size[:80]!r}; /v1/sizes lists all", "size")
     found = {name: getattr(body, name, None) for name in _OWN}
     if size is not None:
         found |= {"width": int(size[1]), "height": int(size[2])}
     found["trace"] = bool(body.trace)
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _some_sizes(pipe: Pipeline, limits: Limits) -> str:
+    """The default size and those nearest to it, as far as this server allows them."""
+    spec = pipe.model.spec
+    rows, columns = spec.default_schedule.grids[-1]
+    home = (columns * spec.stride, rows * spec.stride)
+    allowed = [size for size in spec.sizes() if limits.pixels is None or size[0] * size[1] <= limits.pixels]
+    near = sorted(allowed, key=lambda size: (math.dist(size, home), size))
+    return ", ".join(f"{width}x{height}" for width, height in near[:_NAMED_SIZES])
 
 
 def _job(body: Body, options: dict[str, Any], pipe: Pipeline, limits: Limits, policy: str = "policy") -> Job:
