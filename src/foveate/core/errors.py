@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Sequence
 
+_LONGEST_NAME = 80
+"""Characters of a name that an error compares and quotes; comparing takes more than linear time."""
+
 _MAX_NAMED = 5
 """Images that an error lists."""
 
@@ -48,7 +51,9 @@ def unknown(kind: str, name: str, known: Sequence[str], rest: str = "") -> Fovea
         known: What there is.
         rest: Said behind the list.
     """
-    close = difflib.get_close_matches(str(name).lower(), known, n=1)
+    name = str(name)
+    name = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
+    close = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return FoveateError(f"no {kind} {name!r}; {hint}there are {', '.join(known)}{rest}")
 

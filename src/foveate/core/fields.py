@@ -63,8 +63,12 @@ def parsed(text: str) -> Any:  # noqa: ANN401 - as above
     if not text.startswith(("[", '"')):
         return text
     try:
+        events = yaml.parse(text, Loader=yaml.SafeLoader)
+        if any(isinstance(event, yaml.AliasEvent) for event in events):
+            # A few letters of them stand for billions of entries.
+            raise ValueError("an alias")
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise FoveateError(f'{text} is not written as a list such as [1,2] or a text in quotes such as "a"') from None
 
 

@@ -59,6 +59,9 @@ REGISTRY: dict[str, type[Policy]] = {
 }
 """Every policy that foveate ships, by name."""
 
+MAX_SPEC, _MAX_PARTS = 500, 8
+"""Characters and parts of a spec that comes from elsewhere."""
+
 _FOLDER = Path(__file__).parents[1] / "data" / "presets"
 
 PRESETS: dict[str, Path] = {
@@ -212,8 +215,12 @@ def load_spec(text: str) -> Policy:
     """A policy from names and fields alone: what would be a file to `load_policy` is an unknown name here.
 
     Raises:
-        FoveateError: An unknown name or field (the closest is named), or a value out of range.
+        FoveateError: An unknown name or field (the closest is named), a value out of range, or a spec that is too long.
     """
+    if len(text) > MAX_SPEC:
+        raise FoveateError(f"a policy must have {MAX_SPEC} characters or less, got {len(text)}")
+    if (count := len(split(text, "|"))) > _MAX_PARTS:
+        raise FoveateError(f"a policy must have {_MAX_PARTS} parts or less, got {count}; leave some out")
     if text.endswith((".yaml", ".yml")):
         raise unknown("policy", text, [*all_policies(), *PRESETS])
     return _from_spec(text)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from foveate.pipeline.options import OPTIONS
+from foveate.policies.registry import MAX_SPEC
 
 Quality = Literal["auto", "high", "hd", "medium", "standard", "low"]
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -78,7 +79,10 @@ class ImageRequest(_Call):
     style: Literal["vivid", "natural"] | None = Field(default=None, description="Ignored, with a warning.")
     moderation: Literal["auto", "low"] | None = Field(default=None, description="Ignored, with a warning.")
     policy: str | None = Field(
-        default=None, description=f"Decides how much runs, instead of quality: {_SPEC}.", examples=["preset-faithful"]
+        default=None,
+        max_length=MAX_SPEC,
+        description=f"Decides how much runs, instead of quality: {_SPEC}.",
+        examples=["preset-faithful"],
     )
     budget: float | None = _option("budget")
     latency_budget_ms: float | None = Field(
@@ -93,8 +97,10 @@ class ImageRequest(_Call):
 class CompareRequest(_Call):
     """One prompt and seed under two policies: the body of `POST /v1/images/compare`."""
 
-    policy_a: str = Field(description=f"Of side a: {_SPEC}.", examples=["preset-draft"])
-    policy_b: str = Field(default="full", description="Of side b, which side a is measured against.")
+    policy_a: str = Field(max_length=MAX_SPEC, description=f"Of side a: {_SPEC}.", examples=["preset-draft"])
+    policy_b: str = Field(
+        default="full", max_length=MAX_SPEC, description="Of side b, which side a is measured against."
+    )
 
 
 class Run(BaseModel):
