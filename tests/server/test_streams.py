@@ -95,9 +95,15 @@ def test_an_error_ends_a_stream(start: Callable[..., Live]) -> None:
     assert live.refused()["message"] == "the image was refused: no images today"
 
 
+def unreachable(_prompt: str, _image: Any) -> None:
+    """A check that asks another server, which is down."""
+    raise ConnectionRefusedError("no such server")
+
+
 @pytest.mark.parametrize(
     ("check", "status", "message"),
     [
+        (unreachable, 500, "the server failed; its log says why"),
         (lambda prompt, image: "not this" if "cat" in prompt else None, 400, "the prompt was refused: not this"),
         (lambda prompt, image: False, 500, "the server failed; its log says why"),
         (lambda prompt, image: 1 / 0, 500, "the server failed; its log says why"),

@@ -76,18 +76,23 @@ class Gate:
         except ApiError as error:
             state["error"] = error
             await error_response(error)(scope, receive, answer.send)
-        except (SendTimeoutError, OSError):
-            # The client reads no more.
-            answer.status = CLIENT_GONE
-        except Exception as error:  # a fault of ours, told without its text
-            logger.exception("a request failed", extra={"fields": {"request_id": state["id"]}})
-            state["error"] = api_error(error)
-            if not answer.has_begun:
-                await error_response(state["error"])(scope, receive, answer.send)
+        except Exception as error:
+            if answer.is_unread or isinstance(error, SendTimeoutError):
+                answer.status = CLIENT_GONE
+            else:
+                await self._failed(error, scope, receive, answer)
         finally:
             if state["leave"] is not None:
                 state["leave"]()
             self._tell(scope, answer.status, time.monotonic() - began)
+
+    async def _failed(self, error: Exception, scope: Scope, receive: Receive, answer: "_Answer") -> None:
+        """Answers a fault of ours, without its text."""
+        state = scope["state"]
+        logger.error("a request failed", exc_info=error, extra={"fields": {"request_id": state["id"]}})
+        state["error"] = api_error(error)
+        if not answer.has_begun:
+            await error_response(state["error"])(scope, receive, answer.send)
 
     def _admitted(self, scope: Scope, headers: Headers) -> str:
         """Whose request it is.
@@ -171,12 +176,15 @@ class _Body:
 
 
 class _Answer:
-    """What is sent, with headers that every answer has; remembers the status, 499 if nothing was sent."""
+    """What is sent, with headers that every answer has; remembers the status, 499 if nothing was sent.
+
+    `is_unread` once sending failed: the client reads no more.
+    """
 
     def __init__(self, send: Send, request_id: str, *, is_page: bool) -> None:
         self._send, self._id, self._is_page = send, request_id, is_page
         self.status = CLIENT_GONE
-        self.has_begun = False
+        self.has_begun = self.is_unread = False
 
     async def send(self, message: Message) -> None:
         """Sends a message."""
@@ -190,7 +198,11 @@ class _Answer:
             headers["Cross-Origin-Opener-Policy"] = "same-origin"
             headers["X-Frame-Options"] = "DENY"
             headers.setdefault("Cache-Control", "no-store")
-        await self._send(message)
+        try:
+            await self._send(message)
+        except OSError:
+            self.is_unread = True
+            raise
 
 
 def owner_of(request: Request) -> str:

@@ -40,11 +40,15 @@ def moderate(check: Check | None, prompt: str, image: Image.Image | None = None)
 
     Raises:
         ApiError: It refused.
+        RuntimeError: It failed; of any error, so that none reads as one of the server, such as a client that is gone.
         TypeError: It returned something that is neither None nor a text.
     """
     if check is None:
         return
-    reason = check(prompt, image)
+    try:
+        reason = check(prompt, image)
+    except Exception as error:
+        raise RuntimeError("the moderation check failed") from error
     if reason is None:
         return
     if not isinstance(reason, str):
