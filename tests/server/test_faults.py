@@ -48,6 +48,22 @@ def test_bodies_that_are_none_are_refused(live: Live, body: bytes) -> None:
     assert len(answer.body) < 2000
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"guidance_scale": [""] * 200_000}, "valid number"),
+        ({"guidance_scale": [1.0] * 65}, ""),
+        ({"top_k": [""] * 200_000}, "valid integer"),
+        ({str(name): 1 for name in range(60_000)}, "64 fields or less, got 60001"),
+    ],
+)
+def test_a_body_with_many_errors_holds_nobody_up(live: Live, body: dict[str, Any], message: str) -> None:
+    began = time.process_time()
+    answer = live.send(PATH, {"prompt": PROMPT, **body})
+    assert (answer.status, message in answer.error["message"]) == (400, True)
+    assert time.process_time() - began < 1
+
+
 @pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity"])
 def test_numbers_that_json_has_not_are_no_json(live: Live, number: bytes) -> None:
     answer = live.send(PATH, b'{"prompt": "a", "guidance_scale": ' + number + b"}")

@@ -36,6 +36,7 @@ from foveate.server.service import Service, service_of
 logger = logging.getLogger("foveate.server")
 
 _PING_S = 15
+_MOST_FIELDS = 64
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorReply, "description": "A field is refused; `param` names it. Also: no such field, no JSON."},
@@ -80,12 +81,15 @@ class _StrictRequest(Request):
         """The body.
 
         Raises:
-            ApiError: It is no JSON.
+            ApiError: It is no JSON, or has so many fields that checking each would hold up everybody.
         """
         try:
-            return from_json(await self.body(), allow_inf_nan=False)
+            found = from_json(await self.body(), allow_inf_nan=False)
         except ValueError as error:
             raise ApiError(400, f"the body is no JSON: {error}", code="invalid_json") from None
+        if isinstance(found, dict) and len(found) > _MOST_FIELDS:
+            raise ApiError(400, f"the body must have {_MOST_FIELDS} fields or less, got {len(found)}")
+        return found
 
 
 router = APIRouter(prefix="/v1/images", route_class=StrictRoute, tags=["images"])

@@ -4,7 +4,7 @@ Fields of OpenAI's images API have its names and meanings; ours stand beside the
 is not is refused with the nearest name. Values of ours are checked where the options of a call are declared.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -23,6 +23,11 @@ def _option(name: str) -> Any:  # noqa: ANN401 - a default of pydantic's
     """A field that the options of a call declare; None takes the model's default."""
     option = OPTIONS[name]
     return Field(default=None, description=option.help + (" Or one per scale." if option.per_scale else ""))
+
+
+T = TypeVar("T")
+_PerScale = Annotated[list[T], Field(max_length=64, fail_fast=True)]
+"""Values of a field for every scale; the first wrong one ends the check, as each would make an error of its own."""
 
 
 class _Call(BaseModel):
@@ -51,10 +56,10 @@ class _Call(BaseModel):
         examples=[7],
     )
     negative_prompt: str | None = _option("negative_prompt")
-    guidance_scale: float | list[float] | None = _option("guidance_scale")
-    temperature: float | list[float] | None = _option("temperature")
-    top_k: int | list[int] | None = _option("top_k")
-    top_p: float | list[float] | None = _option("top_p")
+    guidance_scale: float | _PerScale[float] | None = _option("guidance_scale")
+    temperature: float | _PerScale[float] | None = _option("temperature")
+    top_k: int | _PerScale[int] | None = _option("top_k")
+    top_p: float | _PerScale[float] | None = _option("top_p")
     more_smooth: bool | None = _option("more_smooth")
     trace: bool | None = Field(
         default=None,
