@@ -24,8 +24,10 @@ def test_files_are_kept_for_their_owner(tmp_path: Path) -> None:
     assert kept.get("a", "x") == (b"one", "image/png")
     assert kept.get("b", "x") == (b"two", "image/webp")
     assert kept.get("a", "y") is None
-    kept.put("a", "x", b"three", "image/png")
-    assert (kept.get("a", "x"), kept.held) == ((b"three", "image/png"), (2, 8))
+    assert not kept.put("a", "x", b"three", "image/png")
+    assert (kept.get("a", "x"), kept.held) == ((b"one", "image/png"), (2, 6))
+    assert kept.put("a", "y", b"three", "image/png")
+    assert (kept.holds("a", "y"), kept.holds("b", "y")) == (True, False)
     kept.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -100,6 +102,26 @@ def test_a_client_hears_of_a_full_disk(start, monkeypatch: pytest.MonkeyPatch) -
     assert "No space left" in error["message"]
     assert str(live.service.store._folder) not in error["message"]
     assert live.generate().status == 200
+
+
+def test_urls_of_an_answer_are_all_there(start) -> None:
+    live: Live = start(store=StoreSettings(images=2))
+    error = live.refused(n=3, response_format="url")
+    assert (error["param"], "n must be 1 to 2" in error["message"]) == ("n", True)
+    urls = [image["url"] for image in live.generate(n=2, response_format="url").data["data"]]
+    assert [live.send(url.removeprefix(live.url)).status for url in urls] == [200, 200]
+    small: Live = start(store=StoreSettings(bytes=len(live.send(urls[0].removeprefix(live.url)).body) + 100))
+    assert small.refused(507, n=2, response_format="url")["code"] == "store_full"
+
+
+def test_an_id_of_a_client_is_no_url(start) -> None:
+    live: Live = start()
+    own = {"X-Request-ID": "0b8f6c3e-9d1a-4a57-8f5e-2f6d1c7b9a10"}
+    body = {"prompt": "a cat", "response_format": "url"}
+    first, second = (live.send(body=body, headers=own).data["data"][0]["url"] for _ in range(2))
+    assert first != second
+    assert own["X-Request-ID"] not in first
+    assert live.send(f"/v1/images/{own['X-Request-ID']}").status == 404
 
 
 @pytest.mark.soak

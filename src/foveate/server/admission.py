@@ -82,6 +82,9 @@ def asked_of(body: ImageRequest, pipe: Pipeline, settings: ServerSettings, owner
     _check_openai(body)
     limits, count = settings.limits, 1 if body.n is None else body.n
     _require(count <= limits.images, f"n must be 1 to {limits.images}, got {count}; send several requests", "n")
+    kept = settings.store.images
+    message = f"n must be 1 to {kept} with urls, as this server keeps {kept} images, got {count}; ask for b64_json"
+    _require(body.response_format != "url" or count <= kept, message, "n")
     encoder = _checked_encoder(body, pipe, settings)
     spec, quality = _policy_of(body)
     options = {**_options(body, pipe, limits), "num_images_per_prompt": count, "policy": spec, "seed": body.seed}

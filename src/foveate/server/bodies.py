@@ -1,12 +1,16 @@
 """Bodies of requests that do not stream; encoding takes long, so they are made in worker threads."""
 
+import secrets
 import time
+from collections.abc import Sequence
 
 from foveate.server import replies
+from foveate.server.admission import Asked
 from foveate.server.exchange import Exchange, media_type
 from foveate.server.reproduce import Origin
 from foveate.server.schemas import CallInfo, CompareReply, ImageData, ImageRequest, ImagesReply, PolicyInfo, SideReply
 from foveate.server.service import Service
+from foveate.server.store import ImageStore, StoreFullError
 
 
 def images_body(exchange: Exchange, service: Service, origin: Origin) -> str:
@@ -17,14 +21,11 @@ def images_body(exchange: Exchange, service: Service, origin: Origin) -> str:
     assert isinstance(body, ImageRequest), "of generations"
     made = [side.made(side.done[index], origin) for index in sorted(side.done)]
     files = [replies.file_of(asked, one.event, check) for one in made]
-    data = []
-    for index, content in enumerate(files):
-        if body.response_format == "url":
-            name = exchange.id if index == 0 else f"{exchange.id}-{index}"
-            service.store.put(asked.work.key, name, content, media_type(asked))
-            data.append(ImageData(url=f"{origin.base_url.rstrip('/')}/v1/images/{name}"))
-        else:
-            data.append(ImageData(b64_json=replies.as_base64(content)))
+    if body.response_format == "url":
+        names = _kept(asked, files, service.store)
+        data = [ImageData(url=f"{origin.base_url.rstrip('/')}/v1/images/{name}") for name in names]
+    else:
+        data = [ImageData(b64_json=replies.as_base64(content)) for content in files]
     reply = ImagesReply(
         created=int(time.time()),
         data=data,
@@ -43,6 +44,20 @@ def images_body(exchange: Exchange, service: Service, origin: Origin) -> str:
     return reply.model_dump_json(
         exclude={"data": {"__all__": {"b64_json" if body.response_format == "url" else "url"}}}
     )
+
+
+def _kept(asked: Asked, files: Sequence[bytes], store: ImageStore) -> list[str]:
+    """Keeps files, and says their names, which nobody can guess: a request's id may be its client's, so they are none.
+
+    Raises:
+        StoreFullError: Not all of them can be kept at once.
+    """
+    owner, names = asked.work.key, [secrets.token_urlsafe(18) for _ in files]
+    for name, content in zip(names, files, strict=True):
+        store.put(owner, name, content, media_type(asked))
+    if not all(store.holds(owner, name) for name in names):
+        raise StoreFullError(f"{len(files)} images do not fit into the store together; ask for fewer, or b64_json")
+    return names
 
 
 def compare_body(exchange: Exchange, service: Service, origin: Origin) -> str:

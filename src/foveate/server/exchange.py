@@ -152,7 +152,9 @@ class Exchange:
 
     def _store(self, asked: Asked, event: ImageDone, name: str) -> None:
         content = file_of(asked, event, self._service.settings.moderation)
-        self._service.store.put(self._owner, name, content, media_type(asked))
+        if not self._service.store.put(self._owner, name, content, media_type(asked)):
+            message = "an image of a client that went away was not kept, as there is one of the same x-request-id"
+            logger.warning(message, extra={"fields": {"request_id": self._id}})
 
     def _cancel(self) -> None:
         for side in self.sides:

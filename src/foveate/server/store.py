@@ -79,8 +79,11 @@ class ImageStore:
         """Images and bytes that are kept now."""
         return len(self._files), self._bytes
 
-    def put(self, owner: str, name: str, content: bytes, media_type: str) -> None:
-        """Keeps a file; one of the same owner and name is replaced.
+    def put(self, owner: str, name: str, content: bytes, media_type: str) -> bool:
+        """Keeps a file, unless there is one of the same owner and name, which stays as it is.
+
+        Returns:
+            Whether it was kept.
 
         Raises:
             StoreFullError: It does not fit even into an empty store, or the disk is full.
@@ -90,14 +93,22 @@ class ImageStore:
             raise StoreFullError(f"an image of {size} bytes does not fit into the store, which holds {limit.bytes}")
         path = self._folder / hashlib.sha256(f"{owner}\0{name}".encode()).hexdigest()
         with self._lock:
-            self._forget((owner, name))
             self._expire()
+            if (owner, name) in self._files:
+                return False
             while self._files and (len(self._files) >= limit.images or self._bytes + size > limit.bytes):
                 self._forget(next(iter(self._files)))
             self._write(path, content)
             expires = self._clock() + limit.seconds
             self._files[owner, name] = Stored(path=path, media_type=media_type, size=size, expires=expires)
             self._bytes += size
+        return True
+
+    def holds(self, owner: str, name: str) -> bool:
+        """Whether there is a file of this owner and name."""
+        with self._lock:
+            self._expire()
+            return (owner, name) in self._files
 
     def get(self, owner: str, name: str) -> tuple[bytes, str] | None:
         """A file and its media type; None if there is none for this owner, or it has expired."""
