@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
@@ -16,7 +15,7 @@ from foveate.server.metrics import Metrics
 from foveate.server.settings import ServerSettings
 from foveate.server.spans import Spans
 from foveate.server.store import ImageStore
-from foveate.server.threads import in_daemon
+from foveate.server.threads import DaemonPool, in_daemon
 from foveate.server.work import Scheduling, Stats
 
 P = ParamSpec("P")
@@ -68,8 +67,8 @@ class Service:
         self.spans = Spans()
         self.is_closing = False
         self._opened: tuple[Pipeline, Scheduling] | None = None
-        self._admitters = ThreadPoolExecutor(_ADMITTERS, "foveate-admit")
-        self._encoders = ThreadPoolExecutor(settings.encoders, "foveate-encode")
+        self._admitters = DaemonPool(_ADMITTERS, "foveate-admit")
+        self._encoders = DaemonPool(settings.encoders, "foveate-encode")
         self._tasks: set[asyncio.Task[None]] = set()
         self._enders: set[Callable[[], None]] = set()
 
@@ -148,7 +147,7 @@ class Service:
             threading.Thread(target=self._opened[1].close, args=(0.0,), name="foveate-stop", daemon=True).start()
 
     def release(self) -> None:
-        """Ends the threads and deletes what is stored."""
+        """Ends the threads, once they are done, and deletes what is stored; the process waits for none of them."""
         self._admitters.shutdown(wait=False, cancel_futures=True)
         self._encoders.shutdown(wait=False, cancel_futures=True)
         self.store.close()
