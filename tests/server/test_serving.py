@@ -123,6 +123,34 @@ def test_everything_accepted_is_finished(toy_pipe: Pipeline) -> None:
 
 
 @pytest.mark.usefixtures("safe_signals")
+def test_a_check_that_takes_longer_than_the_grace_is_not_waited_for(toy_pipe: Pipeline) -> None:
+    port, is_asked, may_end = free_port(), threading.Event(), threading.Event()
+
+    def check(_prompt: str, _image: object) -> None:
+        is_asked.set()
+        may_end.wait(TIMEOUT_S)
+
+    def visit() -> None:
+        eventually(lambda: ask(port)[0] == 200, "it is ready")
+        visitors.send(port, {"prompt": PROMPT})
+        assert is_asked.wait(TIMEOUT_S)
+        began.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    began: list[float] = []
+    visitors = Visitors(visit)
+    settings = ServerSettings(moderation=check)
+    serve(lambda: (toy_pipe, Scheduler(toy_pipe, SchedulerSettings())), settings, Place(port=port, grace_s=0.5))
+    seconds = time.monotonic() - began[0]
+    visitors.wait()
+    may_end.set()
+    ((status, body),) = visitors.answers
+    assert (status, body["error"]["code"]) == (503, "closing")
+    assert seconds < 4
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("foveate-"))
+
+
+@pytest.mark.usefixtures("safe_signals")
 @pytest.mark.parametrize(("grace_s", "signals"), [(0.05, 1), (1.0, 1), (TIMEOUT_S, 2)])
 def test_what_takes_longer_than_the_grace_is_answered(
     toy_pipe: Pipeline, tmp_path: Path, grace_s: float, signals: int

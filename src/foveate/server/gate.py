@@ -76,6 +76,12 @@ class Gate:
         except ApiError as error:
             state["error"] = error
             await error_response(error)(scope, receive, answer.send)
+        except asyncio.CancelledError:
+            # The server ends and waits no longer for a check or an encoder.
+            if not self._service.is_closing or answer.has_begun:
+                raise
+            state["error"] = closing("the server stopped before the request was done; try again later")
+            await error_response(state["error"])(scope, receive, answer.send)
         except Exception as error:
             if answer.is_unread or isinstance(error, SendTimeoutError):
                 answer.status = CLIENT_GONE
