@@ -115,13 +115,23 @@ def _value(policy: type[Policy], name: str, value: object) -> Any:
 
 def _policies(policy: type[Policy], name: str, value: object) -> tuple[Policy, ...]:
     """A field that holds policies, from specs or from the lists that `Policy.stored` makes of their parts."""
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple) or not all(_holds_policy(entry) for entry in value):
         raise FoveateError(
             f'{policy.name}: {name} must be a list of specs such as ["full","skip-scales"], got {value!r}'
         )
     return tuple(
         entry if isinstance(entry, Policy) else _from_spec(entry) if isinstance(entry, str) else from_stored(entry)
         for entry in value
+    )
+
+
+def _holds_policy(entry: object) -> bool:
+    """Whether it is one, a spec, or parts as they are stored."""
+    if isinstance(entry, Policy | str):
+        return True
+    return isinstance(entry, list | tuple) and all(
+        isinstance(part, Mapping) and isinstance(part.get("policy"), str) and all(isinstance(key, str) for key in part)
+        for part in entry
     )
 
 
