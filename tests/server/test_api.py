@@ -391,8 +391,9 @@ def test_headers_for_security(live: Live) -> None:
 def test_other_origins_are_let_in_only_by_name(start: Callable[..., Live]) -> None:
     named = start(origins=("https://example.org",))
     asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST",
-             "Access-Control-Request-Headers": "content-type"}  # fmt: skip
+             "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang"}  # fmt: skip
     answer = named.send(method="OPTIONS", headers=asked)
     assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, "https://example.org")
+    assert "x-stainless-lang" in answer.headers["access-control-allow-headers"]
     other = named.send(method="OPTIONS", headers={**asked, "Origin": "https://example.com"})
     assert "access-control-allow-origin" not in other.headers

@@ -106,7 +106,8 @@ def _cors(origins: tuple[str, ...]) -> list[Middleware]:
             CORSMiddleware,
             allow_origins=list(origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+            # OpenAI's client of JavaScript sends a dozen of its own, x-stainless-*.
+            allow_headers=["*"],
             expose_headers=["x-request-id", "Retry-After"],
         )
     ]
