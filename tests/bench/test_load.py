@@ -277,3 +277,13 @@ def test_metrics_are_read_by_name() -> None:
 def test_a_server_that_does_not_start_says_why() -> None:
     with pytest.raises(FoveateError, match="ended with code 2 before it was ready"), started(["--no-such-flag"]):
         pass
+
+
+def test_an_open_loop_tells_what_its_requests_raise() -> None:
+    async def closed() -> None:
+        client = httpx2.AsyncClient(base_url="http://127.0.0.1:9")
+        await client.aclose()
+        await run_phase(client, Phase(seconds=0.1, count=1000, rate=100.0), Calls(prompts=("a cat",)), 0)
+
+    with pytest.raises(RuntimeError, match="closed"):
+        asyncio.run(closed())

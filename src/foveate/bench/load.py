@@ -187,6 +187,7 @@ class _Run:
 
 async def _open(run: _Run, phase: Phase) -> float:
     """Sends each request when it is due, whatever became of the earlier ones; when it ended."""
+    sent: list[asyncio.Task[int]] = []
     open_now: set[asyncio.Task[int]] = set()
     num_sent = 0
     try:
@@ -197,12 +198,14 @@ async def _open(run: _Run, phase: Phase) -> float:
                 run.note(due_s, run.now(), Answer(status=NOT_SENT, error="too many open"))
                 continue
             task = asyncio.create_task(run.shoot(index, due_s))
+            sent.append(task)
             open_now.add(task)
             task.add_done_callback(open_now.discard)
         is_over = num_sent < phase.count
         if is_over:
             await asyncio.sleep(max(0.0, phase.seconds - run.now()))
-        await asyncio.gather(*open_now)
+        # Also those that are done, as one of them may have raised.
+        await asyncio.gather(*sent)
     finally:
         for task in open_now:
             task.cancel()
