@@ -26,7 +26,7 @@ _SWEEP_S = 60.0
 _ABOUT = """Next-scale image models behind OpenAI's images API: coarse images while an image forms, policies that decide
 how much of the model runs, and all that makes an image again.
 
-Errors come as `{"error": {"message", "type", "param", "code"}}`, and every answer has an `x-request-id`."""
+Errors come as `{"error": {"message", "type", "param", "code"}}`, and what answers a request has an `x-request-id`."""
 
 _bearer = HTTPBearer(auto_error=False, description="An API key, where the server has keys.")
 
