@@ -26,6 +26,7 @@ from foveate.server.reproduce import Origin, command_of, curl_of
 from foveate.server.schemas import ImageRequest
 from foveate.server.settings import ServerSettings
 from tests.server.conftest import PROMPT, Live
+from tests.server.test_metrics import value
 
 
 def pixels(content: str | bytes) -> np.ndarray:
@@ -225,9 +226,11 @@ def test_a_policy_is_never_a_path(live: Live, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["edits", "variations"])
 def test_edits_and_variations_are_not_found(live: Live, path: str) -> None:
+    before = value(live.service.metrics, "foveate_rejected_total", reason="invalid")
     answer = live.send(f"/v1/images/{path}", {"prompt": "x"})
     assert answer.status == 404
     assert "no edits" in answer.error["message"]
+    assert value(live.service.metrics, "foveate_rejected_total", reason="invalid") == before
 
 
 @pytest.mark.parametrize(

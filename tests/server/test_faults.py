@@ -12,6 +12,7 @@ import pytest
 from foveate.server.keys import LOCAL
 from foveate.server.limits import Limits
 from tests.server.conftest import PATH, PROMPT, Live, eventually
+from tests.server.test_metrics import value
 
 JSON = "Content-Type: application/json\r\n"
 
@@ -199,6 +200,7 @@ def vanish(live: Live, body: dict[str, Any], headers: str = "", *, until: bytes 
 @pytest.mark.parametrize("body", [{"n": 4}, {"n": 4, "stream": True, "trace": True}])
 def test_a_client_that_goes_away_stops_its_work(live: Live, body: dict[str, Any]) -> None:
     until = b"foveate.scale" if body.get("stream") else None
+    refused = value(live.service.metrics, "foveate_rejected_total", reason="invalid")
     vanish(live, {"prompt": PROMPT, "size": "512x512", **body}, until=until)
     stats = live.scheduler.stats
     eventually(lambda: stats().running_images == stats().queued_images == 0, "it is stopped")
@@ -206,6 +208,7 @@ def test_a_client_that_goes_away_stops_its_work(live: Live, body: dict[str, Any]
     metrics = live.send("/metrics").body.decode()
     assert 'foveate_accepted_total{outcome="cancelled",policy="full"}' in metrics
     assert 'status="499"' in metrics
+    assert value(live.service.metrics, "foveate_rejected_total", reason="invalid") == refused
 
 
 def test_what_a_client_left_is_finished_into_the_store(start: Callable[..., Live]) -> None:

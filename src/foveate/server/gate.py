@@ -237,6 +237,9 @@ def _is_page(path: str) -> bool:
 
 
 def _reason(error: ApiError) -> Reason | None:
+    """Why a request was refused; None where it failed later, its client went away, or there is no such path."""
+    if error.status_code == CLIENT_GONE or error.info.code == "not_found":
+        return None
     found = _REASONS.get(error.info.code or "")
     return found or ("invalid" if error.status_code < _SERVER_ERRORS else None)
 
