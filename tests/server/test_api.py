@@ -320,6 +320,11 @@ def test_what_is_listed(live: Live) -> None:
     assert all(policy["reason"] for policy in policies["data"] if not policy["is_possible"])
 
 
+def test_listing_policies_logs_nothing(live: Live, caplog: pytest.LogCaptureFixture) -> None:
+    assert live.send("/v1/policies").status == 200
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+
+
 def test_how_it_is(live: Live) -> None:
     assert live.send("/health").data == {"status": "alive"}
     ready = live.send("/ready").data

@@ -1,5 +1,9 @@
 """What there is to ask for: `/v1/models`, `/v1/policies` and `/v1/sizes`."""
 
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -151,7 +155,8 @@ def _entry(entry: dict[str, Any], pipe: Pipeline) -> PolicyEntry:
     name, model = entry["name"], pipe.model
     policy, measured, reason = load_policy(name), provenance_of(name), None
     try:
-        policy.bind(model.spec.default_schedule, model.transformer.shape)
+        with _quiet():
+            policy.bind(model.spec.default_schedule, model.transformer.shape)
     except FoveateError as error:
         reason = str(error)
     facts: dict[str, Any] = {}
@@ -168,3 +173,18 @@ def _entry(entry: dict[str, Any], pipe: Pipeline) -> PolicyEntry:
         reason=reason,
         **facts,
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps this thread's warnings from the log: each load of the page lists policies, and nobody wants their images."""
+    own, logger = threading.get_ident(), logging.getLogger("foveate")
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != own
+
+    logger.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_of_others)
