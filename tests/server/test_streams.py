@@ -9,8 +9,9 @@ import pytest
 
 from foveate.eval.fidelity import psnr
 from foveate.pipeline.pipeline import Pipeline
-from tests.server.conftest import PROMPT, Live
+from tests.server.conftest import PROMPT, Live, eventually
 from tests.server.test_api import pixels, solo
+from tests.server.test_metrics import value
 
 LAST = 6
 """The toy's last scale."""
@@ -92,6 +93,10 @@ def test_an_error_ends_a_stream(start: Callable[..., Live]) -> None:
     events = live.generate(stream=True).events
     assert [event["type"] for event in events] == ["error"]
     assert events[0]["error"]["code"] == "moderation_blocked"
+    metrics = live.service.metrics
+    eventually(lambda: value(metrics, "foveate_requests_total", status="400", policy="full") == 1, "it is counted")
+    assert value(metrics, "foveate_requests_total", status="200", policy="full") is None
+    assert value(metrics, "foveate_rejected_total", reason="moderation") == 1
     assert live.refused()["message"] == "the image was refused: no images today"
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from foveate.server.admission import Asked
-from foveate.server.errors import api_error
+from foveate.server.errors import ApiError, api_error
 from foveate.server.replies import Made, file_of
 from foveate.server.reproduce import Origin
 from foveate.server.schemas import Run, ScaleInfo
@@ -61,11 +61,13 @@ class Exchange:
 
     Attributes:
         sides: One per ticket.
+        error: What a stream ended with; None while nothing failed.
     """
 
     def __init__(self, service: Service, asked: Sequence[Asked], request_id: str, owner: str) -> None:
         """Nothing is submitted yet; made on the event loop."""
         self.sides = tuple(Side(asked=one) for one in asked)
+        self.error: ApiError | None = None
         self._service, self._id, self._owner = service, request_id, owner
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[Side, Event]] = asyncio.Queue()

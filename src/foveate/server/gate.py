@@ -51,7 +51,7 @@ _REASONS: dict[str, Reason] = {
 }  # fmt: skip
 """What is counted of the codes of errors; every other 4xx is `invalid`."""
 
-_SERVER_ERRORS = 500
+_ERRORS, _SERVER_ERRORS = 400, 500
 
 
 class Gate:
@@ -142,6 +142,9 @@ class Gate:
         state, route = scope["state"], scope.get("route")
         error: ApiError | None = state["error"]
         reason = None if error is None else _reason(error)
+        if error is not None and status < _ERRORS:
+            # A stream that failed behind its first byte.
+            status = error.status_code
         if scope["path"].startswith(_IMAGES) and scope["method"] == "POST":
             self._service.metrics.finished(status, state["policy"], seconds)
             if reason is not None:

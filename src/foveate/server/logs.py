@@ -101,7 +101,7 @@ class RequestLog:
             request_id: Of the header `x-request-id`.
             method: Of the request.
             path: The route's template; never a query, which may hold a key.
-            status: Of HTTP; 499 where the client went away.
+            status: Of HTTP; 499 where the client went away, and that of the error where a stream ended with one.
             seconds: From the first byte of the request to the last one of the answer.
             reason: Why a request was refused, one of `metrics.Reason`.
         """

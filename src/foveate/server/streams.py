@@ -3,10 +3,12 @@
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 from pydantic import BaseModel
 from sse_starlette.event import ServerSentEvent
 from sse_starlette.sse import EventSourceResponse
+from starlette.types import Receive, Scope, Send
 
 from foveate.server import replies
 from foveate.server.errors import ApiError, api_error
@@ -22,9 +24,25 @@ _PING_S = 15
 """Seconds of silence behind which a comment is sent, so that no proxy hangs up."""
 
 
+class _Response(EventSourceResponse):
+    """A stream whose error the gate hears of, as its HTTP status was sent long before."""
+
+    def __init__(self, exchange: Exchange, content: AsyncIterator[ServerSentEvent], **settings: Any) -> None:
+        super().__init__(content, **settings)
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends everything."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            scope["state"]["error"] = self._exchange.error
+
+
 def streamed(exchange: Exchange, service: Service, origin: Origin) -> EventSourceResponse:
     """The response of a request with stream."""
-    return EventSourceResponse(
+    return _Response(
+        exchange,
         _messages(exchange, service, origin),
         ping=_PING_S,
         send_timeout=service.settings.limits.send_seconds,
@@ -38,7 +56,7 @@ async def _messages(exchange: Exchange, service: Service, origin: Origin) -> Asy
         async for event in _Stream(exchange, service, origin).events():
             yield _message(event)
     except Exception as error:
-        found = api_error(error)
+        exchange.error = found = api_error(error)
         if not isinstance(error, ApiError):
             logger.exception("a stream failed", extra={"fields": {"request_id": exchange.id}})
         yield _message(ErrorEvent(error=found.info))
