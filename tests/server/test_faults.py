@@ -1,6 +1,7 @@
 """What clients do wrong, and what goes away: nothing hangs, nothing crashes, and every answer is in the envelope."""
 
 import contextlib
+import functools
 import json
 import socket
 import time
@@ -223,6 +224,24 @@ def test_what_a_client_left_is_finished_into_the_store(start: Callable[..., Live
     name = next(line for line in found.decode().split("\r\n") if line.startswith("x-request-id: ")).partition(": ")[2]
     eventually(lambda: live.send(f"/v1/images/{name}").status == 200, "it is kept under the id of the answer")
     assert live.send(f"/v1/images/{name}").body == first
+
+
+def test_what_was_refused_is_not_kept(start: Callable[..., Live]) -> None:
+    refused: list[str] = []
+
+    def check(prompt: str, image: Any) -> str | None:
+        if image is None or refused:
+            return None
+        refused.append(prompt)
+        return "not this one"
+
+    live = start(keeps_on_disconnect=True, moderation=check)
+    events = live.generate(n=2, size="512x512", stream=True, trace=True).events
+    assert events[-1]["error"]["code"] == "moderation_blocked"
+    ended = functools.partial(value, live.service.metrics, "foveate_accepted_total", policy="full")
+    eventually(lambda: ended(outcome="cancelled") == 1 or ended(outcome="finished") == 1, "it has ended")
+    assert ended(outcome="finished") is None
+    assert live.service.store.held == (0, 0)
 
 
 def test_ids_of_clients_are_uuids_or_ours(live: Live) -> None:

@@ -120,14 +120,17 @@ class Exchange:
             yield side, event
 
     def leave(self) -> None:
-        """The client has its answer or went away; what still runs is cancelled, or finished into the store."""
+        """The client has its answer or went away; what still runs is cancelled, or finished into the store.
+
+        What was answered with an error is not kept: it may have been refused.
+        """
         if self._has_left:
             return
         self._has_left = True
         self._service.ends(self._end)
         if all(side.is_over for side in self.sides):
             return
-        has_failed = any(side.ticket is None for side in self.sides)
+        has_failed = self.error is not None or any(side.ticket is None for side in self.sides)
         if self._service.settings.keeps_on_disconnect and not has_failed:
             self._service.spawn(self._keep())
         else:
