@@ -1,15 +1,25 @@
 """Streams: OpenAI's events and ours, in order, with real coarse images; and what ends them."""
 
+import asyncio
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from foveate.eval.fidelity import psnr
 from foveate.pipeline.pipeline import Pipeline
+from foveate.server.admission import asked_of
+from foveate.server.exchange import Exchange
+from foveate.server.schemas import ImageRequest
+from foveate.server.service import Service
+from foveate.server.settings import ServerSettings
+from foveate.server.work import Finished, ScaleDone
 from tests.server.conftest import PROMPT, Live, eventually
+from tests.server.observed import events_of, request
 from tests.server.test_api import pixels, solo
 from tests.server.test_metrics import value
 
@@ -125,3 +135,37 @@ def test_a_late_stream_ends_with_an_error(live: Live) -> None:
     events = live.generate(stream=True, latency_budget_ms=0.001, on_late="error").events
     assert [event["type"] for event in events] == ["error"]
     assert events[0]["error"]["code"] == "late"
+
+
+async def taken_slowly(pipe: Pipeline, scales: Sequence[ScaleDone], late: ScaleDone) -> list[ScaleDone]:
+    """What a client gets that reads its first event when all scales are there, and all but that one behind `late`."""
+    settings = ServerSettings()
+    service = Service(settings)
+    try:
+        asked = asked_of(ImageRequest(prompt=PROMPT, seed=7), pipe, settings, "local")
+        exchange = Exchange(service, [asked], "id", "local")
+        (side,) = exchange.sides
+        listen = exchange._listener(side)
+        await asyncio.to_thread(lambda: [listen(scale) for scale in scales])
+        found = []
+        async for _, event in exchange.events():
+            if not found:
+                await asyncio.to_thread(listen, late)
+                await asyncio.to_thread(listen, Finished(total_ms=1.0))
+            if isinstance(event, ScaleDone):
+                found.append(event)
+        exchange.leave()
+        return found
+    finally:
+        service.release()
+
+
+def test_images_of_scales_that_nobody_reads_are_dropped(toy_pipe: Pipeline) -> None:
+    image = Image.new("RGB", (2048, 2048))
+    event = next(e for e in events_of(toy_pipe, request(toy_pipe)) if isinstance(e, ScaleDone))
+    scale = replace(event, image=image, partial=None)
+    # Five of 12 MiB fit; a partial image always comes.
+    scales = [*[replace(scale, scale=index) for index in range(7)], replace(scale, scale=7, partial=0)]
+    found = asyncio.run(taken_slowly(toy_pipe, scales, replace(scale, scale=8)))
+    assert [event.scale for event in found] == list(range(9))
+    assert [event.scale for event in found if event.image is None] == [5, 6]

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from foveate.server.admission import Asked
 from foveate.server.errors import ApiError, api_error
@@ -17,6 +17,9 @@ logger = logging.getLogger("foveate.server")
 
 _TICK_S = 0.25
 """How often a stream looks at its place in the queue."""
+
+_MOST_WAITING_BYTES = 64 << 20
+"""Pixels of the scales of a traced stream that wait for their client; those beyond are told without their images."""
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -71,7 +74,7 @@ class Exchange:
         self._service, self._id, self._owner = service, request_id, owner
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[Side, Event]] = asyncio.Queue()
-        self._has_left = False
+        self._has_left, self._waiting_bytes = False, 0
         service.begins(self._end)
 
     @property
@@ -108,7 +111,7 @@ class Exchange:
         """
         while not all(side.is_over for side in self.sides):
             try:
-                side, event = await asyncio.wait_for(self._queue.get(), _TICK_S if ticks else None)
+                side, event = await asyncio.wait_for(self._next(), _TICK_S if ticks else None)
             except TimeoutError:
                 for side in self.sides:
                     yield side, None
@@ -161,6 +164,19 @@ class Exchange:
             message = "an image of a client that went away was not kept, as there is one of the same x-request-id"
             logger.warning(message, extra={"fields": {"request_id": self._id}})
 
+    def _put(self, side: Side, event: Event) -> None:
+        """Queues an event; images of scales while there is room, partial and finished ones, which are few, always."""
+        if _pixel_bytes(event) + self._waiting_bytes > _MOST_WAITING_BYTES:
+            assert isinstance(event, ScaleDone), "others have none"
+            event = replace(event, image=None)
+        self._waiting_bytes += _pixel_bytes(event)
+        self._queue.put_nowait((side, event))
+
+    async def _next(self) -> tuple[Side, Event]:
+        side, event = await self._queue.get()
+        self._waiting_bytes -= _pixel_bytes(event)
+        return side, event
+
     def _cancel(self) -> None:
         for side in self.sides:
             if side.ticket is not None and not side.is_over:
@@ -171,12 +187,19 @@ class Exchange:
 
         def listen(event: Event) -> None:
             try:
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (side, event))
+                self._loop.call_soon_threadsafe(self._put, side, event)
             except RuntimeError:
                 # The event loop is closed: the server has ended, and nobody waits for this.
                 logger.debug("an event came behind the end of the server")
 
         return listen
+
+
+def _pixel_bytes(event: Event) -> int:
+    """Of the image of a scale that is no partial image; 0 of all other events."""
+    if not isinstance(event, ScaleDone) or event.image is None or event.partial is not None:
+        return 0
+    return event.image.width * event.image.height * len(event.image.getbands())
 
 
 def media_type(asked: Asked) -> str:

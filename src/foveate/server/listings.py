@@ -177,7 +177,7 @@ def _entry(entry: dict[str, Any], pipe: Pipeline) -> PolicyEntry:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps this thread's warnings from the log: each load of the page lists policies, and nobody wants their images."""
+    """Keeps this thread's warnings from the log: each load of the page lists policies, and asks for no image."""
     own, logger = threading.get_ident(), logging.getLogger("foveate")
 
     def is_of_others(record: logging.LogRecord) -> bool:
