@@ -273,11 +273,11 @@ def _version(compiler: str) -> str:
     """What a compiler says of itself; a newer one may know instructions that an older one left out."""
     try:
         told = subprocess.run(
-            [*compiler.split(), "--version"], capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False
+            [*compiler.split(), "--version"], capture_output=True, timeout=_COMPILE_SECONDS, check=False
         )
     except (OSError, subprocess.SubprocessError):
         return ""
-    return told.stdout.partition("\n")[0]
+    return told.stdout.decode(errors="replace").partition("\n")[0]
 
 
 def _compile_into(target: Path, compiler: str, processor: Sequence[str]) -> None:
