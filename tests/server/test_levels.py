@@ -32,7 +32,7 @@ def test_a_policy_steps_down_where_the_machine_is_known(
         (done,) = heard.wait().events[-2:-1]
     finally:
         scheduler.close(0.0)
-    assert done.output.config["policy"]["spec"].startswith("random-tokens"), "a level below the full run was taken"
+    assert "random-tokens" in done.output.config["policy"]["spec"], "one level, or steps down the levels"
     assert done.output.report.flops_ratio < 0.9
     assert not done.is_coarse
 
