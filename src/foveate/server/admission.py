@@ -22,7 +22,7 @@ from foveate.policies.registry import load_spec
 from foveate.server.errors import ApiError
 from foveate.server.limits import Limits
 from foveate.server.moderation import moderate
-from foveate.server.schemas import MAX_PARTIALS, CompareRequest, ImageRequest, WarningInfo
+from foveate.server.schemas import CompareRequest, ImageRequest, WarningInfo
 from foveate.server.settings import ServerSettings
 from foveate.server.work import Work
 
@@ -278,7 +278,7 @@ def _work(body: Body, job: Job, owner: str, **deadline: Any) -> Work:
     return Work(
         job=job,
         key=owner,
-        partials=min(body.partial_images or 0, MAX_PARTIALS),
+        partials=body.partial_images or 0,
         every_scale=bool(body.trace),
         wants_maps=bool(body.trace),
         **deadline,

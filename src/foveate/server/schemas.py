@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from foveate.pipeline.options import OPTIONS
 from foveate.policies.registry import MAX_SPEC
+from foveate.server.work import MOST_PARTIALS
 
 Quality = Literal["auto", "high", "hd", "medium", "standard", "low"]
 OutputFormat = Literal["png", "jpeg", "webp"]
 
-MAX_PARTIALS = 3
 _SPEC = "a name, or a spec such as skip-scales:count=2; see /v1/policies. Never a path"
 _PROMPT = "a red apple"
 
@@ -46,7 +46,7 @@ class _Call(BaseModel):
     )
     stream: bool | None = Field(default=None, description="Answer with server-sent events while images form.")
     partial_images: int | None = Field(
-        default=None, ge=0, le=MAX_PARTIALS, description="Coarse images of each image that a stream sends before it."
+        default=None, ge=0, le=MOST_PARTIALS, description="Coarse images of each image that a stream sends before it."
     )
     user: str | None = Field(default=None, max_length=256, description="Whose request it is; for the log alone.")
     safety_identifier: str | None = Field(default=None, max_length=256, description="As user.")
