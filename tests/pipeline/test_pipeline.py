@@ -345,3 +345,17 @@ def test_layers_that_run_in_tiles_are_said(monkeypatch: pytest.MonkeyPatch, capl
     assert "256x1024 (in tiles of 64)" in pipe("owl", seed=1, output_type="latent").config["tiled_layers"]
     monkeypatch.undo()
     assert Pipeline.from_pretrained("emoji-tiny").model.tiled_layers == ()
+
+
+@pytest.mark.parametrize("options", [{}, {"rng": "reference"}, {"guidance_scale": 1.0}])
+def test_flops_of_single_images_add_up_to_those_of_the_call(toy_pipe: Pipeline, options: dict[str, Any]) -> None:
+    prompts = ["a red cat", "two big dogs left of the house"]
+    found = toy_pipe(prompts, seed=3, policy="ld-pruning", **options)
+    run, full = found.trace.flops_by_image, found.report.flops_full_by_image
+    assert (sum(run), sum(full)) == (found.report.flops_run, found.report.flops_full)
+    for index, prompt in enumerate(prompts):
+        alone = toy_pipe(prompt, seed=3, policy="ld-pruning", **options).report
+        assert full[index] == alone.flops_full
+        if "rng" not in options:
+            alone = toy_pipe(prompt, seed=found.seeds[index], policy="ld-pruning", **options).report
+            assert run[index] == alone.flops_run

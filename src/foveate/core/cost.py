@@ -7,7 +7,7 @@ Axes: P blocks; a row is one image in one branch.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 PREFIX_SCALE = -1
 """The scale under which a family's prefix is counted: it is never evicted."""
@@ -165,6 +165,16 @@ def request_cost(
         kv_bytes=per_token * store.most,
         refiner_flops=refiner_flops,
     )
+
+
+def flops_by_image(work: Sequence[ScaleWork], shape: ModelShape, text_tokens: Mapping[Row, int]) -> tuple[int, ...]:
+    """FLOPs of every image of a request, in order; they add up to those of the request."""
+    found = []
+    for image in sorted({image for image, _ in text_tokens}):
+        own = [replace(w, rows={row: ran for row, ran in w.rows.items() if row[0] == image}) for w in work]
+        texts = {row: tokens for row, tokens in text_tokens.items() if row[0] == image}
+        found.append(request_cost(own, shape, texts).flops)
+    return tuple(found)
 
 
 def scale_flops(work: Sequence[ScaleWork], shape: ModelShape, text_tokens: Mapping[Row, int]) -> list[int]:

@@ -11,7 +11,7 @@ from typing import Any
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from foveate.core.cost import Cost, ModelShape, Row, RowWork, ScaleWork, request_cost
+from foveate.core.cost import Cost, ModelShape, Row, RowWork, ScaleWork, flops_by_image, request_cost
 from foveate.core.policy import Directive
 from foveate.core.schedule import Grid
 
@@ -71,6 +71,11 @@ class Trace:
     def cost(self) -> Cost:
         """Tokens, FLOPs and cache bytes that were counted."""
         return request_cost([s.work for s in self.scales], self.shape, self.text_tokens, self.bytes_per_element)
+
+    @property
+    def flops_by_image(self) -> tuple[int, ...]:
+        """FLOPs that were counted for each image."""
+        return flops_by_image([s.work for s in self.scales], self.shape, self.text_tokens)
 
     def fired(self) -> set[Directive]:
         """The directives that took effect in some plan."""

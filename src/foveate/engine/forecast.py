@@ -6,7 +6,7 @@ Equal to what the trace counts for static policies, an upper bound for those tha
 from collections.abc import Sequence
 from dataclasses import replace
 
-from foveate.core.cost import Cost, ModelShape, RowWork, ScaleWork, request_cost
+from foveate.core.cost import Cost, ModelShape, RowWork, ScaleWork, flops_by_image, request_cost
 from foveate.core.plan import Keep, KeepDifference, ScalePlan, narrowed
 from foveate.core.policy import Bound
 from foveate.core.schedule import Scale
@@ -87,6 +87,11 @@ def full_work(request: Request, shape: ModelShape) -> tuple[ScaleWork, ...]:
 def full_cost(request: Request, shape: ModelShape, bytes_per_element: int = 4) -> Cost:
     """The cost of `full_work`."""
     return request_cost(full_work(request, shape), shape, request.text_tokens(), bytes_per_element)
+
+
+def full_flops_by_image(request: Request, shape: ModelShape) -> tuple[int, ...]:
+    """FLOPs of every image of `full_work`."""
+    return flops_by_image(full_work(request, shape), shape, request.text_tokens())
 
 
 def forecast(bound: Bound, request: Request, shape: ModelShape, bytes_per_element: int = 4) -> Cost:

@@ -7,7 +7,7 @@ from foveate.core.cost import ModelShape
 from foveate.core.policy import Bound
 from foveate.core.trace import Trace
 from foveate.core.warnings import CallWarning
-from foveate.engine.forecast import full_cost
+from foveate.engine.forecast import full_cost, full_flops_by_image
 from foveate.engine.state import Request, bounds_of
 
 
@@ -38,6 +38,7 @@ class Report:
     keys and values. `unfired` names the policy's directives that had no effect; `notes` says what its settings imply,
     `warnings` what the call did otherwise than one would expect. `latency_budget_ms` is what the call was to take. The
     FLOPs of a family's refiner are part of `flops_run` and `flops_full`; `refiner_flops_run` is its part of the former.
+    `flops_full_by_image` adds up to `flops_full`.
     """
 
     flops_run: int
@@ -55,6 +56,7 @@ class Report:
     warnings: tuple[CallWarning, ...] = ()
     latency_budget_ms: float | None = None
     refiner_flops_run: int = 0
+    flops_full_by_image: tuple[int, ...] = ()
 
     @property
     def late_ms(self) -> float | None:
@@ -95,6 +97,11 @@ def build_report(
     shape, size = trace.shape, trace.bytes_per_element
     run = trace.cost
     full = [full_cost(request, shape, size) for request in requests]
+    by_image = [
+        flops
+        for request, cost in zip(requests, full, strict=True)
+        for flops in ([cost.flops] if request.num_images == 1 else full_flops_by_image(request, shape))
+    ]
     limits = [bounds_of(bound, request, shape, _prefix_tokens(request, shape)) for request in requests]
     return Report(
         flops_run=run.flops,
@@ -112,6 +119,7 @@ def build_report(
         warnings=tuple(warnings),
         latency_budget_ms=latency_budget_ms,
         refiner_flops_run=run.refiner_flops,
+        flops_full_by_image=tuple(by_image),
     )
 
 

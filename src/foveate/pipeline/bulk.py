@@ -152,7 +152,7 @@ def draw_rows(
     if job.options["rng"] == "reference":
         batches: Iterator[tuple[ImageRow, ...]] = iter((_one_batch(pipe, job, source, how),))
     else:
-        batches = _batches(source, _batch_size(pipe, job, how))
+        batches = _batches(source, batch_size_for(pipe, job, how))
     return _draw(pipe, batches, how, options)
 
 
@@ -198,6 +198,7 @@ def add_reports(first: Report, second: Report) -> Report:
         first,
         **{name: getattr(first, name) + getattr(second, name) for name in names},
         **{name: max(getattr(first, name), getattr(second, name)) for name in peaks},
+        flops_full_by_image=first.flops_full_by_image + second.flops_full_by_image,
         latency_budget_ms=_sum(first.latency_budget_ms, second.latency_budget_ms),
         ms=Milliseconds(
             text=a.text + b.text,
@@ -243,8 +244,12 @@ def _largest(pipe: Pipeline, job: Job, residency: Residency) -> tuple[MemoryNeed
     return need, largest_batch(need, resident, int(_SHARE * available))
 
 
-def _batch_size(pipe: Pipeline, job: Job, how: BulkSettings) -> int:
-    """Rows of a batch: as asked for, or as many as fit up to where more gain nothing."""
+def batch_size_for(pipe: Pipeline, job: Job, how: BulkSettings) -> int:
+    """Rows of a batch: as asked for, or as many as fit up to where more gain nothing.
+
+    Raises:
+        FoveateError: What was asked for does not fit into memory, or not even one image does.
+    """
     if how.batch_size is not None:
         refuse_too_many(pipe, job, how.batch_size, how.residency)
         return how.batch_size
@@ -293,7 +298,7 @@ def _draw(
                 is_alone = how.total is not None and how.total <= len(rows)
                 bar = tqdm(total=how.total, disable=is_alone or how.hides_progress, unit="image", leave=False)
             with once.listening():
-                batch, broken = _draw_whole(pipe, rows, num_drawn, how, options)
+                batch, broken = draw_batch(pipe, rows, how, options, num_drawn)
             bar.update(len(batch.rows))
             yield batch
             if broken is not None:
@@ -304,17 +309,17 @@ def _draw(
             bar.close()
 
 
-def _draw_whole(
-    pipe: Pipeline, rows: Sequence[ImageRow], first: int, how: BulkSettings, options: CallOptions
+def draw_batch(
+    pipe: Pipeline, rows: Sequence[ImageRow], how: BulkSettings, options: CallOptions, first: int = 0
 ) -> tuple[DrawnBatch, BrokenNumbersError | None]:
     """Generates a batch without the images whose numbers break, and returns the error that names those.
 
     Args:
         pipe: Generates the images.
-        rows: The batch.
-        first: Its first row among all rows, as the error counts.
+        rows: The batch; all of them or none have a negative prompt.
         how: Previews.
         options: Of all rows.
+        first: Its first row among all rows, as the error counts.
 
     Raises:
         BrokenNumbersError: No image is left, or the others would not be the same without the broken ones.
