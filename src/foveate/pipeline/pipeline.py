@@ -3,6 +3,7 @@
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from foveate.conditioning.remembered import Remembered
 from foveate.core.errors import FoveateError
 from foveate.core.warnings import CallWarning, log_warnings
 from foveate.engine.executor import Engine
@@ -159,6 +161,19 @@ class Pipeline:
             raise FoveateError(_NO_GRAPHS_WITH_OFFLOAD)
         if runner.engine.graphs is None:
             runner.engine = _engine(self.model, Graphs(DeviceCapture(self.model.device)), runner.uses_triton)
+
+    def remember_prompts(self, count: int) -> None:
+        """Keeps what the text encoder made of the last prompts, for calls that repeat them; images are the same bits.
+
+        Not for calls from several threads at once.
+
+        Args:
+            count: Prompts, 1 or more; each takes the text width times its tokens in memory of the device.
+
+        Raises:
+            FoveateError: A count below 1.
+        """
+        self.model = self.runner.model = replace(self.model, text=Remembered(self.model.text, count))
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
