@@ -11,6 +11,7 @@ from foveate.families.loading import Origin, find_spec
 from foveate.families.memory import memory_need
 from foveate.families.spec import ModelSpec
 from foveate.pipeline.call import Prompts, resolve
+from foveate.pipeline.loading import Loading
 from foveate.pipeline.options import Options
 from foveate.pipeline.pipeline import Pipeline
 
@@ -49,31 +50,28 @@ def open_pipeline(options: ModelOptions, *, is_quiet: bool) -> Pipeline:
     Raises:
         FoveateError: There is no such model, or a flag is out of range.
     """
-    if options.threads is not None:
-        if options.threads < 1:
-            raise FoveateError(f"--threads must be 1 or more, got {options.threads}")
-        torch.set_num_threads(options.threads)
-    _refuse_without_gpu(options)
-    pipe = Pipeline.from_pretrained(
-        options.model,
-        autoencoder=options.autoencoder,
-        text_encoder=options.text_encoder,
-        weights=options.weights,
-        dtype=options.dtype,
-        decoder_dtype=options.decoder_dtype,
-        quantization=options.quantization,
-        device=options.device or "cpu",
-        kernels=options.kernels,
-        revision=options.revision,
-        local_files_only=options.local_files_only,
-        offload=options.offload,
-        release_text_encoder=options.release_text_encoder,
-    )
-    if options.cuda_graphs:
-        pipe.enable_cuda_graphs()
-    if is_quiet:
-        pipe.set_progress_bar_config(disable=True)
+    pipe = loading_of(options).open()
+    pipe.set_progress_bar_config(disable=True if is_quiet else None)
     return pipe
+
+
+def loading_of(options: ModelOptions) -> Loading:
+    """The flags as any process can load the model from them.
+
+    Raises:
+        FoveateError: A flag is out of range, or needs a GPU.
+    """
+    if options.threads is not None and options.threads < 1:
+        raise FoveateError(f"--threads must be 1 or more, got {options.threads}")
+    _refuse_without_gpu(options)
+    names = ("autoencoder", "text_encoder", "weights", "dtype", "decoder_dtype", "quantization", "kernels", "revision",
+             "local_files_only", "offload", "release_text_encoder")  # fmt: skip
+    return Loading(
+        model=options.model,
+        options={**{name: getattr(options, name) for name in names}, "device": options.device or "cpu"},
+        threads=options.threads,
+        cuda_graphs=options.cuda_graphs,
+    )
 
 
 def _refuse_without_gpu(options: ModelOptions) -> None:
