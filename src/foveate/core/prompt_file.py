@@ -33,13 +33,20 @@ def read_prompt_file(path: str | Path) -> list[str]:
     for number, line in enumerate(lines_of(text), start=1):
         if "\0" in line:
             raise FoveateError(f"cannot read prompts from {name}: line {number} holds a NUL; save it as text in UTF-8")
-        # Files that were joined have a byte order mark in the middle.
-        prompt = line.replace("\ufeff", "").strip()
-        if prompt and not prompt.startswith("#"):
-            found.append(_ESCAPED.sub(r"\1", prompt) if _ESCAPED.match(prompt) else prompt)
+        if (prompt := prompt_of(line)) is not None:
+            found.append(prompt)
     if not found:
         raise FoveateError(f"{name} has no prompts; write one a line (a line that begins with # is a comment)")
     return found
+
+
+def prompt_of(line: str) -> str | None:
+    """The prompt of a line, stripped, or None where the line is blank or a comment."""
+    # Files that were joined have a byte order mark in the middle.
+    prompt = line.replace("\ufeff", "").strip()
+    if not prompt or prompt.startswith("#"):
+        return None
+    return _ESCAPED.sub(r"\1", prompt) if _ESCAPED.match(prompt) else prompt
 
 
 def _read_stdin() -> bytes:

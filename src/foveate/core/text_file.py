@@ -45,7 +45,7 @@ def decode_text(data: bytes, what: str) -> str:
     Raises:
         FoveateError: The bytes are no such text; the first line with such bytes is named.
     """
-    codec = next((codec for mark, codec in _MARKS if data.startswith(mark)), "utf-8")
+    codec = codec_of(data)
     try:
         return data.decode(codec)
     except UnicodeDecodeError as error:
@@ -55,6 +55,11 @@ def decode_text(data: bytes, what: str) -> str:
         found = f"byte 0x{seen[error.start]:02x}" if error.start < len(seen) else "an incomplete character"
         name = codec.removesuffix("-sig").upper()
         raise FoveateError(f"cannot read {what}: line {line} is not {name} ({found}); save it as UTF-8") from None
+
+
+def codec_of(data: bytes) -> str:
+    """The codec that the beginning of a file asks for by its byte order mark; it takes the mark off."""
+    return next((codec for mark, codec in _MARKS if data.startswith(mark)), "utf-8")
 
 
 def lines_of(text: str) -> list[str]:
