@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from foveate.cli.options import CompareFlags, GenerateFlags, names_of, options_of
+from foveate.cli.options import CompareFlags, GenerateFlags, options_of
 from foveate.core.errors import FoveateError
+from foveate.pipeline.option_texts import names_of
 from foveate.pipeline.options import OPTIONS
 
 

@@ -34,11 +34,11 @@ from foveate.cli.options import (
     ModelOptions,
     QuietFlag,
     SizeOptions,
-    numbers,
 )
 from foveate.core.errors import FoveateError
 from foveate.core.prompt_file import read_prompt_file
 from foveate.core.schedule import parse_ratio
+from foveate.pipeline.option_texts import numbers
 
 if TYPE_CHECKING:
     # Named in full in annotations, which the tests check: they import what stands there.

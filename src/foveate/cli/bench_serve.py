@@ -14,9 +14,10 @@ from cyclopts import Group, Parameter
 
 from foveate.cli.console import SCHEMA_VERSION, note, print_facts, print_gap, print_json, print_paths, print_table, warn
 from foveate.cli.main import INTERRUPTED
-from foveate.cli.options import ModelOptions, SizeOptions, numbers
+from foveate.cli.options import ModelOptions, SizeOptions
 from foveate.core.errors import FoveateError
 from foveate.core.prompt_file import read_prompt_file
+from foveate.pipeline.option_texts import numbers
 
 if TYPE_CHECKING:
     import foveate.bench.load_report

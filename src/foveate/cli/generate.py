@@ -19,13 +19,13 @@ from foveate.cli.options import (
     ModelOptions,
     QuietFlag,
     SizeOptions,
-    names_of,
     options_of,
 )
 from foveate.cli.place import Place
 from foveate.core.errors import FoveateError
 from foveate.core.prompt_file import read_prompt_file
 from foveate.core.suffixes import SUFFIXES
+from foveate.pipeline.option_texts import names_of
 from foveate.pipeline.options import OPTIONS, CallOptions, Options, checked
 
 _NUMBER = re.compile(r"[\d.,]*\d[\d.,]*")

@@ -12,10 +12,10 @@ from cyclopts import Group, Parameter
 
 from foveate.core.errors import FoveateError
 from foveate.core.schedule import BUDGETS
+from foveate.pipeline.option_texts import names_of, numbers, read_size
 from foveate.pipeline.options import OPTIONS, Option, Options
 
 C = TypeVar("C")
-Number = TypeVar("Number", int, float)
 
 GROUPS = tuple(
     Group.create_ordered(name)
@@ -108,20 +108,10 @@ class SizeOptions:
         """
         if self.size is None or self.pixels is not None:
             return None
-        width, _, height = self.size.lower().partition("x")
-        if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-            raise FoveateError(
-                f"--size must be one of {', '.join(BUDGETS)}, or WIDTHxHEIGHT in pixels, got {self.size!r}"
-            )
+        sides = read_size(self.size)
         if self.aspect_ratio is not None:
             raise FoveateError(f"--size {self.size} already fixes the image size; leave out --aspect-ratio")
-        return int(width), int(height)
-
-
-def names_of(option: Option) -> tuple[str, ...]:
-    """Names of an option's flag, the first one first."""
-    aliases = [name for name, other in OPTIONS.items() if other.alias_of == option.name]
-    return option.flags or tuple(f"--{name.replace('_', '-')}" for name in (option.name, *aliases))
+        return cast(tuple[int, int], (sides["width"], sides["height"]))
 
 
 def _flags_of(command: str) -> Callable[[type[C]], type[C]]:
@@ -181,21 +171,3 @@ def options_of(flags: GenerateFlags | CompareFlags) -> Options:
         FoveateError: A flag that takes numbers has something else.
     """
     return cast(Options, {name: _value(OPTIONS[name], value) for name, value in vars(flags).items()})
-
-
-def numbers(flag: str, texts: list[str] | None, kind: Callable[[str], Number]) -> Number | list[Number] | None:
-    """The values of a flag that takes one number or several: one alone as itself, several as a list.
-
-    Raises:
-        FoveateError: One of them is not such a number.
-    """
-    if texts is None:
-        return None
-    values: list[Number] = []
-    for text in ",".join(texts).split(","):
-        try:
-            values.append(kind(text))
-        except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise FoveateError(f"{flag} must be {what}, or several with commas, got {text!r}") from None
-    return values[0] if len(values) == 1 else values
