@@ -83,6 +83,7 @@ class Option:
         is_kept: Whether an image's file keeps it.
         absent: For an option that is kept since some version: what files of earlier versions were made with.
         alias_of: The option that this is another name of.
+        not_in_rows: Why a row of a bulk run cannot say it; empty where it can.
         name: Its key in `Options`, filled in from there, as is the next one.
         kind: Its type.
     """
@@ -97,6 +98,7 @@ class Option:
     is_kept: bool = False
     absent: Any = None
     alias_of: str | None = None
+    not_in_rows: str = ""
     name: str = ""
     kind: Any = None
 
@@ -167,7 +169,10 @@ class CallOptions(TypedDict, total=False):
     ]
     generator: Annotated[
         "torch.Generator | None",
-        Option(help='Random state for rng="reference", instead of a seed; it advances.'),
+        Option(
+            help='Random state for rng="reference", instead of a seed; it advances.',
+            not_in_rows="a table cannot hold a state; use seed",
+        ),
     ]
     rng: Annotated[
         Literal["keyed", "reference"],
@@ -261,6 +266,7 @@ class CallOptions(TypedDict, total=False):
             rule=_MILLISECONDS,
             commands=_GENERATE,
             group="Policy",
+            not_in_rows="a clock would decide what the image is; use budget",
         ),
     ]
     batch_invariant: Annotated[
@@ -270,6 +276,7 @@ class CallOptions(TypedDict, total=False):
             default=False,
             commands=_GENERATE,
             is_kept=True,
+            not_in_rows="it is for the whole run",
         ),
     ]
     trace: Annotated[
@@ -279,11 +286,16 @@ class CallOptions(TypedDict, total=False):
             default=False,
             commands=_GENERATE,
             group="Output",
+            not_in_rows="a run writes images and a manifest",
         ),
     ]
     callback_on_step_end: Annotated[
         StepCallback | None,
-        Option(help="Called after every scale; may raise Cancelled to stop.", rule=_CALLBACK),
+        Option(
+            help="Called after every scale; may raise Cancelled to stop.",
+            rule=_CALLBACK,
+            not_in_rows="a table cannot hold a function",
+        ),
     ]
 
 
@@ -296,6 +308,7 @@ class Options(CallOptions, total=False):
             help="pil images; np uint8 (n, height, width, 3); pt float32 in [0, 1], (n, 3, height, width); latent "
             "float32 latents, not decoded.",
             default="pil",
+            not_in_rows="a run writes images of one format",
         ),
     ]
 
