@@ -123,6 +123,10 @@ class Option:
                 return read
         return str
 
+    def takes(self, kind: object) -> bool:
+        """Whether a type is one of those that its declaration names."""
+        return kind in self._kinds
+
     @property
     def _kinds(self) -> tuple[Any, ...]:
         return get_args(self.kind) or (self.kind,)

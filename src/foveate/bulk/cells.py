@@ -1,0 +1,216 @@
+"""Values of single cells: of a text by the option's type, of JSON and parquet by what they are.
+
+A reader takes the cell's value and gives what the row says, or None where the cell counts as absent: an empty text in
+tables of texts, a NaN, and null, which no reader is asked about.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, SupportsFloat
+
+from foveate.core.errors import FoveateError
+from foveate.pipeline.option_texts import numbers, read_size
+from foveate.pipeline.options import Option, Options, is_number, is_whole
+
+Reader = Callable[[Any], Any]
+"""Reads the value of a cell; raises FoveateError where it is none."""
+
+_LONGEST_QUOTE = 60
+"""Characters of a value that an error quotes."""
+
+_DEEPEST = 32
+"""Lists and objects within each other that a column may hold."""
+
+_EXACT = 2**53
+"""Up to here a float64 holds every whole number; tables write whole numbers as floats where a cell is absent."""
+
+_SWITCHES = {
+    "true": True, "yes": True, "on": True, "1": True,
+    "false": False, "no": False, "off": False, "0": False,
+}  # fmt: skip
+
+
+def read_prompt(column: str, value: object) -> str | None:
+    """A prompt as it is, or None if it is blank; a whole number is the index of a class."""
+    text = str(value) if _is_whole(value) else _text(column, value)
+    return None if text.isspace() or not text else text
+
+
+def read_id(column: str, value: object) -> str | None:
+    """An id: a text or a whole number."""
+    if is_whole_float(value):
+        value = int(value)
+    elif isinstance(value, float) and math.isnan(value):
+        return None
+    text = str(value) if _is_whole(value) else _text(column, value, "a text or a whole number")
+    return None if text.isspace() or not text else text
+
+
+def read_size_cell(column: str, value: object) -> Options | None:
+    """A size, `0.25M` or `256x256`."""
+    text = _text(column, value).strip()
+    return read_size(text, column) if text else None
+
+
+def option_reader(option: Option, column: str, *, are_texts: bool) -> Reader:
+    """The reader of an option's column.
+
+    Args:
+        option: What the column says.
+        column: Its own name.
+        are_texts: Whether every cell is a text, as in csv; it is then read as a flag's value is.
+    """
+    one = partial(_from_text if are_texts else _typed, option, column)
+    if not option.per_scale:
+        return one
+    return partial(_several_from_text if are_texts else _several, option, column, one)
+
+
+def read_extra(column: str, value: object) -> Any:  # noqa: ANN401 - any JSON value
+    """A value that is only carried along, as JSON has it; a NaN is None."""
+    if isinstance(value, str):
+        return plain_text(column, value)
+    if value is True or value is False or isinstance(value, int):
+        return value
+    return _json_value(column, value, _DEEPEST)
+
+
+def read_extra_text(column: str, value: str) -> str | None:
+    """A cell of a table of texts that is only carried along."""
+    return plain_text(column, value) or None
+
+
+def plain_text(column: str, text: str) -> str:
+    """The text, if it can be stored.
+
+    Raises:
+        FoveateError: It holds a NUL, or characters that UTF-8 has not.
+    """
+    if "\0" in text:
+        raise FoveateError(f"{column} holds a NUL; save the file as text in UTF-8")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            # Bytes that are no UTF-8 come as such codes.
+            what = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else "half a surrogate pair"  # noqa: PLR2004
+            raise FoveateError(f"{column} is not UTF-8 ({what}); save the file as UTF-8") from None
+    return text
+
+
+def quoted(value: object) -> str:
+    """A value as errors quote it, shortened."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_QUOTE else f"{text[: _LONGEST_QUOTE - 3]}..."
+
+
+def is_whole_float(value: object) -> bool:
+    """Whether a float stands for a whole number, exactly."""
+    return isinstance(value, float) and value.is_integer() and abs(value) <= _EXACT
+
+
+def _is_whole(value: object) -> bool:
+    return is_whole(value) and not isinstance(value, bool)
+
+
+def _text(column: str, value: object, what: str = "a text") -> str:
+    if not isinstance(value, str):
+        raise _wrong(column, what, value)
+    return plain_text(column, value)
+
+
+def _wrong(column: str, what: str, value: object) -> FoveateError:
+    return FoveateError(f"{column} must be {what}, got {quoted(value)}")
+
+
+def _json_value(column: str, value: object, depth: int) -> Any:  # noqa: ANN401 - as above
+    if isinstance(value, float):
+        if math.isinf(value):
+            raise FoveateError(f"{column} holds {value}, which JSON cannot; write null or a text")
+        return None if math.isnan(value) else value
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, str):
+        return plain_text(column, value)
+    if not depth:
+        raise FoveateError(f"{column} holds lists or objects more than {_DEEPEST} deep; make it flat")
+    if isinstance(value, list | tuple):
+        return [_json_value(column, entry, depth - 1) for entry in value]
+    if isinstance(value, dict):
+        return {plain_text(column, str(key)): _json_value(column, one, depth - 1) for key, one in value.items()}
+    raise FoveateError(f"{column} holds {quoted(value)}, which JSON cannot; leave it out")
+
+
+def _typed(option: Option, column: str, value: object) -> Any:  # noqa: ANN401 - of the option's type
+    """A value of JSON or parquet, which has a type."""
+    is_float = isinstance(value, float)
+    if is_float and math.isnan(value):  # type: ignore[arg-type]  # it is a float
+        return None
+    if option.reads is bool:
+        if isinstance(value, bool):
+            return value
+        raise _wrong(column, "true or false", value)
+    if option.reads is str:
+        if option.takes(SupportsFloat) and is_number(value) and not isinstance(value, bool):
+            return value
+        # An empty text is how tables write that there is none.
+        text = _text(column, value)
+        return None if text.isspace() or not text else text
+    if option.reads is int:
+        if is_whole_float(value):
+            return int(value)  # type: ignore[call-overload]  # as above
+        if _is_whole(value):
+            return value
+        raise _wrong(column, "a whole number", value)
+    if is_number(value) and not isinstance(value, bool):
+        return value
+    raise _wrong(column, "a number", value)
+
+
+def _several(option: Option, column: str, one: Reader, value: object) -> Any:  # noqa: ANN401 - as above
+    """One value, or a list with one per scale."""
+    if not isinstance(value, list | tuple):
+        return one(value)
+    found = [None if entry is None else one(entry) for entry in value]
+    if not found or None in found:
+        raise _wrong(column, "one number, or one per scale", value)
+    return found
+
+
+def _from_text(option: Option, column: str, value: str) -> Any:  # noqa: ANN401 - as above
+    if option.reads is str:
+        return plain_text(column, value) if value and not value.isspace() else None
+    text = value.strip()
+    if not text:
+        return None
+    if option.reads is bool:
+        if (switch := _SWITCHES.get(text.lower())) is None:
+            raise _wrong(column, "true or false", value)
+        return switch
+    return _number(option, column, text)
+
+
+def _several_from_text(option: Option, column: str, one: Reader, value: str) -> Any:  # noqa: ANN401 - as above
+    return numbers(column, [value], _whole if option.reads is int else float) if "," in value else one(value)
+
+
+def _number(option: Option, column: str, text: str) -> int | float | None:
+    try:
+        number = _whole(text) if option.reads is int else float(text)
+    except ValueError:
+        if text.lower() == "nan":
+            return None
+        raise _wrong(column, "a whole number" if option.reads is int else "a number", text) from None
+    return None if math.isnan(number) else number
+
+
+def _whole(text: str) -> int:
+    """An int, also where a table wrote it as `7.0`."""
+    try:
+        return int(text)
+    except ValueError:
+        if is_whole_float(number := float(text)):
+            return int(number)
+        raise

@@ -1,0 +1,120 @@
+"""A file of rows, whatever its format: opened at a mark, it gives one record a row."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from foveate.bulk.byte_stream import ByteStream, Mark
+from foveate.core.errors import FoveateError
+
+Record = tuple[int, int, tuple[str, ...] | None, Sequence[Any] | str]
+"""Offset and number of a row (as in `Mark`), and the names and values of its columns; no names and the reason of a row
+that cannot be read. A plain tuple, as there are millions."""
+
+Parser = Callable[[ByteStream, Mark], Iterator[Record]]
+"""Gives the rows of a text file from a mark on."""
+
+
+class Stamp(NamedTuple):
+    """What tells that a file is not the one that was scanned."""
+
+    size: int
+    mtime_ns: int
+
+
+@runtime_checkable
+class Reading(Protocol):
+    """A table that is open.
+
+    Attributes:
+        is_seekable: Whether its table can be opened at any mark, or at the beginning alone.
+    """
+
+    is_seekable: bool
+
+    def records(self) -> Iterator[Record]:
+        """The rows from the mark on."""
+        ...
+
+    def sha256(self) -> bytes:
+        """The hash of the whole content, whatever was read of it; of one that was opened at the beginning."""
+        ...
+
+
+@runtime_checkable
+class Table(Protocol):
+    """One file of rows. It holds nothing open, so that it can be sent to another process.
+
+    Attributes:
+        path: Where it is, from the root.
+        name: Said in errors.
+        unit: What its rows are called in errors: line, entry or row.
+        header: Its columns, where the file says them once.
+        unused: Columns that are never read, as JSON cannot hold what is in them.
+        are_texts: Whether all cells are texts.
+    """
+
+    path: Path
+    name: str
+    unit: str
+    header: tuple[str, ...] | None
+    unused: tuple[str, ...]
+    are_texts: bool
+
+    def open(self, at: Mark) -> AbstractContextManager[Reading]:
+        """Opens it.
+
+        Raises:
+            FoveateError: It cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextTable:
+    """A `Table` in a text file."""
+
+    path: Path
+    name: str
+    parse: Parser
+    unit: str = "line"
+    header: tuple[str, ...] | None = None
+    unused: tuple[str, ...] = ()
+    are_texts: bool = False
+
+    def open(self, at: Mark) -> "TextReading":
+        """Opens it."""
+        return TextReading(self, at)
+
+
+class TextReading(ByteStream):
+    """A `Reading` of a text file."""
+
+    def __init__(self, table: TextTable, at: Mark) -> None:
+        """Opens it at a mark."""
+        super().__init__(table.path, table.name, at.offset)
+        self._parse, self._at = table.parse, at
+
+    def records(self) -> Iterator[Record]:
+        """The rows from the mark on."""
+        return self._parse(self, self._at)
+
+
+def stamp_of(table: Table) -> Stamp:
+    """Size and time of a table's file.
+
+    Raises:
+        FoveateError: It is not there any more.
+    """
+    try:
+        found = table.path.stat()
+    except OSError as error:
+        raise FoveateError(f"cannot read {table.name}: {error.strerror or error}") from None
+    return Stamp(found.st_size, found.st_mtime_ns)
+
+
+def changed(table: Table) -> FoveateError:
+    """What is said of a file that is not the one that was scanned."""
+    return FoveateError(f"{table.name} has changed since it was scanned; start the same command again")
