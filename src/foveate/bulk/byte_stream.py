@@ -58,7 +58,7 @@ class ByteStream:
         self.name, self._digest = name, hashlib.sha256()
         with self._readable():
             is_compressed = path.suffix.lower() == ".gz"
-            self._file = gzip.open(path) if is_compressed else path.open("rb")
+            self._file = gzip.open(path) if is_compressed else path.open("rb")  # noqa: SIM115 - `__exit__` closes it
         try:
             with self._readable():
                 codec = codec_of(self._file.read(_LONGEST_MARK))

@@ -7,19 +7,18 @@ and underscores are equal.
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple, cast
 
 from foveate.bulk.cells import (
     Reader,
+    extra_reader,
+    id_reader,
     option_reader,
     plain_text,
+    prompt_reader,
     quoted,
-    read_extra,
-    read_extra_text,
-    read_id,
-    read_prompt,
-    read_size_cell,
+    size_reader,
 )
 from foveate.core.errors import FoveateError, unknown
 from foveate.pipeline.option_texts import names_of
@@ -185,10 +184,10 @@ class Columns:
 
     def _reader(self, column: str, target: str | None) -> tuple[int, str, Reader]:
         if target is None:
-            return _EXTRA, column, partial(read_extra_text if self.are_texts else read_extra, column)
-        own = {PROMPT: read_prompt, ID: read_id, SIZE: read_size_cell}
+            return _EXTRA, column, extra_reader(column, are_texts=self.are_texts)
+        own = {PROMPT: prompt_reader, ID: id_reader, SIZE: size_reader}
         if target in own:
-            return _OWN, target, partial(own[target], column)
+            return _OWN, target, own[target](column)
         return _OPTION, target, option_reader(OPTIONS[target], column, are_texts=self.are_texts)
 
 

@@ -97,7 +97,7 @@ class _Window:
     def _peek(self) -> str:
         """The next character that is not blank, and steps to it; empty at the end."""
         while True:
-            self._position = _BLANK.match(self._text, self._position).end()  # type: ignore[union-attr]  # always matches
+            self._position = _BLANK.match(self._text, self._position).end()  # type: ignore[union-attr]  # it matches
             if self._position < len(self._text):
                 return self._text[self._position]
             if not self._read_on():

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _BATCH_ROWS = 1000
 """Rows that are decoded at once."""
 
+_BUFFER_BYTES = 1 << 20
+"""Of a column that are read at once; without it a whole row group is."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParquetTable:
@@ -60,7 +63,7 @@ class ParquetReading:
         """Opens it at a mark."""
         self._table, self._at = table, at
         with _readable(table.name):
-            self._file = _parquet().ParquetFile(table.path)
+            self._file = _parquet().ParquetFile(table.path, buffer_size=_BUFFER_BYTES)
 
     def __enter__(self) -> Self:
         return self
@@ -74,10 +77,10 @@ class ParquetReading:
         """The rows from the mark on."""
         first, row = self._first_group()
         header = self._table.header
-        for columns, length in self._batches(range(first, self._file.num_row_groups)):
+        for columns, skipped, length in self._batches(first, self._at.offset - row):
+            row += skipped
             for values in zip(*columns, strict=True) if columns else ((),) * length:
-                if row >= self._at.offset:
-                    yield row, row + 1, header, values
+                yield row, row + 1, header, values
                 row += 1
 
     def sha256(self) -> bytes:
@@ -95,18 +98,25 @@ class ParquetReading:
             row = behind
         return self._file.num_row_groups, row
 
-    def _batches(self, groups: range) -> Iterator[tuple[list[list[Any]], int]]:
-        """The values of every column, and how many rows there are."""
-        names = list(self._table.header)
+    def _batches(self, group: int, skip: int) -> Iterator[tuple[list[list[Any]], int, int]]:
+        """The values of every column, how many rows were skipped in front of them, and how many there are."""
+        groups, names = list(range(group, self._file.num_row_groups)), list(self._table.header)
         with _readable(self._table.name):
-            batches = self._file.iter_batches(_BATCH_ROWS, row_groups=list(groups), columns=names)
+            batches = self._file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=names)
+        skipped = 0
         while True:
             with _readable(self._table.name):
                 if (batch := next(batches, None)) is None:
                     return
+                here = min(skip - skipped, batch.num_rows)
+                skipped += here
+                if here == batch.num_rows:
+                    continue
+                batch = batch.slice(here)
                 # Columns come in the order of the file.
                 columns = [_values(batch.column(name)) for name in names]
-            yield columns, batch.num_rows
+            yield columns, skipped, batch.num_rows
+            skip = skipped = 0
 
 
 def _values(column: "pyarrow.Array") -> list[Any]:
@@ -134,16 +144,15 @@ def _json_type(kind: "pyarrow.DataType") -> "pyarrow.DataType | None":
         return _json_type(kind.storage_type)
     if types.is_dictionary(kind):
         return _json_type(kind.value_type)
-    if types.is_boolean(kind) or types.is_integer(kind) or types.is_null(kind):
-        return kind
-    if types.is_floating(kind):
-        return pyarrow.float64()
-    if types.is_duration(kind):
-        return pyarrow.int64()
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return pyarrow.string()
-    if types.is_date(kind) or types.is_time(kind) or types.is_timestamp(kind) or types.is_decimal(kind):
-        return pyarrow.string()
+    for tests, target in (
+        ((types.is_boolean, types.is_integer, types.is_null), kind),
+        ((types.is_floating,), pyarrow.float64()),
+        ((types.is_duration,), pyarrow.int64()),
+        ((types.is_string, types.is_large_string, types.is_string_view), pyarrow.string()),
+        ((types.is_date, types.is_time, types.is_timestamp, types.is_decimal), pyarrow.string()),
+    ):
+        if any(test(kind) for test in tests):
+            return target
     return _nested_type(kind)
 
 

@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 
 from foveate.bulk.byte_stream import Mark
-from foveate.bulk.columns import ID, PROMPT, Columns, near_misses
+from foveate.bulk.columns import PROMPT, Columns, near_misses
 from foveate.bulk.tables import Record, Stamp, Table, changed, stamp_of
 from foveate.core.errors import FoveateError
 
@@ -130,8 +130,8 @@ class Scanner:
         self._check_columns(name)
         if (twice := find_duplicate(self.hashes, self._ids)) is not None:
             raise FoveateError(
-                f"the id {twice[0]!r} is there twice, in {twice[1]} and {twice[2]}; ids name images, so give each row its "
-                "own, or leave the column out"
+                f"the id {twice[0]!r} is there twice, in {twice[1]} and {twice[2]}; ids name images, so give each row "
+                "its own, or leave the column out"
             )
         unused = tuple(dict.fromkeys(column for table in tables for column in table.unused))
         extra = self._columns.extra()

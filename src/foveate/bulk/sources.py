@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from foveate.bulk.byte_stream import Mark
 from foveate.bulk.columns import Columns
 from foveate.bulk.csv_rows import csv_table
 from foveate.bulk.json_list import parse_list
@@ -137,7 +138,7 @@ def open_source(
 
     Args:
         path: A file whose ending says its format (`.txt`, `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv`, all also with
-            `.gz` behind, or `.parquet`), or a folder; its files are taken in order of their paths, hidden ones left out.
+            `.gz` behind, or `.parquet`), or a folder; its files are taken in order of their paths, without hidden ones.
         columns: Names of columns for what they say, such as prompt: caption.
         shard_size: Rows that are read together; only for speed.
         limit: Leaves out all rows behind the first so many.
@@ -161,7 +162,7 @@ def open_source(
     return FileSource(name=name, parts=parts, mapping=columns, has_ids=scanner.has_ids), scan
 
 
-def _from_mark(part: Part, mark: Any) -> Iterator[Record]:
+def _from_mark(part: Part, mark: Mark) -> Iterator[Record]:
     if stamp_of(part.table) != part.stamp:
         raise changed(part.table)
     with part.table.open(mark) as reading:
