@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from foveate.core.errors import FoveateError
 from foveate.core.text_file import codec_of
@@ -70,7 +70,7 @@ class ByteStream:
         self._decoder = None if is_utf8 else codecs.getincrementaldecoder(codec)("surrogatepass")
         self.is_seekable = is_utf8 and not is_compressed
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ByteStream":
         return self
 
     def __exit__(

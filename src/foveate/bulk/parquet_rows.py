@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from foveate.bulk.byte_stream import Mark
 from foveate.bulk.tables import Record
@@ -57,21 +57,24 @@ def parquet_table(path: Path, name: str) -> ParquetTable:
 class ParquetReading:
     """A `Reading` of a parquet file: whole row groups are skipped, and the rows of one in front of the mark decoded."""
 
-    is_seekable = True
-
     def __init__(self, table: ParquetTable, at: Mark) -> None:
         """Opens it at a mark."""
         self._table, self._at = table, at
         with _readable(table.name):
             self._file = _parquet().ParquetFile(table.path, buffer_size=_BUFFER_BYTES)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ParquetReading":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    @property
+    def is_seekable(self) -> bool:
+        """Always so."""
+        return True
 
     def records(self) -> Iterator[Record]:
         """The rows from the mark on."""

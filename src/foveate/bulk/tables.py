@@ -1,7 +1,7 @@
 """A file of rows, whatever its format: opened at a mark, it gives one record a row."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -26,13 +26,12 @@ class Stamp(NamedTuple):
 
 @runtime_checkable
 class Reading(Protocol):
-    """A table that is open.
+    """A table that is open."""
 
-    Attributes:
-        is_seekable: Whether its table can be opened at any mark, or at the beginning alone.
-    """
-
-    is_seekable: bool
+    @property
+    def is_seekable(self) -> bool:
+        """Whether its table can be opened at any mark, or at the beginning alone."""
+        ...
 
     def records(self) -> Iterator[Record]:
         """The rows from the mark on."""
@@ -84,22 +83,39 @@ class TextTable:
     unused: tuple[str, ...] = ()
     are_texts: bool = False
 
-    def open(self, at: Mark) -> "TextReading":
+    @contextmanager
+    def open(self, at: Mark) -> Iterator["TextReading"]:
         """Opens it."""
-        return TextReading(self, at)
+        with ByteStream(self.path, self.name, at.offset) as stream:
+            yield TextReading(stream=stream, parse=self.parse, at=at)
 
 
-class TextReading(ByteStream):
-    """A `Reading` of a text file."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextReading:
+    """A `Reading` of a text file.
 
-    def __init__(self, table: TextTable, at: Mark) -> None:
-        """Opens it at a mark."""
-        super().__init__(table.path, table.name, at.offset)
-        self._parse, self._at = table.parse, at
+    Attributes:
+        stream: The open file.
+        parse: Gives its rows.
+        at: Where it was opened.
+    """
+
+    stream: ByteStream
+    parse: Parser
+    at: Mark
+
+    @property
+    def is_seekable(self) -> bool:
+        """Whether the file can be opened in the middle."""
+        return self.stream.is_seekable
 
     def records(self) -> Iterator[Record]:
         """The rows from the mark on."""
-        return self._parse(self, self._at)
+        return self.parse(self.stream, self.at)
+
+    def sha256(self) -> bytes:
+        """The hash of the whole content."""
+        return self.stream.sha256()
 
 
 def stamp_of(table: Table) -> Stamp:
