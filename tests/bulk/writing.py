@@ -40,7 +40,7 @@ def as_csv(rows: Sequence[Cells], separator: str = ",") -> bytes:
 
 def as_parquet(rows: Sequence[Cells]) -> bytes:
     out = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), out, row_group_size=300)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), out, row_group_size=40)
     return out.getvalue()
 
 

@@ -58,13 +58,13 @@ def id_reader(column: str) -> Reader:
 
 def size_reader(column: str) -> Reader:
     """Reads a size, `0.25M` or `256x256`."""
+    known = lru_cache(maxsize=_SIZES)(partial(read_size, name=column))
 
-    @lru_cache(maxsize=_SIZES)
     def read(value: object) -> Options | None:
         text = _text(column, value).strip()
-        return read_size(text, column) if text else None
+        return known(text) if text else None
 
-    return lambda value: read(value if isinstance(value, str) else quoted(value))
+    return read
 
 
 def option_reader(option: Option, column: str, *, are_texts: bool) -> Reader:
@@ -195,7 +195,7 @@ def _typed(option: Option, column: str, value: object) -> Any:  # noqa: ANN401 -
     return found
 
 
-def _of_kind(kind: type, value: object) -> bool | float | None:
+def _of_kind(kind: type, value: object) -> bool | int | float | None:
     """The value as a bool, int or float, or None if it is none."""
     if kind is bool or isinstance(value, bool):
         return value if kind is bool and isinstance(value, bool) else None

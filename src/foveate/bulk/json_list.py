@@ -90,8 +90,8 @@ class _Window:
 
     def _broken(self, number: int, why: str) -> FoveateError:
         return FoveateError(
-            f"{self._stream.name} entry {number}: {why}; mend the file, or write one object a line (.jsonl), where only "
-            "that line would be lost"
+            f"{self._stream.name} entry {number}: {why}; mend the file, or write one object a line (.jsonl), where "
+            "only that line would be lost"
         )
 
     def _peek(self) -> str:

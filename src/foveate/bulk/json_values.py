@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-JSON_ERRORS = (ValueError, StopIteration, RecursionError)
-"""What `first_value` raises where there is no value: StopIteration has the position of one that is missing."""
+JSON_ERRORS = (ValueError, RecursionError)
+"""What `first_value` raises where there is no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +26,16 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Repeated:
     return _Repeated(next(name for name in names if names.count(name) > 1))
 
 
-first_value = json.JSONDecoder(object_pairs_hook=_object).scan_once
+first_value = json.JSONDecoder(object_pairs_hook=_object).raw_decode
 """The value that begins at a position of a text, and where it ends; raises one of `JSON_ERRORS`."""
 
 
-lenient_value = json.JSONDecoder(object_pairs_hook=_object, strict=False).scan_once
+lenient_value = json.JSONDecoder(object_pairs_hook=_object, strict=False).raw_decode
 """The same; characters of control may stand in texts, to be refused in the row where they do."""
 
 
 def why_no_json(error: BaseException) -> str:
     """What to say of text that is no JSON, in one line."""
-    if isinstance(error, StopIteration):
-        return f"not JSON: a value is missing at column {error.value + 1}"
     if isinstance(error, json.JSONDecodeError):
         return f"not JSON: {error.msg} at column {error.pos + 1}"
     return "not JSON: lists or objects are too deep" if isinstance(error, RecursionError) else f"not JSON: {error}"
