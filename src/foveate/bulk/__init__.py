@@ -1,1 +1,1 @@
-"""Bulk generation: rows of a file in, shards of images with a manifest out, resumable at any instruction."""
+"""Bulk generation: rows in, shards of images with a manifest out, across interruptions and machines."""

@@ -67,6 +67,33 @@ def write_text(path: str | Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def move_durably(partial: Path, path: Path) -> None:
+    """Gives a complete file its name, so that it is there with its content also after a power cut.
+
+    Args:
+        partial: Complete and closed, on the same file system as `path`.
+        path: A file of this name is replaced at once; its folder must exist.
+
+    Raises:
+        OSError: It cannot be written; `path` is as it was.
+    """
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder survive a power cut; Windows has no such call and needs none."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _create(path: Path) -> int:
     """Makes an empty file; returns the permissions that the umask left it."""
     handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)

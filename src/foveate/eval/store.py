@@ -21,15 +21,12 @@ from PIL import Image
 
 from foveate.core.atomic import replace_file, write_text
 from foveate.core.errors import FoveateError
+from foveate.core.setting_changes import setting_changes
 from foveate.eval.pairs import PairScores
 from foveate.viz.scale_map import ScaleMap
 
 FORMAT = 1
 _CONFIG, _RECORDS, _LOCK = "config.json", "records.jsonl", "lock"
-_NAMED = 3
-"""Differences that a refusal names."""
-_QUOTED = 60
-"""Characters of a setting that it shows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,36 +175,11 @@ def check_store(folder: Path, config: Mapping[str, Any], *, is_partial: bool = F
     except (OSError, ValueError) as error:
         raise FoveateError(f"cannot read {path}: {error}; take another store") from None
     now = json.loads(json.dumps({"format": FORMAT, **config}))
-    found = list(_differences(there, now, is_partial=is_partial))
-    if found:
-        more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    changes = setting_changes(there, now, is_partial=is_partial)
+    if changes:
         raise FoveateError(
-            f"{folder} was measured with other settings: {'; '.join(found[:_NAMED])}{more}. Take another store, or the "
-            "same settings"
+            f"{folder} was measured with other settings: {changes}. Take another store, or the same settings"
         )
-
-
-def _differences(
-    there: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "", *, is_partial: bool
-) -> Iterator[str]:
-    """What two configurations say differently, one text each."""
-    for name in dict.fromkeys((*there, *now)):
-        if name not in now:
-            if not is_partial:
-                yield f"{prefix}{name} was {_quoted(there[name])}, is not set"
-        elif name not in there:
-            yield f"{prefix}{name} was not set, is {_quoted(now[name])}"
-        elif isinstance(there[name], dict) and isinstance(now[name], dict):
-            yield from _differences(there[name], now[name], f"{prefix}{name}.", is_partial=is_partial)
-        elif there[name] != now[name]:
-            yield f"{prefix}{name} was {_quoted(there[name])}, is {_quoted(now[name])}"
-
-
-def _quoted(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    if isinstance(value, list):
-        text = f"{len(value)} entries {text}"
-    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
