@@ -43,7 +43,7 @@ def test_what_is_appended_is_published_in_order_and_read_back(tmp_path: Path, co
 def test_equal_content_gives_equal_bytes_whatever_the_order(tmp_path: Path, container: str) -> None:
     items = [an_item(0), an_item(1), a_failure(2, 0, 1), a_failure(2, 0, 3), a_failure(3), an_item(3, 1)]
     found = set()
-    for turn, order in enumerate(itertools.islice(itertools.permutations(items), 0, 720, 60)):
+    for turn, order in enumerate(itertools.islice(itertools.permutations(items), 0, 720, 150)):
         run = a_run(tmp_path / str(turn), container)
         for item in order:
             # One journal each, as if every worker had been killed.

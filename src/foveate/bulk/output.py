@@ -210,6 +210,9 @@ class OutputFolder:
         return held(self.path / WORK / f"{name}.lock", patience_s, busy)
 
     def _write(self, name: str, lines: Iterable[bytes]) -> None:
+        """Writes a file of the folder; only for the process that has its lock."""
+        for left in (self.path / WORK).glob(f"{name}.*.part"):
+            remove(left)
         partial = self.path / WORK / f"{name}.{secrets.token_hex(8)}.part"
         try:
             with partial.open("xb") as file:

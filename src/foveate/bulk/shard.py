@@ -17,7 +17,6 @@ from foveate.bulk.locks import held, saying_what_is_kept
 from foveate.bulk.manifest import Item, Key, encode_entry, key_of, order_of, part_path, read_part, sample_key
 from foveate.bulk.shards import Container, shard_name
 from foveate.core.atomic import move_durably
-from foveate.core.errors import FoveateError
 
 PATIENCE_S = 600.0
 """How long publishing waits for another process that publishes the same shard: 2 GB take less on any disk."""
@@ -152,8 +151,8 @@ class Shard:
             FoveateError: It cannot be written; nothing of it is visible then, and the journals are as they were.
         """
         busy = (
-            f"another process has been publishing shard {self.number} of {self._folder} for {PATIENCE_S / 60:.0f} minutes; "
-            "end it, and run the same command again"
+            f"another process has been publishing shard {self.number} of {self._folder} for {PATIENCE_S / 60:.0f} "
+            "minutes; end it, and run the same command again"
         )
         lock = self._work / f"{self.number:08d}.lock"
         with saying_what_is_kept(self._folder), held(lock, PATIENCE_S, busy):
