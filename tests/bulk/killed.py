@@ -1,7 +1,7 @@
 """A small run that tests kill: `every` at each call that touches a file, `run` from outside.
 
-python -m tests.bulk.killed every FOLDER
-python -m tests.bulk.killed run FOLDER
+python -m tests.bulk.killed every FOLDER SHARDS ROWS
+python -m tests.bulk.killed run FOLDER SHARDS ROWS
 """
 
 import os
@@ -16,19 +16,21 @@ from typing import Any
 from foveate.bulk.output import OutputFolder
 from tests.bulk.bulk_items import a_failure, a_run, an_item, visible
 
-NUM_SHARDS, NUM_ROWS = 3, 4
-"""Of the run; every row has an image, but the first of a shard, which fails."""
-
 _TOUCHING = {
     "open", "write", "writelines", "fsync", "replace", "rename", "unlink", "remove", "mkdir", "truncate", "close",
     "flock", "chmod", "link",
 }  # fmt: skip
 
 
-def generate(folder: Path, acknowledge: Callable[[int], None], *, num_rows: int = NUM_ROWS) -> None:
+Size = tuple[int, int]
+"""Shards and rows of a shard. Every row has an image, but the first of a shard, which fails."""
+
+
+def generate(folder: Path, acknowledge: Callable[[int], None], size: Size) -> None:
     """Makes what is missing of the run, and tells of every row after `append` returned."""
     run = a_run(folder)
-    for number in range(NUM_SHARDS):
+    num_shards, num_rows = size
+    for number in range(num_shards):
         if number in run.published():
             continue
         with run.shard(number) as shard:
@@ -41,17 +43,17 @@ def generate(folder: Path, acknowledge: Callable[[int], None], *, num_rows: int 
     run.write_failed()
 
 
-def rows_kept(folder: Path) -> list[int]:
+def rows_kept(folder: Path, num_shards: int) -> list[int]:
     """Rows that a run has, published or not, as a program that opens it sees them."""
     run = OutputFolder.read(folder)
     found = [entry["row"] for entry in run.entries()]
-    for number in set(range(NUM_SHARDS)) - run.published():
+    for number in set(range(num_shards)) - run.published():
         with run.shard(number) as shard:
             found += [row for row, _ in shard.done]
     return found
 
 
-def _killed_at(point: int, folder: Path) -> tuple[list[int], bool]:
+def _killed_at(point: int, folder: Path, size: Size) -> tuple[list[int], bool]:
     """Runs until just before a call that touches a file; what was acknowledged, and whether it was killed."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -67,7 +69,7 @@ def _killed_at(point: int, folder: Path) -> tuple[list[int], bool]:
 
         sys.setprofile(watch)
         # A pipe keeps what was written to it when the writer is killed.
-        generate(folder, lambda row: os.writev(writer, [bytes([row])]))
+        generate(folder, lambda row: os.writev(writer, [bytes([row])]), size)
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as file:
@@ -75,25 +77,24 @@ def _killed_at(point: int, folder: Path) -> tuple[list[int], bool]:
     return rows, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def kill_everywhere(base: Path) -> int:
+def kill_everywhere(base: Path, size: Size) -> int:
     """Kills a run at every call in turn and goes on; returns how many calls there are."""
-    generate(base / "whole", lambda _: None)
+    generate(base / "whole", lambda _: None, size)
     whole = visible(base / "whole")
-    every = list(range(NUM_SHARDS * NUM_ROWS))
     point, is_killed = 0, True
     while is_killed:
         folder = base / "killed"
-        rows, is_killed = _killed_at(point, folder)
+        rows, is_killed = _killed_at(point, folder, size)
         if (folder / "run.json").is_file():
             seen = visible(folder)
             assert seen.items() <= whole.items(), f"half a file is visible after call {point}"
-            kept = rows_kept(folder)
+            kept = rows_kept(folder, size[0])
             assert len(kept) == len(set(kept)), f"an item is there twice after call {point}"
             assert set(rows) <= set(kept), f"an item is lost after call {point}"
-        generate(folder, rows.append)
+        generate(folder, rows.append, size)
         # An item may be there that nobody was told of, never one that was told twice.
         assert len(rows) == len(set(rows)), f"an item was made twice after call {point}"
-        assert len(rows) >= len(every) - 1, f"more than one item was not told of after call {point}"
+        assert len(rows) >= size[0] * size[1] - 1, f"more than one item was not told of after call {point}"
         assert visible(folder) == whole, f"another result after call {point}"
         left = {path.name for path in (folder / ".work").iterdir()} - {"run.lock", "failed.lock"}
         assert not left, f"{left} are left after call {point}"
@@ -102,13 +103,14 @@ def kill_everywhere(base: Path) -> int:
     return point
 
 
-def main(mode: str, folder: str) -> None:
+def main(mode: str, folder: str, num_shards: str, num_rows: str) -> None:
+    size = (int(num_shards), int(num_rows))
     if mode == "every":
-        _tell(kill_everywhere(Path(folder)))
+        _tell(kill_everywhere(Path(folder), size))
         return
     _tell("ready")
     sys.stdin.readline()
-    generate(Path(folder), _tell, num_rows=40)
+    generate(Path(folder), _tell, size)
     _tell("done")
 
 

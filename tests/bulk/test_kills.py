@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.bulk.bulk_items import a_failure, a_run, an_item, content_of, hidden, visible
-from tests.bulk.killed import NUM_SHARDS, generate, rows_kept
+from tests.bulk.killed import Size, generate, rows_kept
 from tests.randomness import seed_of
 
-ROWS = range(NUM_SHARDS * 40)
+SIZE = (3, 40)
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def memory() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def start(mode: str, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.bulk.killed", mode, str(folder)]
+def start(mode: str, folder: Path, size: Size = SIZE) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.bulk.killed", mode, str(folder), *map(str, size)]
     root = Path(__file__).parents[2]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
 
@@ -42,15 +42,16 @@ def go(child: subprocess.Popen[str]) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What an undisturbed run of 40 rows a shard leaves."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    generate(folder, lambda _: None, num_rows=40)
+    generate(folder, lambda _: None, SIZE)
     return visible(folder)
 
 
-def test_a_kill_before_any_call_that_touches_a_file(memory: Path) -> None:
-    with start("every", memory) as child:
+@pytest.mark.parametrize("size", [(1, 2), pytest.param((3, 4), marks=pytest.mark.soak)])
+def test_a_kill_before_any_call_that_touches_a_file(memory: Path, size: Size) -> None:
+    with start("every", memory, size) as child:
         out, _ = child.communicate()
     assert child.returncode == 0
-    assert int(out) > 100
+    assert int(out) > 40 * size[0]
 
 
 @pytest.mark.parametrize("num_kills", [4, pytest.param(60, marks=pytest.mark.soak)])
@@ -68,7 +69,7 @@ def test_kills_at_random_times(tmp_path: Path, whole: dict[str, bytes], num_kill
             lines = child.stdout.read().splitlines()
         told += [int(line) for line in lines if line != "done"]
         if (folder / "run.json").is_file():
-            kept = rows_kept(folder)
+            kept = rows_kept(folder, SIZE[0])
             assert len(kept) == len(set(kept))
             assert set(told) <= set(kept)
             assert visible(folder).items() <= whole.items()
