@@ -19,6 +19,7 @@ from PIL import Image
 from foveate.bulk.manifest import FIELDS, Item
 from foveate.bulk.output import OutputFolder
 from foveate.bulk.shards import CONTAINERS
+from foveate.bulk.tar_shards import header
 from tests.bulk.bulk_items import a_failure, a_run, an_item
 
 
@@ -71,6 +72,13 @@ def test_webdataset_reads_a_tar_shard(tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(sample[ending]), np.asarray(picture(row)))
         assert sample["txt"] == f"prompt {row}"
         assert sample["json"] == entries[row]
+
+
+def test_headers_are_those_of_tarfile() -> None:
+    for name, size in (("000000001-00.png", 0), ("0123456789-100.json", 2**33 - 1), ("a" * 100, 40_961)):
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = size, 0o644
+        assert header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
 
 
 def test_tar_members_have_no_times_and_owners(tmp_path: Path) -> None:

@@ -54,10 +54,15 @@ class Frame:
         Raises:
             FoveateError: The file is gone, or no longer what it was.
         """
-        try:
-            return dict(json.loads(self._read(self.start, self.entry_bytes)))
-        except ValueError:
-            raise _damaged(self.path) from None
+        return dict(json.loads(self.text()))
+
+    def text(self) -> bytes:
+        """The entry as `encode_entry` wrote it.
+
+        Raises:
+            FoveateError: The file is gone, or no longer what it was.
+        """
+        return self._checked(self._read(self.entry_bytes))
 
     def item(self) -> Item:
         """The item, with its image checked.
@@ -65,18 +70,25 @@ class Frame:
         Raises:
             FoveateError: The file is gone, or no longer what it was.
         """
-        entry = self.entry()
+        data = self._read(self.entry_bytes + max(0, self.content_bytes))
+        entry = json.loads(self._checked(data[: self.entry_bytes]))
         if self.is_failure:
             return Item(entry, None)
-        content = self._read(self.start + self.entry_bytes, self.content_bytes)
+        content = data[self.entry_bytes :]
         if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise _damaged(self.path)
         return Item(entry, content)
 
-    def _read(self, start: int, length: int) -> bytes:
+    def _checked(self, text: bytes) -> bytes:
+        if _digest(text, self.content_bytes) != self.rank[-1]:
+            raise _damaged(self.path)
+        return text
+
+    def _read(self, length: int) -> bytes:
+        """The entry, and what is asked for behind it."""
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(start)
+                file.seek(self.start)
                 return _read_exactly(file, length)
         except OSError as error:
             raise FoveateError(

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from foveate.bulk.journal import Frame, Journal, read_journal
 from foveate.bulk.locks import held, saying_what_is_kept
-from foveate.bulk.manifest import Item, Key, encode_entry, key_of, order_of, part_path, read_part, sample_key
+from foveate.bulk.manifest import Item, Key, key_of, order_of, part_path, read_part, sample_key
 from foveate.bulk.shards import Container, shard_name
 from foveate.core.atomic import move_durably
 
@@ -200,7 +200,7 @@ class Shard:
             # Left by a process that was killed here, from items that are gone since.
             images.unlink(missing_ok=True)
         part = part_path(self._folder, self.number)
-        self._write_file(part, lambda file: file.writelines(encode_entry(f.entry()) + b"\n" for f in frames))
+        self._write_file(part, lambda file: file.writelines(f.text() + b"\n" for f in frames))
 
     def _write_file(self, path: Path, write: Callable[[BinaryIO], None]) -> None:
         partial = self._work / f"{self.number:08d}.{secrets.token_hex(8)}.part"
