@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from foveate.cli.options import CompareFlags, GenerateFlags, options_of
+from foveate.cli.options import BatchFlags, CompareFlags, GenerateFlags, options_of
 from foveate.core.errors import FoveateError
 from foveate.pipeline.option_texts import names_of
 from foveate.pipeline.options import OPTIONS
 
 
-@pytest.mark.parametrize("command", ["generate", "compare"])
+@pytest.mark.parametrize("command", ["generate", "batch", "compare"])
 def test_help_has_every_option_of_a_command_under_all_its_names(run: Callable[..., Any], command: str) -> None:
     words = " ".join(re.sub(r"[\u2502\u256d-\u2570\u2500]", " ", run(command, "--help").out).split())
     for option in OPTIONS.values():
@@ -21,7 +21,7 @@ def test_help_has_every_option_of_a_command_under_all_its_names(run: Callable[..
 
 
 def test_what_is_not_given_is_the_default_of_the_declaration() -> None:
-    for flags, command in ((GenerateFlags(), "generate"), (CompareFlags(), "compare")):
+    for flags, command in ((GenerateFlags(), "generate"), (BatchFlags(), "batch"), (CompareFlags(), "compare")):
         expected = {name: option.default for name, option in OPTIONS.items() if command in option.commands}
         assert options_of(flags) == expected
 

@@ -15,7 +15,7 @@ from foveate.cli.arguments import for_system
 from foveate.core.errors import FoveateError, unknown
 from foveate.core.text_file import read_text
 
-COMMANDS = ("generate", "compare", "sweep", "tune", "bench", "serve")
+COMMANDS = ("generate", "batch", "compare", "sweep", "tune", "bench", "serve")
 """Commands that take such a file, and so may have a section in it."""
 
 _SWITCHES = {"on": "true", "off": "false"}

@@ -21,6 +21,7 @@ INTERRUPTED = 130
 
 _COMMANDS = {
     "generate": "Generate images from prompts.",
+    "batch": "Generate an image or more for every row of a file, resumable, into shards with a manifest.",
     "compare": "Compare policies with another one: image fidelity and speedup.",
     "sweep": "Compare a policy at many settings, and plot the frontier.",
     "tune": "Find the fastest setting of a policy that holds a bound, and write it as YAML.",
@@ -46,6 +47,13 @@ _EPILOGUES = {
     "generate": """Examples:
   foveate generate "green apple" owl --seed 7,8 --policy ld-pruning -o out/
   foveate generate --from out/owl-8.png""",
+    "batch": """Examples:
+  foveate batch prompts.jsonl -o out/ --policy ld-pruning
+  foveate batch prompts.parquet -o out/ --column prompt=caption --dry-run
+  foveate batch prompts.txt -o out/ --shard 3/8
+
+Exit codes: 0, 1 if rows failed (failed.jsonl), 2 bad usage or input, 130 interrupted, 143 terminated; the same command
+goes on where it ended.""",
     "compare": f"""{_FIGURES}
 
 Exit codes: 0, 1 if a --fail-if holds, 2 bad usage or input, 130 interrupted, 143 terminated.""",

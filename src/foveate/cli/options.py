@@ -159,12 +159,17 @@ class GenerateFlags:
     """Options of a call that `foveate generate` has as flags, one field for each."""
 
 
+@_flags_of("batch")
+class BatchFlags:
+    """Options of a call that `foveate batch` has as flags, for rows that say nothing else."""
+
+
 @_flags_of("compare")
 class CompareFlags:
     """Options of a call that `foveate compare` has as flags, for both sides."""
 
 
-def options_of(flags: GenerateFlags | CompareFlags) -> Options:
+def options_of(flags: GenerateFlags | BatchFlags | CompareFlags) -> Options:
     """The options of a call as the pipeline takes them.
 
     Raises:

@@ -41,8 +41,10 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 
 MAX_FLOAT32 = 3.4028234663852886e38
 
-_SAMPLING = ("generate", "compare")
-_GENERATE = ("generate",)
+_SAMPLING = ("generate", "batch", "compare")
+_GENERATE = ("generate", "batch")
+_ONE_CALL = ("generate",)
+"""Not for a run of many calls: one seed a prompt, a clock, a trace of one batch."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,7 +171,7 @@ class CallOptions(TypedDict, total=False):
     ]
     seed: Annotated[
         SupportsIndex | Sequence[SupportsIndex] | None,
-        Option(help="One seed, or one per prompt with commas: 7,8; default: random.", commands=_GENERATE),
+        Option(help="One seed, or one per prompt with commas: 7,8; default: random.", commands=_ONE_CALL),
     ]
     generator: Annotated[
         "torch.Generator | None",
@@ -268,7 +270,7 @@ class CallOptions(TypedDict, total=False):
             help="Milliseconds that the call should take: fits the policy and lets later scales step down. Needs a "
             "profile of this machine: foveate bench calibrate.",
             rule=_MILLISECONDS,
-            commands=_GENERATE,
+            commands=_ONE_CALL,
             group="Policy",
             not_in_rows="a clock would decide what the image is; use budget",
         ),
@@ -288,7 +290,7 @@ class CallOptions(TypedDict, total=False):
         Option(
             help="Also record what ran where; written as JSON and as a compute map over each image.",
             default=False,
-            commands=_GENERATE,
+            commands=_ONE_CALL,
             group="Output",
             not_in_rows="a run writes images and a manifest",
         ),

@@ -1,0 +1,302 @@
+"""`foveate batch`: images for every row of a file, resumable, into shards with a manifest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from cyclopts import Parameter
+
+from foveate.cli.console import in_units, note, print_facts, print_json
+from foveate.cli.options import (
+    MACHINE,
+    OUTPUT,
+    PICTURE,
+    BatchFlags,
+    ConfigFlag,
+    JsonFlag,
+    ModelOptions,
+    QuietFlag,
+    SizeOptions,
+    options_of,
+)
+from foveate.core.errors import FoveateError
+from foveate.pipeline.options import Options, checked
+
+_SECONDS_OF_DAY = 86_400
+
+
+@Parameter(name="*", group=PICTURE)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchOptions:
+    """What is read and written, and by how many.
+
+    Attributes:
+        output: Folder for shards, manifest and failed.jsonl; the same command goes on there.
+        column: A column of the input under another name, such as prompt=caption; may be repeated.
+        seed: Rows without a seed get one from this and their id.
+        limit: Read only the first rows.
+        prompts_set: The input is the file of an evaluation set; images also go into the folders that its scorer reads.
+        shard: k/n: make every n-th shard, from the k-th on; for the jobs of an array.
+        shard_size: Rows of a shard.
+        shard_format: Of shards: tar, as WebDataset reads it, or parquet.
+        format: Of images: png, jpg or webp.
+        quality: Of jpg and webp, 1 to 100; default: 95.
+        lossless: Keep every pixel of a webp.
+        psnr_to_full: Also generate every image in full and store the PSNR; twice the time.
+        batch_size: Images generated at once; default: what fits into memory, 16 at most.
+        retries: How often an image that failed is tried again, alone.
+        max_failures: End the run if more images fail.
+        dry_run: Say what the run will take in time, FLOPs, memory and disk; generates a few images and writes nothing.
+        engine: local: this process. ray: workers on a Ray cluster.
+        address: Of a Ray cluster; default: one that is started here.
+        num_workers: Ray workers.
+        gpus_per_worker: GPUs of a Ray worker, such as 1 or 0.5.
+        as_json: Print one JSON object.
+        quiet: Show no progress.
+        config: A YAML file with values for these flags; flags win.
+    """
+
+    output: Annotated[Path, Parameter(name=["--output", "-o"], group=OUTPUT)]
+    column: list[str] | None = None
+    seed: int = 0
+    limit: int | None = None
+    prompts_set: Literal["geneval", "dpg", "parti", "drawbench", "hps", "imagereward"] | None = None
+    shard: str = "1/1"
+    shard_size: Annotated[int, Parameter(group=OUTPUT)] = 1000
+    shard_format: Annotated[Literal["tar", "parquet"], Parameter(group=OUTPUT)] = "tar"
+    format: Annotated[Literal["png", "jpg", "webp"], Parameter(group=OUTPUT)] = "png"
+    quality: Annotated[int | None, Parameter(group=OUTPUT)] = None
+    lossless: Annotated[bool, Parameter(group=OUTPUT)] = False
+    psnr_to_full: Annotated[bool, Parameter(group=OUTPUT)] = False
+    batch_size: Annotated[int | None, Parameter(group=MACHINE)] = None
+    retries: Annotated[int, Parameter(group=MACHINE)] = 1
+    max_failures: Annotated[int | None, Parameter(group=MACHINE)] = None
+    dry_run: Annotated[bool, Parameter(group=OUTPUT)] = False
+    engine: Annotated[Literal["local", "ray"], Parameter(group=MACHINE)] = "local"
+    address: Annotated[str | None, Parameter(group=MACHINE)] = None
+    num_workers: Annotated[int | None, Parameter(group=MACHINE)] = None
+    gpus_per_worker: Annotated[float | None, Parameter(group=MACHINE)] = None
+    as_json: JsonFlag = False
+    quiet: QuietFlag = False
+    config: ConfigFlag = None
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names of options, and of the columns that hold them.
+
+        Raises:
+            FoveateError: A flag is not NAME=COLUMN, or names an option twice.
+        """
+        found: dict[str, str] = {}
+        for text in self.column or []:
+            name, equals, column = text.partition("=")
+            if not (name and equals and column):
+                raise FoveateError(f"--column must be NAME=COLUMN, such as prompt=caption, got {text!r}")
+            if name in found:
+                raise FoveateError(f"--column names {name} twice; leave one out")
+            found[name] = column
+        return found
+
+
+_MODEL, _SIZE, _CALL = ModelOptions(), SizeOptions(), BatchFlags()
+
+
+def batch(
+    source: Annotated[Path, Parameter(name="INPUT", group=PICTURE)],
+    /,
+    *,
+    options: BatchOptions,
+    call: BatchFlags = _CALL,
+    size: SizeOptions = _SIZE,
+    model: ModelOptions = _MODEL,
+) -> int:
+    """Generate an image or more for every row of a file, resumable, into shards with a manifest.
+
+    Args:
+        source: jsonl, json, csv, tsv, parquet or txt, also .gz, or a folder of them. Columns: prompt, id, and any
+            option of a call; all others are kept in the manifest.
+        options: What is read and written, and by how many.
+        call: How images of rows that say nothing else are generated.
+        size: How large they are.
+        model: Which model runs, and on what.
+    """
+    asked: Options = {**size.options(), **options_of(call), "seed": options.seed}
+    _check(asked, options)
+    return _run(source, asked, model, options)
+
+
+def _check(call: Options, options: BatchOptions) -> None:
+    """Checks that need no imports.
+
+    Raises:
+        FoveateError: An option that no model could take, or a flag out of range.
+    """
+    checked(call)
+    for name, least in (("limit", 1), ("shard_size", 1), ("batch_size", 1), ("retries", 0), ("max_failures", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise FoveateError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    if options.engine == "local":
+        for name in ("address", "num_workers", "gpus_per_worker"):
+            if getattr(options, name) is not None:
+                raise FoveateError(f"--{name.replace('_', '-')} is for --engine ray; add it, or leave the flag out")
+
+
+def _run(path: Path, call: Options, model: ModelOptions, options: BatchOptions) -> int:
+    """Reads, loads and generates.
+
+    Returns:
+        0, or 1 if rows failed.
+    """
+    from foveate.bulk.output import OutputFolder  # noqa: PLC0415 - torch is loaded when the command runs
+    from foveate.bulk.run import Part  # noqa: PLC0415
+    from foveate.bulk.settings import described  # noqa: PLC0415
+    from foveate.cli.loading import open_pipeline  # noqa: PLC0415
+
+    part, columns = Part.parsed(options.shard), options.columns
+    source, scan = _opened(path, columns, options)
+    settings = _settings(call, model, options)
+    pipe = open_pipeline(model, is_quiet=True)
+    of_input = {"name": source.name, "sha256": scan.sha256, "rows": scan.num_rows}
+    config = settings.config(
+        described(pipe), input=of_input, columns=columns, limit=options.limit, set=options.prompts_set
+    )
+    numbers = part.shards(-(-scan.num_rows // options.shard_size))
+    if options.dry_run:
+        return _forecast(pipe, settings, source, _left(numbers, options.output, config), options)
+    output = OutputFolder.create(options.output, config)
+    with output.locked(part.lock):
+        published = output.published()
+        left = [number for number in numbers if number not in published]
+        tally = _generate(pipe, settings, source, output, left, scan.num_rows, options)
+        num_failed = output.write_failed()
+    return _conclude(output, tally, len(numbers), num_failed, options)
+
+
+def _opened(path: Path, columns: dict[str, str], options: BatchOptions) -> tuple[Any, Any]:
+    """The input, read once."""
+    from foveate.bulk.sources import open_source  # noqa: PLC0415
+
+    source, scan = open_source(path, columns, options.shard_size, options.limit)
+    if not options.quiet:
+        for line in scan.notes:
+            note(line)
+    return source, scan
+
+
+def _settings(call: Options, model: ModelOptions, options: BatchOptions) -> Any:  # noqa: ANN401 - imported late
+    """What decides the images; checked against the shapes of the model before its weights are read.
+
+    Raises:
+        FoveateError: A flag that the model refuses.
+    """
+    from foveate.bulk.settings import RunSettings  # noqa: PLC0415
+    from foveate.cli.loading import check_call, loading_of, spec_of  # noqa: PLC0415
+    from foveate.pipeline.call import draws_classes  # noqa: PLC0415
+    from foveate.pipeline.encoding import Encoder  # noqa: PLC0415
+    from foveate.policies.registry import load_policy  # noqa: PLC0415
+
+    spec, policy = spec_of(model), load_policy(call["policy"])
+    call = cast(Options, {**call, "policy": policy})
+    check_call("0" if draws_classes(spec) else "a", {**call, "num_images_per_prompt": 1}, [policy], spec)
+    return RunSettings(
+        loading=loading_of(model),
+        options=call,
+        encoder=Encoder.for_file(f"x.{options.format}", options.quality, is_lossless=options.lossless),
+        shard_format=options.shard_format,
+        shard_size=options.shard_size,
+        batch_size=options.batch_size,
+        retries=options.retries,
+        psnr_to_full=options.psnr_to_full,
+    )
+
+
+def _left(numbers: Sequence[int], folder: Path, config: dict[str, Any]) -> list[int]:
+    """The shards that are not there yet; nothing is made.
+
+    Raises:
+        FoveateError: The folder has another configuration.
+    """
+    from foveate.bulk.output import OutputFolder  # noqa: PLC0415
+
+    published = OutputFolder.create(folder, config).published() if folder.exists() else set()
+    return [number for number in numbers if number not in published]
+
+
+def _generate(
+    pipe: Any,  # noqa: ANN401 - imported late, as the others
+    settings: Any,  # noqa: ANN401
+    source: Any,  # noqa: ANN401
+    output: Any,  # noqa: ANN401
+    left: list[int],
+    num_rows: int,
+    options: BatchOptions,
+) -> Any:  # noqa: ANN401
+    """Runs the shards that are left."""
+    from foveate.bulk.run import Bar, run_local  # noqa: PLC0415
+
+    rows = sum(min(options.shard_size, num_rows - number * options.shard_size) for number in left)
+    bar = Bar(rows * settings.images_per_row, is_hidden=True if options.quiet else None)
+    try:
+        return run_local(pipe, settings, source, output, left, bar, max_failures=options.max_failures)
+    except BaseException:
+        bar.close()
+        note(f"what is done stays in {output.path}; the same command goes on")
+        raise
+    finally:
+        bar.close()
+
+
+def _forecast(pipe: Any, settings: Any, source: Any, left: list[int], options: BatchOptions) -> int:  # noqa: ANN401
+    """Says what the run will take."""
+    from foveate.bulk.forecast import forecast  # noqa: PLC0415
+
+    found = forecast(pipe, settings, source, left)
+    if options.as_json:
+        print_json(found.to_json())
+        return 0
+    share = found.flops_run / found.flops_full if found.flops_full else 1.0
+    print_facts(
+        [
+            ("rows", f"{found.rows:,}" + (f", {found.bad_rows:,} of them cannot run" if found.bad_rows else "")),
+            ("images", f"{found.images:,} in {found.shards:,} shards"),
+            ("time", f"{_duration(found.seconds)} in one process at the pace of {found.sampled_images} images"),
+            ("FLOPs", f"{in_units(found.flops_run)} of {in_units(found.flops_full)} ({share:.1%})"),
+            ("memory", f"{in_units(found.memory_bytes, 'B')} for the largest batch"),
+            ("disk", in_units(found.disk_bytes, "B")),
+            *(("will fail", error) for error in found.errors),
+        ]
+    )
+    return 0
+
+
+def _conclude(output: Any, tally: Any, num_shards: int, num_failed: int, options: BatchOptions) -> int:  # noqa: ANN401
+    """Prints what was done; the exit code."""
+    failed = output.path / "failed.jsonl"
+    if options.as_json:
+        print_json({"output": str(output.path), "shards": num_shards, "failed": num_failed, **tally.to_json()})
+    else:
+        saved = f", {1 - tally.flops_run / tally.flops_full:.1%} of the FLOPs saved" if tally.flops_full else ""
+        print_facts(
+            [
+                ("output", f"{output.path}, {num_shards} shards"),
+                ("images", f"{tally.images:,} now, {tally.images_per_s:.2f} a second{saved}"),
+                *((("failed", f"{num_failed:,} of all, see {failed}"),) if num_failed else ()),
+            ]
+        )
+    return 1 if num_failed else 0
+
+
+def _duration(seconds: float) -> str:
+    """Days, hours, minutes or seconds, two of them."""
+    whole = round(seconds)
+    if whole < 60:  # noqa: PLR2004 - seconds of a minute
+        return f"{seconds:.1f} s"
+    parts = ((_SECONDS_OF_DAY, "d"), (3600, "h"), (60, "min"), (1, "s"))
+    found = []
+    for length, unit in parts:
+        if whole >= length:
+            found.append(f"{whole // length} {unit}")
+            whole %= length
+    return " ".join(found[:2])
