@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wr
 
 from foveate.core import layers
 from foveate.kernels import native, switches
+from foveate.kernels.primitive_caches import bound_primitive_caches
 
 logger = logging.getLogger("foveate")
 
@@ -96,6 +97,7 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
 
     It has none in bfloat16 without AVX-512, and raises where it is asked for one.
     """
+    bound_primitive_caches()
     try:
         if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
