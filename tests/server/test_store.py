@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,39 @@ def test_a_folder_that_is_not_there_is_made(tmp_path: Path) -> None:
     kept.put("a", "x", b"one", "image/png")
     kept.close()
     assert list(folder.iterdir()) == []
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from foveate.server.store_folder import StoreFolder
+
+folder = StoreFolder(Path(sys.argv[1]))
+(folder.path / "image").write_bytes(b"x")
+print(folder.path, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_killed_server_left_is_deleted_at_the_next_start(tmp_path: Path) -> None:
+    others = [tmp_path / name for name in ("foveate-store", "foveate-images-old", "elsewhere")]
+    for other in others:
+        other.mkdir()
+    (tmp_path / "foveate-store-link").symlink_to(others[-1])
+    (others[-1] / "file").touch()
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        left = Path(holder.stdout.readline().strip())
+        store(tmp_path).close()
+        assert (left / "image").exists(), "its process lives"
+        holder.kill()
+    assert left.exists()
+    kept = store(tmp_path)
+    assert not left.exists()
+    kept.close()
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "foveate-store-link"])
+    assert (others[-1] / "file").exists()
 
 
 def test_a_client_hears_of_a_full_disk(start, monkeypatch: pytest.MonkeyPatch) -> None:

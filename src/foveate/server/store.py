@@ -6,8 +6,6 @@ Files lie in a folder of the server's own and are gone when it ends. What does n
 import errno
 import hashlib
 import logging
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from foveate.core.errors import FoveateError
+from foveate.server.store_folder import StoreFolder
 
 logger = logging.getLogger("foveate.server")
 
@@ -64,11 +63,10 @@ class ImageStore:
         """
         self._settings, self._clock = settings, clock
         try:
-            if settings.folder is not None:
-                settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix="foveate-images-", dir=settings.folder))
+            self._own = StoreFolder(settings.folder)
         except OSError as error:
             raise FoveateError(f"cannot keep images in {settings.folder}: {error.strerror}") from None
+        self._folder = self._own.path
         self._lock = threading.Lock()
         # In the order in which they came, which is also that in which they expire.
         self._files: dict[tuple[str, str], Stored] = {}
@@ -134,7 +132,7 @@ class ImageStore:
         with self._lock:
             self._files.clear()
             self._bytes = 0
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._own.close()
 
     def _write(self, path: Path, content: bytes) -> None:
         """Writes a file; where the disk is full the oldest ones make room, as other programs may have filled it."""
