@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -202,13 +203,15 @@ def vanish(live: Live, body: dict[str, Any], headers: str = "", *, until: bytes 
 def test_a_client_that_goes_away_stops_its_work(live: Live, body: dict[str, Any]) -> None:
     until = b"foveate.scale" if body.get("stream") else None
     refused = value(live.service.metrics, "foveate_rejected_total", reason="invalid")
+    gone = functools.partial(value, live.service.metrics, "foveate_requests_total", status="499", policy="full")
+    before = gone() or 0
     vanish(live, {"prompt": PROMPT, "size": "512x512", **body}, until=until)
     stats = live.scheduler.stats
     eventually(lambda: stats().running_images == stats().queued_images == 0, "it is stopped")
     assert stats().reserved_bytes == 0
     metrics = live.send("/metrics").body.decode()
     assert 'foveate_accepted_total{outcome="cancelled",policy="full"}' in metrics
-    assert 'status="499"' in metrics
+    eventually(lambda: gone() == before + 1, "it is counted as gone")
     assert value(live.service.metrics, "foveate_rejected_total", reason="invalid") == refused
 
 
@@ -224,6 +227,30 @@ def test_what_a_client_left_is_finished_into_the_store(start: Callable[..., Live
     name = next(line for line in found.decode().split("\r\n") if line.startswith("x-request-id: ")).partition(": ")[2]
     eventually(lambda: live.send(f"/v1/images/{name}").status == 200, "it is kept under the id of the answer")
     assert live.send(f"/v1/images/{name}").body == first
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_client_left_while_it_was_encoded_is_kept(start: Callable[..., Live], stream: bool) -> None:
+    encodes, has_left = threading.Event(), threading.Event()
+
+    def check(_prompt: str, image: Any) -> None:
+        if image is not None:
+            encodes.set()
+            has_left.wait(30)
+
+    live = start(keeps_on_disconnect=True, moderation=check)
+    body = json.dumps({"prompt": PROMPT, "seed": 7, "stream": stream}).encode()
+    own = "0b8f6c3e-9d1a-4a57-8f5e-2f6d1c7b9a10"
+    with socket.create_connection(("127.0.0.1", live.port), timeout=30) as connection:
+        connection.sendall(request(body, f"{JSON}X-Request-ID: {own}\r\n"))
+        assert encodes.wait(30)
+    gone = functools.partial(value, live.service.metrics, "foveate_requests_total", policy="full")
+    eventually(lambda: gone(status="499") == 1, "it is counted")
+    has_left.set()
+    eventually(lambda: live.send(f"/v1/images/{own}").status == 200, "it is kept")
+    assert live.generate(stream=stream).status == 200
+    eventually(lambda: gone(status="200") == 1, "what was answered is counted")
+    assert live.service.store.held[0] == 1, "and not kept"
 
 
 def test_what_was_refused_is_not_kept(start: Callable[..., Live]) -> None:

@@ -74,7 +74,7 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, FoveateError):
         return _known(error)
     if isinstance(error, Cancelled):
-        return ApiError(CLIENT_GONE, "the request was cancelled", kind=TIMEOUT, code="cancelled")
+        return client_gone("the request was cancelled")
     if is_out_of_memory(error):
         message = "the server ran out of memory with this request; ask for fewer or smaller images"
         return ApiError(500, message, kind=SERVER, code="out_of_memory", headers=_NO_RETRY)
@@ -104,6 +104,11 @@ def too_many(message: str, retry_after_s: float, code: str) -> ApiError:
     """429, and when to come again."""
     seconds = {"Retry-After": str(max(1, math.ceil(retry_after_s)))}
     return ApiError(429, message, kind=RATE, code=code, headers=seconds)
+
+
+def client_gone(message: str = "the client went away") -> ApiError:
+    """499, as nginx calls it, of a client that left before it had its answer; for log and metrics."""
+    return ApiError(CLIENT_GONE, message, kind=TIMEOUT, code="cancelled")
 
 
 def closing(message: str = "the server stops and takes no more requests") -> ApiError:

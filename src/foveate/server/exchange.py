@@ -64,13 +64,15 @@ class Exchange:
 
     Attributes:
         sides: One per ticket.
-        error: What a stream ended with; None while nothing failed.
+        error: What the answer is; None while nothing failed.
+        is_answered: Whether the client has been sent everything.
     """
 
     def __init__(self, service: Service, asked: Sequence[Asked], request_id: str, owner: str) -> None:
         """Nothing is submitted yet; made on the event loop."""
         self.sides = tuple(Side(asked=one) for one in asked)
         self.error: ApiError | None = None
+        self.is_answered = False
         self._service, self._id, self._owner = service, request_id, owner
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[Side, Event]] = asyncio.Queue()
@@ -123,7 +125,7 @@ class Exchange:
             yield side, event
 
     def leave(self) -> None:
-        """The client has its answer or went away; what still runs is cancelled, or finished into the store.
+        """The client has its answer or went away; what it did not get is cancelled, or finished into the store.
 
         What was answered with an error is not kept: it may have been refused.
         """
@@ -131,7 +133,7 @@ class Exchange:
             return
         self._has_left = True
         self._service.ends(self._end)
-        if all(side.is_over for side in self.sides):
+        if self.is_answered:
             return
         has_failed = self.error is not None or any(side.ticket is None for side in self.sides)
         if self._service.settings.keeps_on_disconnect and not has_failed:

@@ -1,8 +1,7 @@
 """`POST /v1/images/generations` and `/v1/images/compare`, whole or as streams, and `GET /v1/images/{id}`."""
 
 import asyncio
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Request
@@ -13,7 +12,7 @@ from pydantic_core import from_json
 
 from foveate.server import bodies, streams
 from foveate.server.admission import Asked, asked_of, sides_of
-from foveate.server.errors import CLIENT_GONE, TIMEOUT, ApiError
+from foveate.server.errors import ApiError, api_error, client_gone
 from foveate.server.exchange import Exchange
 from foveate.server.gate import id_of, on_leaving, owner_of
 from foveate.server.reproduce import Origin
@@ -33,9 +32,6 @@ from foveate.server.schemas import (
 )
 from foveate.server.service import Service, service_of
 
-logger = logging.getLogger("foveate.server")
-
-_PING_S = 15
 _MOST_FIELDS = 64
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -110,8 +106,7 @@ async def generate(body: ImageRequest, request: Request) -> Response:
     exchange = await _begun(request, service, [asked])
     if body.stream:
         return streams.streamed(exchange, service, _origin(request))
-    await _watched(exchange, request)
-    return await _whole(exchange, service, request)
+    return await _whole(exchange, request, bodies.images_body)
 
 
 @router.post(
@@ -136,9 +131,7 @@ async def compare(body: CompareRequest, request: Request) -> Response:
     exchange = await _begun(request, service, sides)
     if body.stream:
         return streams.streamed(exchange, service, _origin(request))
-    await _watched(exchange, request)
-    reply = await service.encode(bodies.compare_body, exchange, service, _origin(request))
-    return Response(reply, media_type="application/json")
+    return await _whole(exchange, request, bodies.compare_body)
 
 
 @router.post("/edits", include_in_schema=False)
@@ -181,37 +174,49 @@ async def _begun(request: Request, service: Service, asked: Sequence[Asked]) -> 
     return exchange
 
 
-async def _watched(exchange: Exchange, request: Request) -> None:
-    """Waits until all images are there.
+async def _whole(exchange: Exchange, request: Request, make: Callable[[Exchange, Service, Origin], str]) -> Response:
+    """The answer of a request without stream: waits for all images, and encodes them.
 
     Raises:
         ApiError: Something failed, or the client went away.
+    """
+    service = service_of(request)
+
+    async def made() -> str:
+        try:
+            async for _ in exchange.events():
+                pass
+            return await service.encode(make, exchange, service, _origin(request))
+        except Exception as error:
+            exchange.error = api_error(error)
+            raise
+
+    body = await _unless_gone(request, made())
+    exchange.is_answered = True
+    return Response(body, media_type="application/json")
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, str]) -> str:
+    """What a coroutine returns; it is cancelled when the client goes away.
+
+    Raises:
+        ApiError: The client went away.
     """
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    async def drained() -> None:
-        async for _ in exchange.events():
-            pass
-
-    tasks = [asyncio.create_task(drained()), asyncio.create_task(gone())]
+    working, leaving = asyncio.create_task(work), asyncio.create_task(gone())
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ApiError(CLIENT_GONE, "the client went away", kind=TIMEOUT, code="cancelled")
-        await tasks[0]
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise client_gone()
+        return await working
     finally:
-        for task in tasks:
+        for task in (working, leaving):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _whole(exchange: Exchange, service: Service, request: Request) -> Response:
-    """The body of a request without stream."""
-    reply = await service.encode(bodies.images_body, exchange, service, _origin(request))
-    return Response(reply, media_type="application/json")
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _origin(request: Request) -> Origin:

@@ -114,7 +114,7 @@ class Metrics:
         """Counts an answer of an endpoint that makes images, an error too.
 
         Args:
-            status: Of HTTP; 499 where the client went away, and that of the error where a stream ended with one.
+            status: Of HTTP; 499 where the client left early, and that of the error where a stream ended with one.
             policy: A policy or preset by name, or what `Metrics.policy` says; None where it never became known.
             seconds: From the first byte of the request to the last one of the answer.
         """

@@ -1,5 +1,6 @@
 """Requests with stream: server-sent events while images form, each named by the type of its JSON."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -11,7 +12,7 @@ from sse_starlette.sse import EventSourceResponse
 from starlette.types import Receive, Scope, Send
 
 from foveate.server import replies
-from foveate.server.errors import ApiError, api_error
+from foveate.server.errors import ApiError, api_error, client_gone, closing
 from foveate.server.exchange import Exchange, Side
 from foveate.server.reproduce import Origin
 from foveate.server.schemas import ComparedEvent, ErrorEvent, QueueEvent
@@ -25,7 +26,7 @@ _PING_S = 15
 
 
 class _Response(EventSourceResponse):
-    """A stream whose error the gate hears of, as its HTTP status was sent long before."""
+    """A stream whose end the gate hears of, an error or a client that left: its status 200 was sent long before."""
 
     def __init__(self, exchange: Exchange, content: AsyncIterator[ServerSentEvent], **settings: Any) -> None:
         super().__init__(content, **settings)
@@ -33,10 +34,14 @@ class _Response(EventSourceResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends everything."""
+        cut_off = client_gone()
         try:
             await super().__call__(scope, receive, send)
+        except asyncio.CancelledError:
+            cut_off = closing("the server stopped before the request was done; try again later")
+            raise
         finally:
-            scope["state"]["error"] = self._exchange.error
+            scope["state"]["error"] = self._exchange.error or (None if self._exchange.is_answered else cut_off)
 
 
 def streamed(exchange: Exchange, service: Service, origin: Origin) -> EventSourceResponse:
@@ -55,6 +60,7 @@ async def _messages(exchange: Exchange, service: Service, origin: Origin) -> Asy
     try:
         async for event in _Stream(exchange, service, origin).events():
             yield _message(event)
+        exchange.is_answered = True
     except Exception as error:
         exchange.error = found = api_error(error)
         if not isinstance(error, ApiError):
