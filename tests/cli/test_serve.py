@@ -9,6 +9,7 @@ import pytest
 from foveate.cli.options import ModelOptions
 from foveate.cli.serve import LimitOptions, ServeOptions, _settings
 from foveate.server.keys import ENVIRONMENT
+from foveate.server.moderation import TimedCheck
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,8 @@ def test_flags_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     file.write_text("sk-of-the-file-00000\n", encoding="utf-8")
     monkeypatch.setenv(ENVIRONMENT, "sk-of-the-environment")
     options = ServeOptions(
-        api_keys=file, moderation="builtins:print", cors_origin=["https://a"], served_model_name=["gpt-image-1"],
+        api_keys=file, moderation="builtins:print", moderation_seconds=5.0, cors_origin=["https://a"],
+        served_model_name=["gpt-image-1"],
         keep_on_disconnect=True, log_prompts=True, encoders=3,
     )  # fmt: skip
     limits = LimitOptions(max_images=2, max_pixels=9, max_body=8, rate_limit=7.0, store_mib=3, store_seconds=5.0)
@@ -47,7 +49,9 @@ def test_flags_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found.keys.owner("sk-of-the-environment")
     assert (found.limits.images, found.limits.pixels, found.limits.body_bytes) == (2, 9, 8)
     assert (found.limits.requests_per_minute, found.store.bytes, found.store.seconds) == (7.0, 3 << 20, 5.0)
-    assert (found.moderation, found.origins, found.encoders) == (print, ("https://a",), 3)
+    assert isinstance(found.moderation, TimedCheck)
+    assert (found.moderation.check, found.moderation_seconds) == (print, 5.0)
+    assert (found.origins, found.encoders) == (("https://a",), 3)
     assert found.keeps_on_disconnect
     assert found.shows_prompts
     assert found.aliases == ("emoji-tiny", "gpt-image-1")

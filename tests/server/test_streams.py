@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import functools
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -129,6 +131,28 @@ def test_what_the_operator_refuses(start: Callable[..., Live], check: Any, statu
     assert live.refused(status)["message"] == message
     assert live.service.stats().queued_images == 0
     assert live.generate(prompt="a dog").status == (200 if status == 400 else 500)
+
+
+def test_a_check_that_hangs_holds_up_nobody(start: Callable[..., Live], caplog: pytest.LogCaptureFixture) -> None:
+    over = threading.Event()
+
+    def check(prompt: str, _image: Any) -> None:
+        if not over.is_set() and "cat" in prompt:
+            over.wait(30)
+
+    live = start(moderation=check, moderation_seconds=0.1)
+    try:
+        for _ in range(8):
+            error = live.refused(503)
+            assert (error["code"], error["type"]) == ("moderation_timeout", "server_error")
+        assert "took longer than 0.1 s" in caplog.text
+        assert live.generate(prompt="a dog").error["code"] == "moderation_timeout"
+        assert "8 earlier calls of the moderation check hang" in caplog.text
+        rejected = functools.partial(value, live.service.metrics, "foveate_rejected_total")
+        eventually(lambda: rejected(reason="moderation_timeout") == 9, "they are counted")
+    finally:
+        over.set()
+    eventually(lambda: live.generate(prompt="a dog").status == 200, "they have ended")
 
 
 def test_a_late_stream_ends_with_an_error(live: Live) -> None:

@@ -30,6 +30,7 @@ class ServeOptions:
         served_model_name: Another name that requests may call the model by; give it again for several.
         cors_origin: A web page's origin that browsers let in, such as https://example.org; give it again for several.
         moderation: A function package.module:function(prompt, image) that refuses prompts and images.
+        moderation_seconds: That one call of it may take; then its request is refused.
         keep_on_disconnect: Finish the images of a client that went away, and keep them under its x-request-id.
         grace: Seconds between SIGTERM and the end of the process.
         log_prompts: Write prompts into the log.
@@ -44,6 +45,7 @@ class ServeOptions:
     served_model_name: list[str] | None = None
     cors_origin: list[str] | None = None
     moderation: str | None = None
+    moderation_seconds: float = 30.0
     keep_on_disconnect: bool = False
     grace: float = 30.0
     log_prompts: bool = False
@@ -163,6 +165,7 @@ def _settings(options: ServeOptions, limits: LimitOptions, model: ModelOptions) 
             seconds=limits.store_seconds,
         ),
         moderation=None if options.moderation is None else load_check(options.moderation),
+        moderation_seconds=options.moderation_seconds,
         origins=tuple(options.cors_origin or ()),
         aliases=(*own_name, *(options.served_model_name or ())),
         model_flags=_flags_of(model),

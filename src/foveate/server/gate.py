@@ -47,7 +47,7 @@ _API_POLICY = "default-src 'none'; frame-ancestors 'none'"
 _REASONS: dict[str, Reason] = {
     "invalid_api_key": "key", "rate_limit_exceeded": "rate", "queue_full": "queue_full", "loading": "closing",
     "closing": "closing", "request_too_large": "too_large", "string_above_max_length": "too_large",
-    "moderation_blocked": "moderation", "out_of_memory": "memory",
+    "moderation_blocked": "moderation", "moderation_timeout": "moderation_timeout", "out_of_memory": "memory",
 }  # fmt: skip
 """What is counted of the codes of errors; every other 4xx is `invalid`."""
 

@@ -30,9 +30,11 @@ from foveate.server.work import (
     Work,
 )
 
-Reason = Literal["key", "rate", "queue_full", "too_large", "invalid", "memory", "moderation", "closing"]
+Reason = Literal[
+    "key", "rate", "queue_full", "too_large", "invalid", "memory", "moderation", "moderation_timeout", "closing"
+]
 """Why a request was not accepted: a wrong key, too many of one key, a full queue, a body or a count over a limit, a
-field that is wrong, more memory than there is, the moderation hook, or a server that stops."""
+field that is wrong, more memory than there is, the moderation hook, one that took too long, or a server that stops."""
 
 Outcome = Literal["finished", "coarse", "late", "cancelled", "closing", "failed"]
 """How an accepted request ended; `coarse` had an image that its deadline cut short, `late` was answered by an error."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from foveate.core.errors import FoveateError
 from foveate.server.keys import Keys
 from foveate.server.limits import Limits
-from foveate.server.moderation import Check
+from foveate.server.moderation import Check, TimedCheck
 from foveate.server.store import StoreSettings
 
 
@@ -17,7 +17,8 @@ class ServerSettings:
         keys: Who may come.
         limits: How much one request may ask for.
         store: How much is kept behind urls.
-        moderation: The operator's check of prompts and images.
+        moderation: The operator's check of prompts and images; held as a `TimedCheck`.
+        moderation_seconds: What one call of it may take.
         origins: Web pages of other origins that browsers let in (CORS); none by default.
         aliases: Names that requests may call the model by, beside its own.
         model_flags: What `foveate generate` needs to load the same model.
@@ -30,6 +31,7 @@ class ServerSettings:
     limits: Limits = field(default_factory=Limits)
     store: StoreSettings = field(default_factory=StoreSettings)
     moderation: Check | None = None
+    moderation_seconds: float = 30.0
     origins: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     model_flags: tuple[str, ...] = ()
@@ -38,6 +40,14 @@ class ServerSettings:
     shows_prompts: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses a server that could encode nothing."""
+        """Refuses a server that could encode nothing, and gives the check its time.
+
+        Raises:
+            FoveateError: A number is none that can be.
+        """
         if self.encoders < 1:
             raise FoveateError(f"encoders must be 1 or more, got {self.encoders}")
+        if self.moderation_seconds <= 0:
+            raise FoveateError(f"moderation_seconds must be above 0, got {self.moderation_seconds:g}")
+        if self.moderation is not None and not isinstance(self.moderation, TimedCheck):
+            object.__setattr__(self, "moderation", TimedCheck(self.moderation, self.moderation_seconds))
