@@ -3,21 +3,22 @@
 import codecs
 import csv
 import gzip
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from foveate.bulk import byte_stream, json_list
 from foveate.bulk.rows import BadRow
 from foveate.bulk.sources import open_source
 from foveate.core.errors import FoveateError
 from tests.bulk.writing import all_rows, put
 
 
-def bad_among(path: Path) -> list[tuple[int, str, str, str]]:
-    """Index, id, place and reason of every unreadable row; the others must be what stands around it."""
+def bad_among(path: Path, between: Sequence[str] = ()) -> list[tuple[int, str, str, str]]:
+    """Index, id, place and reason of every unreadable row; the others are the first, the last and those between."""
     source, found = open_source(path, {}, 10)
     rows = all_rows(source)
     assert [row.index for row in rows] == list(range(found.num_rows))
@@ -25,7 +26,7 @@ def bad_among(path: Path) -> list[tuple[int, str, str, str]]:
     assert len(bad) == found.num_bad
     assert not any("\n" in row.reason for row in bad)
     good = [row.prompt for row in rows if not isinstance(row, BadRow)]
-    assert (good[0], good[-1]) == ("first", "last")
+    assert good == ["first", *between, "last"]
     return [(row.index, row.id, row.where, row.reason) for row in bad]
 
 
@@ -104,7 +105,7 @@ def test_a_bad_row_keeps_its_id(tmp_path: Path) -> None:
 )
 def test_a_row_of_csv_is_lost_alone(tmp_path: Path, row: bytes, reason: str) -> None:
     data = b'prompt,seed\n"first",1\n\n' + row + b'\nb,2\n"c\nd",3\nlast,4\n'
-    ((index, name, where, why),) = bad_among(put(tmp_path, "p.csv", data))
+    ((index, name, where, why),) = bad_among(put(tmp_path, "p.csv", data), ["b", "c\nd"])
     assert (index, name, where) == (1, "1", "p.csv line 4")
     assert reason in why
 
@@ -121,7 +122,7 @@ def small_cells() -> Iterator[None]:
 def test_a_quote_that_is_never_closed_loses_its_line_alone(tmp_path: Path) -> None:
     rows = "".join(f"p{number},{number}\n" for number in range(400))
     path = put(tmp_path, "p.csv", f'prompt,seed\nfirst,0\n"open,1\n{rows}last,2\n')
-    ((index, _, where, why),) = bad_among(path)
+    ((index, _, where, why),) = bad_among(path, [f"p{number}" for number in range(400)])
     assert (index, where) == (1, "p.csv line 3")
     assert "a quote inside quotes is written twice" in why
 
@@ -189,3 +190,25 @@ def test_unicode_that_is_cut_off_is_refused_or_lost(tmp_path: Path) -> None:
 def test_a_file_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match=r"no row of p\.jsonl can be read; p\.jsonl line 2: not JSON"):
         open_source(put(tmp_path, "p.jsonl", "\na cat\na dog\n"), {}, 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_rows_may_lie_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(byte_stream, "BLOCK_BYTES", size)
+    monkeypatch.setattr(json_list, "BLOCK_BYTES", size)
+    for name, text in (
+        ("p.txt", "first\r\n\r\ncaf\u00e9\rlast"),
+        ("p.csv", 'prompt,n\r\nfirst,1\r\ncaf\u00e9,2\r\nlast,"3"'),
+        ("p.jsonl", '{"prompt": "first"}\r\n\r\n{"prompt": "caf\u00e9"}\n{"prompt": "last"}\n'),
+        ("p.json", '[{"prompt": "first"} ,\n {"prompt": "caf\u00e9"},1234, {"prompt": "last"} ]\r\n'),
+    ):
+        for codec in ("utf-8", "utf-8-sig", "utf-16"):
+            found = bad_among(put(tmp_path, name, text.encode(codec)), ["caf\u00e9"])
+            assert [reason[-12:] for *_, reason in found] == (["got a number"] if name == "p.json" else [])
+
+
+def test_a_row_without_an_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(byte_stream, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(byte_stream, "MAX_ROW_BYTES", 5000)
+    with pytest.raises(FoveateError, match=r"p\.txt line 2 has over 0 MiB; is it text\?"):
+        open_source(put(tmp_path, "p.txt", b"a\n" + b"x" * 9000), {}, 1)

@@ -50,7 +50,8 @@ def id_reader(column: str) -> Reader:
     def read(value: object) -> str | None:
         if isinstance(value, float) and math.isnan(value):
             return None
-        value = int(value) if is_whole_float(value) else value
+        if isinstance(value, float) and is_whole_float(value):
+            value = int(value)
         return _not_blank(str(value) if _is_whole(value) else _text(column, value, "a text or a whole number"))
 
     return _quick_text(read)

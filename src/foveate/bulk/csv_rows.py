@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from foveate.bulk.byte_stream import ByteStream, Mark, lines
-from foveate.bulk.tables import Record, TextTable
+from foveate.bulk.tables import Record, Table, text_opener
 from foveate.core.errors import FoveateError
 
 _Line = tuple[int, int, bytes]
 
 
-def csv_table(path: Path, name: str, separator: str) -> TextTable:
+def csv_table(path: Path, name: str, separator: str) -> Table:
     """A csv file; its first row names the columns.
 
     Args:
@@ -36,7 +36,7 @@ def csv_table(path: Path, name: str, separator: str) -> TextTable:
     if twice := next((cell for cell in header if header.count(cell) > 1), None):
         raise FoveateError(f"{name} has the column {twice!r} twice; rename one of them")
     parse = partial(_parse, separator=separator, header=header)
-    return TextTable(path=path, name=name, parse=parse, header=header, are_texts=True)
+    return Table(path=path, name=name, opener=text_opener(parse), header=header, are_texts=True)
 
 
 def _parse(stream: ByteStream, at: Mark, *, separator: str, header: tuple[str, ...]) -> Iterator[Record]:

@@ -3,13 +3,12 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from foveate.bulk.byte_stream import Mark
-from foveate.bulk.tables import Record
+from foveate.bulk.tables import Record, Table
 from foveate.core.errors import FoveateError
 
 if TYPE_CHECKING:
@@ -22,23 +21,7 @@ _BUFFER_BYTES = 1 << 20
 """Of a column that are read at once; without it a whole row group is."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ParquetTable:
-    """A `Table` in a parquet file; the offset of a mark is the index of a row."""
-
-    path: Path
-    name: str
-    header: tuple[str, ...]
-    unused: tuple[str, ...]
-    unit: str = "row"
-    are_texts: bool = False
-
-    def open(self, at: Mark) -> "ParquetReading":
-        """Opens it."""
-        return ParquetReading(self, at)
-
-
-def parquet_table(path: Path, name: str) -> ParquetTable:
+def parquet_table(path: Path, name: str) -> Table:
     """A parquet file.
 
     Raises:
@@ -51,15 +34,18 @@ def parquet_table(path: Path, name: str) -> ParquetTable:
         raise FoveateError(f"{name} has the column {twice!r} twice; rename one of them")
     header = tuple(field.name for field in schema if _json_type(field.type) is not None)
     unused = tuple(column for column in columns if column not in header)
-    return ParquetTable(path=path, name=name, header=header, unused=unused)
+    return Table(path=path, name=name, opener=ParquetReading, unit="row", header=header, unused=unused)
 
 
 class ParquetReading:
-    """A `Reading` of a parquet file: whole row groups are skipped, and the rows of one in front of the mark decoded."""
+    """A `Reading` of a parquet file, where the offset of a mark is the index of a row.
 
-    def __init__(self, table: ParquetTable, at: Mark) -> None:
+    Whole row groups are skipped, and the rows of one in front of the mark decoded.
+    """
+
+    def __init__(self, table: Table, at: Mark) -> None:
         """Opens it at a mark."""
-        self._table, self._at = table, at
+        self._table, self._header, self._at = table, table.header or (), at
         with _readable(table.name):
             self._file = _parquet().ParquetFile(table.path, buffer_size=_BUFFER_BYTES)
 
@@ -79,7 +65,7 @@ class ParquetReading:
     def records(self) -> Iterator[Record]:
         """The rows from the mark on."""
         first, row = self._first_group()
-        header = self._table.header
+        header = self._header
         for columns, skipped, length in self._batches(first, self._at.offset - row):
             row += skipped
             for values in zip(*columns, strict=True) if columns else ((),) * length:
@@ -103,7 +89,7 @@ class ParquetReading:
 
     def _batches(self, group: int, skip: int) -> Iterator[tuple[list[list[Any]], int, int]]:
         """The values of every column, how many rows were skipped in front of them, and how many there are."""
-        groups, names = list(range(group, self._file.num_row_groups)), list(self._table.header)
+        groups, names = list(range(group, self._file.num_row_groups)), list(self._header)
         with _readable(self._table.name):
             batches = self._file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=names)
         skipped = 0

@@ -2,7 +2,6 @@
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 
@@ -226,10 +225,9 @@ class Scanner:
         """Every id and its place."""
         columns = self._columns
         for part in self.parts:
-            with closing(_records(part)) as records:
-                for _, number, names, values in islice(records, part.count):
-                    if names is not None and (found := columns.layout(names).id_of(values)) is not None:
-                        yield found, part.where(number)
+            for _, number, names, values in islice(_records(part), part.count):
+                if names is not None and (found := columns.layout(names).id_of(values)) is not None:
+                    yield found, part.where(number)
 
 
 def find_duplicate(hashes: "array[int]", ids: Callable[[], Iterator[tuple[str, str]]]) -> tuple[str, str, str] | None:

@@ -20,7 +20,7 @@ from foveate.bulk.line_rows import parse_objects, parse_prompts
 from foveate.bulk.parquet_rows import parquet_table
 from foveate.bulk.rows import BadRow, Row
 from foveate.bulk.scan import Part, Scan, Scanner
-from foveate.bulk.tables import Record, Table, TextTable, changed, stamp_of
+from foveate.bulk.tables import Record, Table, changed, stamp_of, text_opener
 from foveate.core.errors import FoveateError
 
 _GZIP = ".gz"
@@ -180,15 +180,15 @@ def _digest_of_files(digests: Sequence[bytes]) -> str:
 
 
 def _prompts(path: Path, name: str) -> Table:
-    return TextTable(path=path.absolute(), name=name, parse=parse_prompts)
+    return Table(path=path.absolute(), name=name, opener=text_opener(parse_prompts))
 
 
 def _objects(path: Path, name: str) -> Table:
-    return TextTable(path=path.absolute(), name=name, parse=parse_objects)
+    return Table(path=path.absolute(), name=name, opener=text_opener(parse_objects))
 
 
 def _list(path: Path, name: str) -> Table:
-    return TextTable(path=path.absolute(), name=name, parse=parse_list, unit="entry")
+    return Table(path=path.absolute(), name=name, opener=text_opener(parse_list), unit="entry")
 
 
 def _comma(path: Path, name: str) -> Table:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -42,13 +43,18 @@ class Reading(Protocol):
         ...
 
 
-@runtime_checkable
-class Table(Protocol):
+Opener = Callable[["Table", Mark], AbstractContextManager[Reading]]
+"""Opens a table at a mark."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
     """One file of rows. It holds nothing open, so that it can be sent to another process.
 
     Attributes:
         path: Where it is, from the root.
         name: Said in errors.
+        opener: Opens it at a mark.
         unit: What its rows are called in errors: line, entry or row.
         header: Its columns, where the file says them once.
         unused: Columns that are never read, as JSON cannot hold what is in them.
@@ -57,10 +63,11 @@ class Table(Protocol):
 
     path: Path
     name: str
-    unit: str
-    header: tuple[str, ...] | None
-    unused: tuple[str, ...]
-    are_texts: bool
+    opener: Opener
+    unit: str = "line"
+    header: tuple[str, ...] | None = None
+    unused: tuple[str, ...] = ()
+    are_texts: bool = False
 
     def open(self, at: Mark) -> AbstractContextManager[Reading]:
         """Opens it.
@@ -68,26 +75,7 @@ class Table(Protocol):
         Raises:
             FoveateError: It cannot be read.
         """
-        ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TextTable:
-    """A `Table` in a text file."""
-
-    path: Path
-    name: str
-    parse: Parser
-    unit: str = "line"
-    header: tuple[str, ...] | None = None
-    unused: tuple[str, ...] = ()
-    are_texts: bool = False
-
-    @contextmanager
-    def open(self, at: Mark) -> Iterator["TextReading"]:
-        """Opens it."""
-        with ByteStream(self.path, self.name, at.offset) as stream:
-            yield TextReading(stream=stream, parse=self.parse, at=at)
+        return self.opener(self, at)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +104,17 @@ class TextReading:
     def sha256(self) -> bytes:
         """The hash of the whole content."""
         return self.stream.sha256()
+
+
+def text_opener(parse: Parser) -> Opener:
+    """Opens text files whose rows a parser gives."""
+    return partial(_open_text, parse=parse)
+
+
+@contextmanager
+def _open_text(table: Table, at: Mark, *, parse: Parser) -> Iterator[TextReading]:
+    with ByteStream(table.path, table.name, at.offset) as stream:
+        yield TextReading(stream=stream, parse=parse, at=at)
 
 
 def stamp_of(table: Table) -> Stamp:
