@@ -79,9 +79,13 @@ def test_any_slice_is_that_of_all_rows(tmp_path: Path, name: str, monkeypatch: p
     monkeypatch.setattr(scan, "LEAST_STEP", 7)
     chance = random.Random(seed_of(name))
     rows = random_rows(chance, 90)
+    for row in chance.sample(rows, 9):
+        row["prompt"] += "\0"
     source, _ = open_source(put(tmp_path, name, WRITERS[name](rows)), {}, 7, None)
     expected = all_rows(source)
-    assert [row.prompt for row in expected] == [row["prompt"] for row in rows]
+    assert [isinstance(row, BadRow) or row.prompt for row in expected] == [
+        "\0" in row["prompt"] or row["prompt"] for row in rows
+    ]
     places = [sorted(chance.choices(range(95), k=2)) for _ in range(6)]
     for start, stop in [(0, 0), (0, 7), (7, 14), (20, 22), (3, 5), (89, 100), (90, 99), *places]:
         assert list(source.read(start, stop)) == expected[start:stop]
