@@ -70,7 +70,7 @@ def test_only_the_prompts_of_the_last_call_are_kept(toy_folder: Path, encoders: 
 
 
 def test_a_call_that_another_thread_overtakes_gets_its_own_conditions() -> None:
-    inner = OnDemand(Lengths)
+    inner = OnDemand(load=Lengths, device=torch.device("cpu"))
 
     class Overtaken(OnDemand):
         """Another call ends whenever this one has noted its own."""
@@ -80,11 +80,14 @@ def test_a_call_that_another_thread_overtakes_gets_its_own_conditions() -> None:
             if name == "_last" and value:
                 super().__setattr__("_last", {})
 
-    assert Overtaken(Lengths).encode(["a", "bcd"]) == inner.encode(["a", "bcd"])
+    assert Overtaken(load=Lengths, device=inner.device).encode(["a", "bcd"]) == inner.encode(["a", "bcd"])
 
 
 class Lengths:
     """A conditioner that says how long a prompt is."""
+
+    def __init__(self, device: torch.device) -> None:
+        assert device.type == "cpu"
 
     def encode(self, prompts: list[str]) -> list[ClassLabel]:
         """One label per prompt."""

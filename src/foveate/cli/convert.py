@@ -36,7 +36,7 @@ def convert(source: Path, target: Path, /, *, options: ConvertOptions = _DEFAULT
         options: How it is written.
     """
     from foveate.families.convert import convert as rewrite  # noqa: PLC0415 - torch is loaded when the command runs
-    from foveate.pipeline.pipeline import DTYPES  # noqa: PLC0415 - as above
+    from foveate.pipeline.placement import DTYPES  # noqa: PLC0415 - as above
 
     done = rewrite(source, target, None if options.dtype is None else DTYPES[options.dtype])
     if options.as_json:

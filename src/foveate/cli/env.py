@@ -99,7 +99,7 @@ def _needs(name: str, options: EnvOptions, size: SizeOptions) -> dict[str, Any]:
     from foveate.families.packaged import packaged_models  # noqa: PLC0415
     from foveate.families.residency import Residency  # noqa: PLC0415
     from foveate.pipeline.call import resolve  # noqa: PLC0415
-    from foveate.pipeline.pipeline import DTYPES  # noqa: PLC0415
+    from foveate.pipeline.placement import DTYPES  # noqa: PLC0415
     from foveate.weights.folder import file_bytes  # noqa: PLC0415
 
     origin = Origin(name_or_path=name)

@@ -1,25 +1,28 @@
 """A text encoder that is in memory only while it works."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
 
 from foveate.conditioning.text import Conditioner
 from foveate.core.conditions import Condition
 
 
+@dataclass(kw_only=True, eq=False)
 class OnDemand:
     """Reads a conditioner when there are prompts to encode and drops it afterwards.
 
     The conditions of the last call are kept, a few megabytes, so that the same prompts again read nothing.
+
+    Attributes:
+        load: Reads the conditioner onto a device, the same one every time.
+        device: Where it computes.
     """
 
-    def __init__(self, load: Callable[[], Conditioner]) -> None:
-        """Reads nothing yet.
-
-        Args:
-            load: Reads the conditioner, the same one every time.
-        """
-        self._load = load
-        self._last: dict[str, tuple[Condition, int]] = {}
+    load: Callable[[torch.device], Conditioner]
+    device: torch.device
+    _last: dict[str, tuple[Condition, int]] = field(default_factory=dict, init=False)
 
     def encode(self, prompts: list[str]) -> list[Condition]:
         """The conditions that the conditioner gives; each prompt by itself, so they are the same bits.
@@ -31,7 +34,7 @@ class OnDemand:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in last]
         found: dict[str, tuple[Condition, int]] = {}
         if new:
-            text = self._load()
+            text = self.load(self.device)
             found = {prompt: (read, text.num_cut(prompt)) for prompt, read in zip(new, text.encode(new), strict=True)}
         # One assignment: calls of several threads may end between each other's lines.
         kept = {prompt: found[prompt] if prompt in found else last[prompt] for prompt in prompts}

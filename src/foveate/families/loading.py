@@ -273,11 +273,12 @@ def _from_folder(folder: Path, precision: Precision, device: torch.device, resid
         own = " or ".join(conditioning.name for conditioning in OWN)
         raise CheckpointError(f"{folder}: a folder of ours holds the text encoder {own}, got {spec.conditioner}")
     shape, has_places = spec.kind.text(spec.transformer), spec.conditioning.has_places
-    read = partial(read_text_encoder, folder, shape.tokens, _text_place(device, residency), has_places=has_places)
-    encoder = read()
+    place = _text_place(device, residency)
+    read = partial(read_text_encoder, folder, shape.tokens, has_places=has_places)
+    encoder = read(place)
     if encoder.model.config.width != shape.width:
         raise CheckpointError(f"text encoder is {encoder.model.config.width} wide, the transformer reads {shape.width}")
-    text: Conditioner = OnDemand(read) if residency.release_text_encoder else encoder
+    text: Conditioner = OnDemand(load=read, device=place) if residency.release_text_encoder else encoder
     del encoder
     return _assemble(
         spec, (folder / TRANSFORMER, folder / AUTOENCODER), text, folder_sha256(folder), precision, device, residency
@@ -289,10 +290,10 @@ def _from_sources(sources: Sources, precision: Precision, device: torch.device, 
     spec = sources.spec
     paths = (sources.transformer, sources.autoencoder)
     digest = weights_sha256(file for path in paths for file in files_of(path))
-    read = partial(_conditioner, sources, precision.dtype, _text_place(device, residency))
-    text = read()
+    read, place = partial(_conditioner, sources, precision.dtype), _text_place(device, residency)
+    text = read(place)
     if residency.release_text_encoder and sources.text_encoders:
-        text = OnDemand(read)
+        text = OnDemand(load=read, device=place)
     model = _assemble(spec, paths, text, digest, precision, device, residency)
     return replace(model, text_encoders=sources.text_encoders, warnings=sources.warnings)
 

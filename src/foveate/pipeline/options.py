@@ -24,7 +24,8 @@ from typing import (
     get_origin,
 )
 
-from foveate.core.errors import FoveateError, unknown
+from foveate.core.errors import FoveateError
+from foveate.pipeline.foreign import unknown_option
 
 if TYPE_CHECKING:
     import torch
@@ -339,7 +340,7 @@ def checked(options: Options) -> Options:
     """
     for name in options:
         if name not in OPTIONS:
-            raise unknown("option", name, list(OPTIONS))
+            raise unknown_option(name, OPTIONS)
     found: dict[str, Any] = {name: option.default for name, option in OPTIONS.items()} | dict(options)
     for name, option in OPTIONS.items():
         value = found[name]

@@ -1,5 +1,6 @@
 """The pipeline, from prompts to images: the only place where a model meets a policy."""
 
+import inspect
 import time
 from collections.abc import Generator
 from contextlib import ExitStack, closing
@@ -19,6 +20,7 @@ from foveate.core.warnings import CallWarning, log_warnings
 from foveate.engine.executor import Engine
 from foveate.engine.graphs import DeviceCapture, Graphs
 from foveate.families.loading import LoadedModel, Origin, Precision, load_model, with_independent_rows
+from foveate.families.moving import moved
 from foveate.families.offload import CODEBOOK, TRANSFORMER, Offload
 from foveate.families.residency import Residency
 from foveate.kernels import native
@@ -26,13 +28,22 @@ from foveate.kernels.gpu import launch
 from foveate.kernels.heap import kept_heap
 from foveate.pipeline.budget import with_budget
 from foveate.pipeline.call import Job, Prompts, resolve, warnings_of
+from foveate.pipeline.foreign import NoOthers, refuse_loading
 from foveate.pipeline.options import CallOptions, Options
 from foveate.pipeline.output import Images, PipelineOutput, ScaleEvent, tokens_run
+from foveate.pipeline.placement import (
+    find_device,
+    find_dtype,
+    is_same_device,
+    one_dtype,
+    refuse_move,
+    refuse_offload,
+    refuse_other_dtype,
+    wants_triton,
+)
 from foveate.pipeline.runner import BatchStep, OpenCall, Runner
 
 _NO_GRAPHS_WITH_OFFLOAD = "captured graphs need weights that stay where they are; leave offload or cuda graphs out"
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Pipeline:
@@ -66,7 +77,8 @@ class Pipeline:
         autoencoder: str | Path | None = None,
         text_encoder: str | Path | None = None,
         weights: str = "pretrained",
-        dtype: str | torch.dtype = "float32",
+        dtype: str | torch.dtype | None = None,
+        torch_dtype: str | torch.dtype | None = None,
         decoder_dtype: str | torch.dtype | None = None,
         quantization: str | None = None,
         device: str | torch.device = "cpu",
@@ -75,6 +87,7 @@ class Pipeline:
         local_files_only: bool = False,
         offload: bool = False,
         release_text_encoder: bool = False,
+        **others: Unpack[NoOthers],
     ) -> "Pipeline":
         """Loads a bundled model, a model folder, or published weights from the hub or from this disk.
 
@@ -85,7 +98,8 @@ class Pipeline:
             text_encoder: Folder or hub repository of the text encoder; None takes the published one.
             weights: `pretrained`, or `random`, which fills the shape with noise, for timing; the text features are then
                 random as well.
-            dtype: What the model computes in, whatever the files hold: float32, bfloat16 or float16.
+            dtype: What the model computes in, whatever the files hold: float32, bfloat16 or float16; None is float32.
+            torch_dtype: Another name of dtype.
             decoder_dtype: What the decoder computes in; None takes `dtype`.
             quantization: `int8` or `fp8` holds the weights of the transformer's blocks in int8 or fp8: less memory, no
                 less time. Needs the extra `quantize`. None keeps them in `dtype`.
@@ -99,11 +113,13 @@ class Pipeline:
             release_text_encoder: Reads the text encoder when prompts are encoded and drops it afterwards: every call
                 with new prompts takes the time of reading it, and no memory for it while generating. It is read once at
                 loading, too, so that errors come then. Nothing changes where prompts need no weights.
+            **others: None; those of diffusers are refused with what to do here.
 
         Raises:
             FoveateError: An unknown name, dtype, quantisation, device or kernels, or torchao or triton is missing.
             CheckpointError: The folder is incomplete, damaged or of another model.
         """
+        refuse_loading(others, list(inspect.signature(cls.from_pretrained).parameters)[:-1])
         origin = Origin(
             name_or_path=name_or_path,
             autoencoder=autoencoder,
@@ -112,20 +128,55 @@ class Pipeline:
             local_files_only=local_files_only,
         )
         precision = Precision(
-            dtype=_dtype(dtype, "dtype"),
-            decoder_dtype=None if decoder_dtype is None else _dtype(decoder_dtype, "decoder_dtype"),
+            dtype=one_dtype(dtype, torch_dtype),
+            decoder_dtype=None if decoder_dtype is None else find_dtype(decoder_dtype, "decoder_dtype"),
             quantization=quantization,
         )
         residency = Residency(offload=offload, release_text_encoder=release_text_encoder)
-        place = _device(device)
-        uses_triton = _wants_triton(kernels, place)
+        place = find_device(device)
+        uses_triton = wants_triton(kernels, place)
         if offload:
-            _refuse_offload(place)
+            refuse_offload(place)
         model = load_model(origin, weights=weights, precision=precision, device=place, residency=residency)
         pipe = cls(model, uses_triton=uses_triton)
         if offload:
             pipe.enable_model_cpu_offload()
         return pipe
+
+    def to(self, device: str | torch.device | torch.dtype, dtype: str | torch.dtype | None = None) -> "Pipeline":
+        """Moves all modules to a device, between calls; images are then those of a pipeline that was loaded there.
+
+        Args:
+            device: Where it computes from now on. A dtype alone is taken as `dtype`.
+            dtype: None, or the one that it was loaded in; no other.
+
+        Returns:
+            This pipeline.
+
+        Raises:
+            FoveateError: There is no such device, the dtype is another one, or offload, captured graphs, Triton
+                kernels or quantised weights hold the pipeline where it is.
+        """
+        if isinstance(device, torch.dtype):
+            refuse_other_dtype(device, self.model.dtype)
+            return self
+        place, runner = find_device(device), self.runner
+        if dtype is not None:
+            refuse_other_dtype(dtype, self.model.dtype)
+        is_there, has_graphs = is_same_device(place, self.model.device), runner.engine.graphs is not None
+        if runner.offload is not None or not is_there:
+            refuse_move(
+                place,
+                has_offload=runner.offload is not None,
+                has_graphs=has_graphs,
+                uses_triton=runner.uses_triton,
+                quantization=self.model.precision.quantization,
+            )
+        if not is_there:
+            self.model = runner.model = with_independent_rows(moved(self.model, place))
+            runner.engine = _engine(self.model, None, runner.uses_triton)
+            log_warnings(self.warnings)
+        return self
 
     def enable_model_cpu_offload(self) -> None:
         """Moves all modules to main memory; from now on only the module in use is on the device.
@@ -137,7 +188,7 @@ class Pipeline:
         Raises:
             FoveateError: The pipeline computes on the CPU, so there is no device to save memory of.
         """
-        _refuse_offload(self.model.device)
+        refuse_offload(self.model.device)
         if self.runner.engine.graphs is not None:
             raise FoveateError(_NO_GRAPHS_WITH_OFFLOAD)
         if self.runner.offload is None:
@@ -181,27 +232,27 @@ class Pipeline:
 
     @overload
     def __call__(
-        self, prompts: Prompts, *, output_type: Literal["pil"] = "pil", **options: Unpack[CallOptions]
+        self, prompt: Prompts, *, output_type: Literal["pil"] = "pil", **options: Unpack[CallOptions]
     ) -> PipelineOutput[list[Image.Image]]: ...
 
     @overload
     def __call__(
-        self, prompts: Prompts, *, output_type: Literal["np"], **options: Unpack[CallOptions]
+        self, prompt: Prompts, *, output_type: Literal["np"], **options: Unpack[CallOptions]
     ) -> PipelineOutput[np.ndarray]: ...
 
     @overload
     def __call__(
-        self, prompts: Prompts, *, output_type: Literal["pt", "latent"], **options: Unpack[CallOptions]
+        self, prompt: Prompts, *, output_type: Literal["pt", "latent"], **options: Unpack[CallOptions]
     ) -> PipelineOutput[Tensor]: ...
 
     @overload
-    def __call__(self, prompts: Prompts, **options: Unpack[Options]) -> PipelineOutput[Images]: ...
+    def __call__(self, prompt: Prompts, **options: Unpack[Options]) -> PipelineOutput[Images]: ...
 
-    def __call__(self, prompts: Prompts, **options: Unpack[Options]) -> PipelineOutput[Any]:
+    def __call__(self, prompt: Prompts, **options: Unpack[Options]) -> PipelineOutput[Any]:
         """Generates all images of all prompts as one batch.
 
         Args:
-            prompts: One or several texts, none of them empty; names or indices of classes for a model of classes.
+            prompt: One or several texts, none of them empty; names or indices of classes for a model of classes.
             **options: See `foveate.pipeline.options.Options`.
 
         Returns:
@@ -212,7 +263,7 @@ class Pipeline:
             Cancelled: A callback asked to stop; nothing of the call remains.
         """
         began = time.perf_counter()
-        job = self._began(prompts, options)
+        job = self._began(prompt, options)
         last = None
         with self.runner.parts():
             with closing(self._steps(job, 0, began)) as steps:
@@ -224,7 +275,7 @@ class Pipeline:
     @overload
     def stream(
         self,
-        prompts: Prompts,
+        prompt: Prompts,
         previews: int = 3,
         *,
         output_type: Literal["pil"] = "pil",
@@ -233,13 +284,13 @@ class Pipeline:
 
     @overload
     def stream(
-        self, prompts: Prompts, previews: int = 3, *, output_type: Literal["np"], **options: Unpack[CallOptions]
+        self, prompt: Prompts, previews: int = 3, *, output_type: Literal["np"], **options: Unpack[CallOptions]
     ) -> Generator[ScaleEvent[np.ndarray], None, None]: ...
 
     @overload
     def stream(
         self,
-        prompts: Prompts,
+        prompt: Prompts,
         previews: int = 3,
         *,
         output_type: Literal["pt", "latent"],
@@ -248,24 +299,24 @@ class Pipeline:
 
     @overload
     def stream(
-        self, prompts: Prompts, previews: int = 3, **options: Unpack[Options]
+        self, prompt: Prompts, previews: int = 3, **options: Unpack[Options]
     ) -> Generator[ScaleEvent[Images], None, None]: ...
 
     def stream(
-        self, prompts: Prompts, previews: int = 3, **options: Unpack[Options]
+        self, prompt: Prompts, previews: int = 3, **options: Unpack[Options]
     ) -> Generator[ScaleEvent[Any], None, None]:
         """Generates like the call and hands out every scale; the last event carries the call's output.
 
         Closing the iterator cancels.
 
         Args:
-            prompts: One or several texts.
+            prompt: One or several texts.
             previews: How many of the last scales come with decoded images, the final one included; 0 or more.
             **options: See `foveate.pipeline.options.Options`.
         """
         if previews < 0:
             raise FoveateError(f"previews must be 0 or more, got {previews}")
-        job = self._began(prompts, options)
+        job = self._began(prompt, options)
         return self._events(job, previews)
 
     def job(self, prompts: Prompts, options: Options) -> Job:
@@ -370,48 +421,3 @@ def _engine(model: LoadedModel, graphs: Graphs | None, uses_triton: bool) -> Eng
     make = model.spec.kind.refiner
     refiner = None if make is None else make(model.transformer, model.tokenizer)
     return Engine(model.transformer, model.tokenizer, graphs, refiner, uses_triton=uses_triton)
-
-
-def _dtype(dtype: str | torch.dtype, name: str) -> torch.dtype:
-    known = {**DTYPES, **{str(value): value for value in DTYPES.values()}}
-    if str(dtype) not in known:
-        raise FoveateError(f"{name} must be one of {', '.join(DTYPES)}, got {dtype}")
-    return known[str(dtype)]
-
-
-def _refuse_offload(device: torch.device) -> None:
-    if device.type == "cpu":
-        raise FoveateError(
-            "offload needs a pipeline on a GPU; this one computes on the CPU, with all modules in main memory: load it "
-            'with device="cuda", or leave offload out'
-        )
-
-
-def _wants_triton(kernels: str | None, device: torch.device) -> bool:
-    if kernels not in (None, "triton"):
-        raise FoveateError(f'kernels must be None or "triton", got {kernels!r}')
-    if kernels is None:
-        return False
-    if device.type == "cpu":
-        raise FoveateError('Triton kernels need a pipeline on a GPU; load it with device="cuda", or leave kernels out')
-    if not launch.has_triton():
-        raise FoveateError("triton is not installed; install it, or leave kernels out for plain torch")
-    return True
-
-
-def _device(device: str | torch.device) -> torch.device:
-    found: torch.device | None
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        found = None
-    if found is None or (found.type != "cuda" and str(found) != "cpu"):
-        raise FoveateError(f'device must be "cpu", "cuda" or "cuda:N", got {str(device)!r}')
-    if found.type == "cuda":
-        if not torch.cuda.is_available():
-            raise FoveateError(f'device {device} needs a CUDA build of torch and a GPU, there is none; use "cpu"')
-        count = torch.cuda.device_count()
-        if found.index is not None and found.index >= count:
-            there = ", ".join(f"cuda:{i}" for i in range(count))
-            raise FoveateError(f"device {device} does not exist; there are {there}")
-    return found
