@@ -1,0 +1,91 @@
+"""The demo of Gradio: what it sends, and that a browser shows it."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from foveate.pipeline.pipeline import Pipeline
+from tests.viz.browser import DESKTOP, chromium
+
+DEMO = Path(__file__).parents[2] / "examples/gradio_demo.py"
+
+pytest.importorskip("gradio", reason="gradio is not installed")
+pytestmark = pytest.mark.filterwarnings("default")  # Those of gradio's own packages are not ours to mend.
+
+
+@pytest.fixture
+def demo(toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys, "argv", [str(DEMO), str(toy_folder)])
+    spec = importlib.util.spec_from_file_location("gradio_demo", DEMO)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_demo_sends_every_scale_and_the_map_at_the_end(demo: ModuleType, toy_pipe: Pipeline) -> None:
+    sent = list(demo.generate("a red cat", "skip-scales:count=1", 7, demo.OWN_SIZE))
+    assert len(sent) == 7
+    assert [sheet is None for _, sheet, _ in sent] == [True] * 6 + [False]
+    wanted = toy_pipe("a red cat", seed=7, policy="skip-scales:count=1", trace=True).images[0]
+    assert np.array_equal(np.asarray(sent[-1][0]), np.asarray(wanted))
+    assert isinstance(sent[-1][1], Image.Image)
+    assert sent[-1][2] == "scale 7: 0 of 256 tokens"
+    with pytest.raises(demo.gradio.Error, match="no policy 'nope'; "):
+        next(demo.generate("a red cat", "nope", 7, demo.OWN_SIZE))
+
+
+@pytest.fixture
+def url(toy_folder: Path) -> Iterator[str]:
+    """The demo in a process of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = {"GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen([sys.executable, str(DEMO), str(toy_folder)], env=os.environ | own)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            try:
+                with urlopen(address, timeout=5):
+                    break
+            except (URLError, OSError):
+                assert process.poll() is None, "the demo ended"
+                time.sleep(0.2)
+        yield address
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@pytest.mark.soak
+def test_a_browser_shows_the_image_and_the_map(url: str) -> None:
+    with chromium() as browser:
+        context = browser.new_context(**DESKTOP)
+        page: Any = context.new_page()
+        page.set_default_timeout(60_000)
+        page.goto(url)
+        page.get_by_label("prompt").fill("a red cat")
+        page.get_by_role("button", name="Submit").click()
+        page.wait_for_function("document.querySelectorAll('.image-container img').length == 2")
+        sizes = page.eval_on_selector_all(".image-container img", "all => all.map(one => one.naturalWidth)")
+        assert sizes[0] == 256
+        assert sizes[1] > 700
+        assert page.get_by_label("progress").input_value().startswith("scale 7: ")
+        if (shot := os.environ.get("FOVEATE_SCREENSHOT")) is not None:
+            page.screenshot(path=shot, full_page=True)
+        context.close()
