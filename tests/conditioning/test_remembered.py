@@ -6,6 +6,7 @@ import torch
 from foveate.conditioning.remembered import Remembered
 from foveate.conditioning.text import RandomText
 from foveate.core.errors import FoveateError
+from foveate.families import moving
 from foveate.pipeline.pipeline import Pipeline, stack_uint8
 
 
@@ -26,7 +27,7 @@ class Counted:
 
 def test_a_prompt_is_read_once_while_it_is_kept() -> None:
     counted = Counted()
-    text = Remembered(counted, 2)
+    text = Remembered(inner=counted, count=2)
     for prompts in (["a", "b", "a"], ["b"], ["c"], ["b", "a"]):
         found = text.encode(prompts)
         assert all(torch.equal(*pair) for pair in zip(found, counted.inner.encode(prompts), strict=True))
@@ -36,7 +37,7 @@ def test_a_prompt_is_read_once_while_it_is_kept() -> None:
     assert text.encode(["d", "f"])
     assert counted.read[-1] == ["d", "e", "f"]
     with pytest.raises(FoveateError, match="1 or more, got 0"):
-        Remembered(counted, 0)
+        Remembered(inner=counted, count=0)
 
 
 def test_a_pipeline_that_remembers_has_the_same_images(toy_pipe: Pipeline) -> None:
@@ -46,3 +47,11 @@ def test_a_pipeline_that_remembers_has_the_same_images(toy_pipe: Pipeline) -> No
         both = [p(prompts, seed=3, policy="skip-scales:count=3").images for p in (pipe, toy_pipe)]
         assert (stack_uint8(both[0]) == stack_uint8(both[1])).all()
     assert not isinstance(toy_pipe.model.text, Remembered)
+
+
+def test_a_pipeline_that_moved_reads_its_prompts_again() -> None:
+    text = Remembered(inner=Counted(), count=2)
+    text.encode(["a"])
+    again = moving._with_device(text, torch.device("cpu"))
+    again.encode(["a"])
+    assert again.inner.read == [["a"], ["a"]]

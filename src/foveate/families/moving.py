@@ -44,7 +44,7 @@ def _modules(model: LoadedModel) -> Iterator[nn.Module]:
 
 
 def _with_device(part: P, device: torch.device) -> P:
-    """A conditioner whose fields name the device, those of conditioners in it too."""
+    """A conditioner whose fields name the device, those of conditioners in it too; what one kept for itself is gone."""
     if not is_dataclass(part) or isinstance(part, type):
         return part
     changed: dict[str, Any] = {}
@@ -53,4 +53,5 @@ def _with_device(part: P, device: torch.device) -> P:
         new = device if isinstance(value, torch.device) else _with_device(value, device)
         if new is not value:
             changed[field.name] = new
-    return replace(part, **changed) if changed else part
+    has_memory = any(not field.init for field in fields(part))
+    return replace(part, **changed) if changed or has_memory else part
