@@ -53,8 +53,20 @@ def test_flags_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (found.moderation.check, found.moderation_seconds) == (print, 5.0)
     assert (found.origins, found.encoders) == (("https://a",), 3)
     assert found.keeps_on_disconnect
+    assert found.hosts is None, "it has keys"
     assert found.shows_prompts
     assert found.aliases == ("emoji-tiny", "gpt-image-1")
     assert found.model_flags == ("--model", "emoji-tiny", "--dtype", "bfloat16")
+    monkeypatch.delenv(ENVIRONMENT)
+    for flags, hosts in (
+        (ServeOptions(), {"localhost", "127.0.0.1", "::1"}),
+        (ServeOptions(host="0.0.0.0"), None),
+        (
+            ServeOptions(host="10.1.2.3", allowed_host=["a.example"]),
+            {"localhost", "127.0.0.1", "::1", "10.1.2.3", "a.example"},
+        ),
+    ):
+        allowed = _settings(flags, LimitOptions(), model).hosts
+        assert (None if allowed is None else set(allowed)) == hosts
     folder = _settings(ServeOptions(), LimitOptions(), ModelOptions(model=str(tmp_path)))
     assert folder.model_flags == ("--model", tmp_path.name), "no client reads a path of this machine"

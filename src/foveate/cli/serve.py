@@ -14,7 +14,6 @@ from foveate.core.errors import FoveateError
 if TYPE_CHECKING:
     from foveate.server.settings import ServerSettings
 
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MEBIBYTE = 1 << 20
 
 
@@ -28,6 +27,8 @@ class ServeOptions:
         port: 0 takes a free one.
         api_keys: A file with one API key a line, read again when it changes; FOVEATE_API_KEYS adds keys, with commas.
         served_model_name: Another name that requests may call the model by; give it again for several.
+        allowed_host: A name that requests may call the server by, beside those of loopback; give it again for several.
+            Default: any, but on loopback without API keys those of loopback.
         cors_origin: A web page's origin that browsers let in, such as https://example.org; give it again for several.
         moderation: A function package.module:function(prompt, image) that refuses prompts and images.
         moderation_seconds: That one call of it may take; then its request is refused.
@@ -43,6 +44,7 @@ class ServeOptions:
     port: int = 8000
     api_keys: Path | None = None
     served_model_name: list[str] | None = None
+    allowed_host: list[str] | None = None
     cors_origin: list[str] | None = None
     moderation: str | None = None
     moderation_seconds: float = 30.0
@@ -110,6 +112,7 @@ def serve(*, options: ServeOptions = _SERVE, limits: LimitOptions = _LIMITS, mod
 
     from foveate.cli.loading import open_pipeline, spec_of  # noqa: PLC0415 - torch is loaded when the command runs
     from foveate.pipeline.pipeline import Pipeline  # noqa: PLC0415
+    from foveate.server.hosts import LOOPBACK  # noqa: PLC0415
     from foveate.server.logs import json_logs  # noqa: PLC0415
     from foveate.server.scheduler import Scheduler, SchedulerSettings  # noqa: PLC0415
     from foveate.server.serving import Place  # noqa: PLC0415
@@ -121,7 +124,7 @@ def serve(*, options: ServeOptions = _SERVE, limits: LimitOptions = _LIMITS, mod
     )
     settings = _settings(options, limits, model)
     spec_of(model)
-    if options.host not in _LOOPBACK and not settings.keys.is_required:
+    if options.host not in LOOPBACK and not settings.keys.is_required:
         warn(f"everybody who reaches {options.host} can use this server; --api-keys lets in who has a key")
 
     def load() -> tuple[Pipeline, Scheduler]:
@@ -148,9 +151,10 @@ def _settings(options: ServeOptions, limits: LimitOptions, model: ModelOptions) 
     from foveate.server.settings import ServerSettings  # noqa: PLC0415
     from foveate.server.store import StoreSettings  # noqa: PLC0415
 
+    keys = Keys(options.api_keys, os.environ.get(ENVIRONMENT, ""))
     own_name = (model.model,) if model.model in model_names() else ()
     return ServerSettings(
-        keys=Keys(options.api_keys, os.environ.get(ENVIRONMENT, "")),
+        keys=keys,
         limits=Limits(
             body_bytes=limits.max_body,
             prompt_chars=limits.max_prompt_chars,
@@ -166,6 +170,7 @@ def _settings(options: ServeOptions, limits: LimitOptions, model: ModelOptions) 
         ),
         moderation=None if options.moderation is None else load_check(options.moderation),
         moderation_seconds=options.moderation_seconds,
+        hosts=_hosts(options, has_keys=keys.is_required),
         origins=tuple(options.cors_origin or ()),
         aliases=(*own_name, *(options.served_model_name or ())),
         model_flags=_flags_of(model),
@@ -173,6 +178,15 @@ def _settings(options: ServeOptions, limits: LimitOptions, model: ModelOptions) 
         encoders=options.encoders,
         shows_prompts=options.log_prompts,
     )
+
+
+def _hosts(options: ServeOptions, *, has_keys: bool) -> tuple[str, ...] | None:
+    """Names that requests may call the server by; None for any."""
+    from foveate.server.hosts import LOOPBACK  # noqa: PLC0415 - of an extra
+
+    if options.allowed_host is None and (has_keys or options.host not in LOOPBACK):
+        return None
+    return (*LOOPBACK, options.host, *(options.allowed_host or ()))
 
 
 def _flags_of(model: ModelOptions) -> tuple[str, ...]:

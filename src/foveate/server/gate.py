@@ -25,6 +25,7 @@ from foveate.server.errors import (
     error_response,
     too_many,
 )
+from foveate.server.hosts import check_host
 from foveate.server.keys import LOCAL
 from foveate.server.metrics import Reason
 from foveate.server.service import Service
@@ -104,9 +105,10 @@ class Gate:
         """Whose request it is.
 
         Raises:
-            ApiError: It has no key, too many came with it, or its body is too large.
+            ApiError: It is for another host, has no key, too many came with it, or its body is too large.
         """
         path, service = scope["path"], self._service
+        check_host(headers, service.settings.hosts)
         owner = self._owner(headers) if path.startswith(API) else LOCAL
         is_work = scope["method"] == "POST" and path.startswith(_IMAGES)
         if is_work and service.is_closing:

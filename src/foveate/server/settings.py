@@ -20,6 +20,7 @@ class ServerSettings:
         moderation: The operator's check of prompts and images; held as a `TimedCheck`.
         moderation_seconds: What one call of it may take.
         origins: Web pages of other origins that browsers let in (CORS); none by default.
+        hosts: Names that the header Host may have; None for any.
         aliases: Names that requests may call the model by, beside its own.
         model_flags: What `foveate generate` needs to load the same model.
         keeps_on_disconnect: Whether the images of a client that went away are finished into the store.
@@ -33,6 +34,7 @@ class ServerSettings:
     moderation: Check | None = None
     moderation_seconds: float = 30.0
     origins: tuple[str, ...] = ()
+    hosts: tuple[str, ...] | None = None
     aliases: tuple[str, ...] = ()
     model_flags: tuple[str, ...] = ()
     keeps_on_disconnect: bool = False
