@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import warnings
 from contextlib import redirect_stderr
 from typing import Any
 
@@ -95,3 +96,20 @@ def test_the_loggers_are_as_they_were_afterwards() -> None:
     before = (log.level, log.propagate, list(log.handlers))
     logged(lambda: None)
     assert (log.level, log.propagate, list(log.handlers)) == before
+
+
+def test_every_library_writes_json() -> None:
+    def write() -> None:
+        logging.getLogger("another.library").warning("key: %s", "api_key=sk-secret")
+        logging.getLogger("another.library").info("not this")
+        logging.getLogger("uvicorn.error").info("a start")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("old", DeprecationWarning, stacklevel=1)
+
+    text, lines = logged(write)
+    assert [(line["logger"], line["level"]) for line in lines] == [
+        ("another.library", "warning"), ("uvicorn.error", "info"), ("py.warnings", "warning")
+    ]  # fmt: skip
+    assert "DeprecationWarning: old" in lines[2]["event"]
+    assert "sk-secret" not in text

@@ -20,8 +20,8 @@ from foveate.server.work import Event, Failed, Finished, ImageDone, Listener, Sc
 
 logger = logging.getLogger("foveate.server")
 
-_LOGGERS = ("foveate", "uvicorn")
-"""Whose records become lines; give uvicorn `log_config=None` and `access_log=False`, whose lines repeat addresses."""
+_LEVELLED = ("foveate", "uvicorn")
+"""Loggers whose level is set; give uvicorn `log_config=None` and `access_log=False`, whose lines repeat addresses."""
 
 _PROBES = ("/health", "/ready", "/metrics")
 
@@ -49,22 +49,27 @@ class JsonLines(logging.Formatter):
 
 @contextmanager
 def json_logs(level: int = logging.INFO) -> Iterator[None]:
-    """Writes the records of foveate and uvicorn as JSON lines to stderr; undone at the end."""
+    """Writes all records, and Python's warnings, as JSON lines to stderr; undone at the end.
+
+    Args:
+        level: Of foveate and uvicorn; other libraries keep theirs, which is WARNING unless they say otherwise. One with
+            handlers of its own that hands nothing on writes as before.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    taken = [logging.getLogger(name) for name in _LOGGERS]
-    before = [(log, log.level, log.propagate) for log in taken]
-    for log in taken:
-        log.addHandler(handler)
+    root, levelled = logging.getLogger(), [logging.getLogger(name) for name in _LEVELLED]
+    before = [(log, log.level) for log in levelled]
+    root.addHandler(handler)
+    for log in levelled:
         log.setLevel(level)
-        log.propagate = False
+    logging.captureWarnings(True)
     try:
         yield
     finally:
-        for log, old, propagates in before:
-            log.removeHandler(handler)
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        for log, old in before:
             log.setLevel(old)
-            log.propagate = propagates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
