@@ -10,7 +10,7 @@ the folder that are not theirs.
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
@@ -73,7 +73,8 @@ class Layout:
     needs_all_rows: bool = False
 
 
-def write_files(layout: Layout, name: str, output: OutputFolder, into: Path, warn: Callable[[str], object]) -> int:
+def write_files(layout: Layout, name: str, output: OutputFolder, into: Path, warn: Callable[[str], object] | None
+) -> int:
     """Writes what is missing of a layout.
 
     Args:
@@ -107,7 +108,7 @@ def write_files(layout: Layout, name: str, output: OutputFolder, into: Path, war
                 lines.writelines(_line(layout.describes(entry)) for entry in row.entries)
             whole += row.is_complete
             partly += not row.is_complete
-    if partly or without:
+    if warn is not None and (partly or without):
         broken = "; the scorer does not run without them" if layout.needs_all_rows else ""
         warn(f"{into}: {without} rows are left out and {partly} lack images, as generating them failed{broken}")
     return whole

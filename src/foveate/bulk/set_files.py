@@ -120,9 +120,9 @@ def read_drawbench(path: Path) -> list[SetPrompt]:
 
 
 def read_hps(path: Path) -> list[SetPrompt]:
-    """Lists of texts as JSON: a folder with anime.json, concept-art.json, paintings.json and photo.json, or one of them.
+    """Lists of texts as JSON: a folder with anime.json, concept-art.json, paintings.json and photo.json, or one file.
 
-    Source: tgxs002/HPSv2, hpsv2/__init__.py (`benchmark_prompts`) and hpsv2/utils.py; 3,200 prompts.
+    Source: tgxs002/HPSv2, hpsv2/__init__.py (`benchmark_prompts`) and hpsv2/utils.py.
     """
     files = [path / f"{style}.json" for style in HPS_STYLES] if path.is_dir() else [path]
     missing = next((file for file in files if not file.is_file()), None)

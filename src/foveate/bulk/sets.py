@@ -107,7 +107,7 @@ SETS = {
 
 
 class SetSource:
-    """A `Source` whose rows are in memory: the largest published set has 3,200."""
+    """A `Source` whose rows are in memory: published sets have some thousand at most."""
 
     def __init__(self, name: str, rows: Sequence[Row]) -> None:
         """Takes the rows in order.
@@ -171,7 +171,7 @@ def write_layout(
     name: str | EvaluationSet,
     output: OutputFolder,
     into: Path,
-    warn: Callable[[str], object] = lambda line: None,
+    warn: Callable[[str], object] | None = None,
 ) -> int:
     """Writes the folder that a set's scorer reads, from what a run has published; what is there whole is kept.
 
@@ -179,7 +179,7 @@ def write_layout(
         name: The set, or its name.
         output: The run, finished or not.
         into: The folder.
-        warn: Is told in one line which rows are left out.
+        warn: Is told in one line how many rows are left out.
 
     Returns:
         Rows that the folder now holds whole.
