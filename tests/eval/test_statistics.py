@@ -56,3 +56,28 @@ def test_what_could_not_be_scored_is_left_out_and_one_prompt_says_nothing() -> N
 def test_spread() -> None:
     found = spread([float(value) for value in range(11)])
     assert (found.p10, found.median, found.p90) == (1, 5, 9)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "p90", "min"])
+def test_resamples_are_the_same_however_many_are_drawn_at_once(
+    statistic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.random.default_rng(seed_of("chunks")).normal(0, 1, 60)
+    values[7] = np.nan
+    at_once = interval(values, 20, statistic)
+    monkeypatch.setattr("foveate.eval.statistics._CHUNK", 60 * 7)
+    assert interval(values, 20, statistic) == at_once
+    assert interval(values, [3] * 20, statistic) == at_once
+
+
+def test_prompts_may_differ_in_their_number_of_images() -> None:
+    counts = np.array([1, 4, 2, 3])
+    values = np.random.default_rng(seed_of("unequal")).normal(30, 4, counts.sum())
+    found = interval(values, counts, "mean")
+    # The slow twin: lists of whole prompts.
+    rng, prompts = np.random.default_rng(0), np.split(values, np.cumsum(counts)[:-1])
+    means = [np.concatenate([prompts[i] for i in row]).mean() for row in rng.integers(0, 4, (NUM_RESAMPLES, 4))]
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx(np.percentile(means, (2.5, 97.5)))
+    values[0] = np.nan
+    assert interval(values, counts) == interval(values[1:], counts[1:]), "a prompt without a value says nothing"

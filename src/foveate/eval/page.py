@@ -10,7 +10,7 @@ from foveate.eval.controls import ANOTHER_SEED
 from foveate.eval.fidelity import flip_maps
 from foveate.eval.pairs import ERRORS, SCORES, FidelityReport
 from foveate.eval.report import ComparisonReport, PolicyResult, ShownImage, Timing
-from foveate.eval.statistics import ErrorSummary, Interval, Spread
+from foveate.eval.statistics import ErrorSummary, Interval, Spread, Summary
 from foveate.viz.metrics import Metric, judge_metrics
 from foveate.viz.page_data import Figure, FrontierPoint, ImagePair, Lead, PageData, Role, ScaleTime
 
@@ -40,7 +40,7 @@ def page_data(
         summary=f"{count} images of {config.get('model')}, {config.get('dtype')}, on {config.get('machine')}",
         points=tuple(_points(report)),
         headline=headline,
-        pairs=tuple(_pair(result, shown) for result in report.results() for shown in result.shown),
+        pairs=tuple(shown_pair(result.policy, shown) for result in report.results() for shown in result.shown),
         scale_times=tuple(_scale_times(report)),
         facts=_facts(report),
         command=command,
@@ -48,14 +48,15 @@ def page_data(
         notes=tuple(notes(report)),
         lead=lead,
         num_pairs=sum(len(result.rows) for result in report.results()),
-        metrics=_judged_metrics(report),
+        metrics=judged_metrics(report.fidelity.judged),
     )
 
 
-def _judged_metrics(report: ComparisonReport) -> dict[str, Metric]:
+def judged_metrics(judged: Mapping[str, Summary | ErrorSummary]) -> dict[str, Metric]:
+    """How figures of judges are printed."""
     return {
         metric.name: metric
-        for name, summary in report.fidelity.judged.items()
+        for name, summary in judged.items()
         for metric in judge_metrics(name, is_error=isinstance(summary, ErrorSummary)).values()
     }
 
@@ -88,7 +89,7 @@ def _points(report: ComparisonReport) -> Iterator[FrontierPoint]:
         )
     judged = report.reference.judged
     names = set(report.fidelity.judged)
-    own = {} if judged is None else {n: f for n, f in _fidelity(judged).items() if n.split(".")[0] in names}
+    own = {} if judged is None else {n: f for n, f in fidelity_figures(judged).items() if n.split(".")[0] in names}
     still = {f"speedup.{part}": Figure(value=1.0) for part in ("transformer", "end_to_end", "decoder")}
     flops = {"flops_ratio": Figure(value=report.reference.flops_ratio)}
     taken = {result.policy for result in report.results()}
@@ -97,7 +98,7 @@ def _points(report: ComparisonReport) -> Iterator[FrontierPoint]:
         role=Role.REFERENCE,
         figures={**still, **flops, **_times(report.reference.timing), **own},
     )
-    yield FrontierPoint(name=ANOTHER_SEED, role=Role.SEED, figures={**still, **flops, **_fidelity(report.yardstick)})
+    yield FrontierPoint(name=ANOTHER_SEED, role=Role.SEED, figures={**still, **flops, **fidelity_figures(report.yardstick)})
 
 
 def _figures(result: PolicyResult) -> dict[str, Figure]:
@@ -112,7 +113,7 @@ def _figures(result: PolicyResult) -> dict[str, Figure]:
         **speeds,
         "flops_ratio": Figure(value=result.flops_ratio),
         **_times(result.timing),
-        **_fidelity(result.fidelity),
+        **fidelity_figures(result.fidelity),
         **beaten,
         "runs": Figure(value=float(result.timing.runs)),
     }
@@ -133,7 +134,8 @@ def _with_ends(value: float, ends: Interval | None) -> Figure:
     return Figure(value=value) if ends is None else Figure(value=value, low=ends.low, high=ends.high)
 
 
-def _fidelity(found: FidelityReport) -> dict[str, Figure]:
+def fidelity_figures(found: FidelityReport) -> dict[str, Figure]:
+    """Figures of a fidelity report with their intervals, by dotted name."""
     figures: dict[str, Figure] = {}
     for name, summary in found.summaries().items():
         for part in type(summary).__slots__:
@@ -143,11 +145,12 @@ def _fidelity(found: FidelityReport) -> dict[str, Figure]:
     return {**figures, **counts}
 
 
-def _pair(result: PolicyResult, shown: ShownImage) -> ImagePair:
+def shown_pair(policy: str, shown: ShownImage) -> ImagePair:
+    """An image for the page, of the point of this name."""
     scores = shown.row.scores
     values = {name: scores.value(name) for name in (*SCORES, *ERRORS, *scores.judged)}
     return ImagePair(
-        policy=result.policy,
+        policy=policy,
         prompt=shown.row.prompt,
         seed=shown.row.seed,
         reference=shown.reference,

@@ -7,12 +7,13 @@ Axes: n images, Y pixel rows, X columns.
 """
 
 import dataclasses
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, Float64, UInt8
 
 from foveate.core.errors import FoveateError
 from foveate.eval.fidelity import WHITE, flip_maps, foreground_psnr, ms_ssim, psnr, ssim
@@ -24,6 +25,7 @@ SCORES = ("psnr", "foreground_psnr", "ssim", "ms_ssim")
 """Of which more is better."""
 ERRORS = ("flip",)
 """Of which less is better."""
+_FLAGS = ("is_identical", "is_constant", "is_reference_constant")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,7 +140,7 @@ def score_pairs(
         "is_constant": flat.tolist(),
         "is_reference_constant": flat_reference.tolist(),
     }
-    judged = {judge.name: _judged(judge, images, references, prompts) for judge in judges}
+    judged = judge_scores(images, references, prompts, judges)
     return tuple(
         PairScores(
             **{name: values[i] for name, values in columns.items()},
@@ -148,41 +150,79 @@ def score_pairs(
     )
 
 
+class PairColumns:
+    """Scores of many pairs, by column: 43 bytes a pair and 8 more for every judge, whatever their number."""
+
+    def __init__(self, pairs: Iterable[PairScores] = ()) -> None:
+        """Takes the first pairs; all of them have the same judges."""
+        self._values: dict[str, array[float]] = {name: array("d") for name in (*SCORES, *ERRORS)}
+        self._flags: dict[str, array[int]] = {name: array("b") for name in _FLAGS}
+        self.extend(pairs)
+
+    def __len__(self) -> int:
+        return len(self._flags["is_identical"])
+
+    def extend(self, pairs: Iterable[PairScores]) -> None:
+        """Adds pairs behind those that are there."""
+        for pair in pairs:
+            if not len(self):
+                self._values |= {name: array("d") for name in pair.judged}
+            for name, values in self._values.items():
+                values.append(pair.value(name))
+            for name, flags in self._flags.items():
+                flags.append(getattr(pair, name))
+
+    def names(self) -> list[str]:
+        """Scores that some pair has."""
+        return [name for name in self._values if np.isfinite(self.values(name)).any()]
+
+    def values(self, name: str) -> Float64[np.ndarray, " n"]:
+        """A score of every pair; NaN where there is none."""
+        return np.asarray(self._values[name], dtype=np.float64)
+
+    def flags(self, name: str) -> Bool[np.ndarray, " n"]:
+        """A yes or no of every pair, such as `is_identical`."""
+        return np.asarray(self._flags[name], dtype=np.bool_)
+
+
 def fidelity(
-    pairs: Sequence[PairScores], num_prompts: int, errors: Iterable[str] = (), level: float = LEVEL
+    pairs: Sequence[PairScores] | PairColumns,
+    num_prompts: int | Sequence[int] | np.ndarray,
+    errors: Iterable[str] = (),
+    level: float = LEVEL,
 ) -> FidelityReport:
     """What the scores of a set of pairs come to.
 
     Args:
-        pairs: Prompt-major, equally many of every prompt.
-        num_prompts: How many prompts these are.
+        pairs: Prompt-major.
+        num_prompts: How many prompts these are, with equally many pairs each, or how many pairs each prompt has.
         errors: Names of judges of which less is better.
         level: Confidence of the intervals, in (0, 1).
 
     Raises:
         FoveateError: There is no pair, or no reference that is a picture.
     """
-    scored = [pair for pair in pairs if not pair.is_reference_constant]
-    if not scored:
-        raise FoveateError(f"no pair can be scored: {len(pairs)} references, and all of them have one colour")
+    columns = pairs if isinstance(pairs, PairColumns) else PairColumns(pairs)
+    is_scored = ~columns.flags("is_reference_constant")
+    if not is_scored.any():
+        raise FoveateError(f"no pair can be scored: {len(columns)} references, and all of them have one colour")
     lower = {*ERRORS, *errors}
-    names = [name for name in (*SCORES, *ERRORS, *scored[0].judged) if not np.isnan(scored[0].value(name))]
     found: dict[str, Summary | ErrorSummary] = {}
     intervals: dict[str, Interval | None] = {}
-    for name in names:
-        values = [pair.value(name) for pair in pairs]
-        finite = [value for value in values if not np.isnan(value)]
+    for name in columns.names():
+        values = columns.values(name)
+        finite = values[~np.isnan(values)]
         summary = summarise_errors(finite) if name in lower else summarise(finite)
         found[name] = summary
         for part in type(summary).__slots__:
             intervals[f"{name}.{part}"] = interval(values, num_prompts, part, level)
     own: dict[str, Any] = {name: found.pop(name, None) for name in (*SCORES, *ERRORS)}
     return FidelityReport(
-        num_images=len(pairs),
+        num_images=len(columns),
         **own,
-        identical=sum(pair.is_identical for pair in scored),
-        constant_images=sum(pair.is_constant for pair in pairs),
-        constant_references=len(pairs) - len(scored),
+        identical=int(columns.flags("is_identical")[is_scored].sum()),
+        constant_images=int(columns.flags("is_constant").sum()),
+        constant_references=len(columns) - int(is_scored.sum()),
         judged=found,
         intervals=intervals,
     )
@@ -208,6 +248,20 @@ def fidelity_report(
 
 def _is_constant(images: UInt8[np.ndarray, "n Y X 3"]) -> np.ndarray:
     return np.asarray((images == images[:, :1, :1]).all(axis=(1, 2, 3)))
+
+
+def judge_scores(
+    images: UInt8[np.ndarray, "n Y X 3"],
+    references: UInt8[np.ndarray, "n Y X 3"],
+    prompts: Sequence[str],
+    judges: Sequence[Judge],
+) -> dict[str, list[float]]:
+    """What judges say of every image, by their names.
+
+    Raises:
+        FoveateError: A judge does not give one finite value per image.
+    """
+    return {judge.name: _judged(judge, images, references, prompts) for judge in judges}
 
 
 def _judged(judge: Judge, images: np.ndarray, references: np.ndarray, prompts: Sequence[str]) -> list[float]:

@@ -136,7 +136,7 @@ class PolicyResult:
     def figures(self) -> dict[str, float]:
         """Every number that a bound can be about, by its dotted name; a lead over no rival is infinite."""
         data = self.to_json()
-        found = dict(_flat({key: value for key, value in data.items() if key not in _NO_FIGURES}))
+        found = dict(flat_figures({key: value for key, value in data.items() if key not in _NO_FIGURES}))
         for part, spread in data["speedup_spread"].items():
             found |= {f"speedup.{part}.p10": spread["p10"], f"speedup.{part}.p90": spread["p90"]}
         for name, ends in data["intervals"].items():
@@ -160,10 +160,11 @@ _NO_FIGURES = (
 )
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+def flat_figures(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of plain data, by its dotted name."""
     for name, value in data.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat_figures(value, f"{prefix}{name}.")
         elif isinstance(value, int | float):
             yield f"{prefix}{name}", float(value)
 
@@ -353,7 +354,7 @@ def table_of(report: ComparisonReport) -> tuple[tuple[str, ...], list[tuple[str,
         rows.append((
             result.policy if result.role is Role.POLICY else f"({result.policy})",
             _times(speeds["transformer"]), _times(speeds["end_to_end"]), f"{result.flops_ratio:.1%}",
-            *_fidelity_cells(result.fidelity, names), *last,
+            *fidelity_cells(result.fidelity, names), *last,
         ))  # fmt: skip
     blank = ("",) if has_controls else ()
     judged = report.reference.judged
@@ -361,11 +362,12 @@ def table_of(report: ComparisonReport) -> tuple[tuple[str, ...], list[tuple[str,
     rows.append(
         (f"{report.against} (reference)", "1.00x", "1.00x", f"{report.reference.flops_ratio:.1%}", *cells, "-", *blank)
     )
-    rows.append(("another seed", "-", "-", "100.0%", *_fidelity_cells(report.yardstick, names), *blank))
+    rows.append(("another seed", "-", "-", "100.0%", *fidelity_cells(report.yardstick, names), *blank))
     return columns, rows
 
 
-def _fidelity_cells(found: FidelityReport, names: Sequence[str]) -> tuple[str, ...]:
+def fidelity_cells(found: FidelityReport, names: Sequence[str]) -> tuple[str, ...]:
+    """Cells of the columns from `PSNR dB` to `identical`, with judges by name."""
     mean = found.intervals["psnr.mean"]
     ends = "" if mean is None else f" ({mean.low:.1f}-{mean.high:.1f})"
     judged = [f"{found.judged[name].mean:.3g}" if name in found.judged else "-" for name in names]

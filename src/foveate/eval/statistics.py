@@ -10,7 +10,7 @@ Source: Efron 1979, "Bootstrap methods: another look at the jackknife"; percenti
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,10 @@ LEVEL = 0.95
 """Share of intervals that would hold the true value, two-sided."""
 
 _SEED = 0
+_CHUNK = 1 << 21
+"""Values that are drawn at once."""
+_FEWEST = 2
+"""Prompts of an interval."""
 
 Statistic = Callable[[np.ndarray], np.ndarray]
 """Of the values along the last axis; NaN stands for an image that could not be scored."""
@@ -135,25 +139,67 @@ def spread(values: Iterable[float]) -> Spread:
 
 
 def interval(
-    values: Sequence[float] | np.ndarray, num_prompts: int, statistic: str = "mean", level: float = LEVEL
+    values: Sequence[float] | np.ndarray,
+    num_prompts: int | Sequence[int] | np.ndarray,
+    statistic: str = "mean",
+    level: float = LEVEL,
 ) -> Interval | None:
     """A bootstrap interval of one statistic over per-image values; always the same one for the same values.
 
+    Memory stays below a few times `_CHUNK` values beside the values themselves, however many there are.
+
     Args:
-        values: Prompt-major, equally many of every prompt; NaN where an image could not be scored.
-        num_prompts: How many prompts these are.
+        values: Prompt-major; NaN where an image could not be scored.
+        num_prompts: How many prompts these are, with equally many images each, or how many images each prompt has.
         statistic: A name of `STATISTICS`.
         level: Confidence, in (0, 1), two-sided.
 
     Returns:
         Both ends; None where fewer than two prompts have a value, which says nothing about others.
     """
-    values_pj = np.asarray(values, dtype=np.float64).reshape(num_prompts, -1)
+    values_n = np.asarray(values, dtype=np.float64).reshape(-1)
+    if not isinstance(num_prompts, Sequence | np.ndarray):
+        found_r = _resampled(values_n.reshape(num_prompts, -1), statistic)
+    else:
+        counts_p = np.asarray(num_prompts, dtype=np.int64)
+        same = counts_p.size > 0 and bool((counts_p == counts_p[0]).all())
+        found_r = (
+            _resampled(values_n.reshape(len(counts_p), -1), statistic)
+            if same
+            else _resampled_unequal(values_n, counts_p, statistic)
+        )
+    return None if found_r is None else _ends(found_r, level)
+
+
+def _resampled(values_pj: Float64[np.ndarray, "p j"], statistic: str) -> Float64[np.ndarray, " r"] | None:
+    """The statistic of every resample, where prompts have equally many images."""
     scored_pj = values_pj[np.isfinite(values_pj).any(axis=1)]
-    if len(scored_pj) < 2:  # noqa: PLR2004 - said in the docstring
+    if len(scored_pj) < _FEWEST:
         return None
-    drawn_rn = scored_pj[_resamples(len(scored_pj))].reshape(NUM_RESAMPLES, -1)
-    return _ends(STATISTICS[statistic](drawn_rn), level)
+    parts = []
+    for drawn_rp in _resamples(len(scored_pj), max(1, _CHUNK // scored_pj.size)):
+        parts.append(STATISTICS[statistic](scored_pj[drawn_rp].reshape(len(drawn_rp), -1)))
+    return np.concatenate(parts)
+
+
+def _resampled_unequal(
+    values_n: Float64[np.ndarray, " n"], counts_p: Int[np.ndarray, " p"], statistic: str
+) -> Float64[np.ndarray, " r"] | None:
+    """The statistic of every resample, where prompts differ in their number of images."""
+    is_scored_n = np.isfinite(values_n)
+    prompt_n = np.repeat(np.arange(len(counts_p)), counts_p)
+    left_p = np.bincount(prompt_n[is_scored_n], minlength=len(counts_p))
+    left_p = left_p[left_p > 0]
+    if len(left_p) < _FEWEST:
+        return None
+    scored_n = values_n[is_scored_n]
+    first_p = np.cumsum(left_p) - left_p
+    found = []
+    for (drawn_p,) in _resamples(len(left_p), 1):
+        length_p = left_p[drawn_p]
+        place_n = np.arange(length_p.sum()) - np.repeat(np.cumsum(length_p) - length_p, length_p)
+        found.append(STATISTICS[statistic](scored_n[np.repeat(first_p[drawn_p], length_p) + place_n]))
+    return np.asarray(found)
 
 
 def _ends(found_r: Float64[np.ndarray, " r"], level: float) -> Interval:
@@ -162,14 +208,15 @@ def _ends(found_r: Float64[np.ndarray, " r"], level: float) -> Interval:
     return Interval(low=low, high=high)
 
 
-@functools.lru_cache(maxsize=8)
-def _resamples(num_prompts: int) -> Int[np.ndarray, "r p"]:
-    """Prompts drawn with replacement, from a generator that is seeded the same every time."""
-    return np.random.default_rng(_SEED).integers(0, num_prompts, (NUM_RESAMPLES, num_prompts))
+def _resamples(num_prompts: int, most: int) -> Iterator[Int[np.ndarray, "r p"]]:
+    """Prompts drawn with replacement, up to `most` resamples at once; the same ones every time, however many at once."""
+    rng = np.random.default_rng(_SEED)
+    for first in range(0, NUM_RESAMPLES, most):
+        yield rng.integers(0, num_prompts, (min(most, NUM_RESAMPLES - first), num_prompts))
 
 
 def _finite(values: Iterable[float]) -> np.ndarray:
-    array = np.asarray(list(values), dtype=np.float64)
+    array = np.asarray(values if isinstance(values, np.ndarray) else list(values), dtype=np.float64)
     if array.size == 0:
         raise FoveateError("a summary needs at least one value, got none")
     if not np.isfinite(array).all():
