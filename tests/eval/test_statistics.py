@@ -59,9 +59,7 @@ def test_spread() -> None:
 
 
 @pytest.mark.parametrize("statistic", ["mean", "p90", "min"])
-def test_resamples_are_the_same_however_many_are_drawn_at_once(
-    statistic: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resamples_are_the_same_however_many_are_drawn_at_once(statistic: str, monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(seed_of("chunks")).normal(0, 1, 60)
     values[7] = np.nan
     at_once = interval(values, 20, statistic)
@@ -70,14 +68,22 @@ def test_resamples_are_the_same_however_many_are_drawn_at_once(
     assert interval(values, [3] * 20, statistic) == at_once
 
 
-def test_prompts_may_differ_in_their_number_of_images() -> None:
+@pytest.mark.parametrize("is_padded", [True, False])
+def test_prompts_may_differ_in_their_number_of_images(is_padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not is_padded:
+        monkeypatch.setattr("foveate.eval.statistics._PADDING", 0)
+        monkeypatch.setattr("foveate.eval.statistics._CHUNK", 1)
     counts = np.array([1, 4, 2, 3])
     values = np.random.default_rng(seed_of("unequal")).normal(30, 4, counts.sum())
-    found = interval(values, counts, "mean")
+    found, tenth = interval(values, counts, "mean"), interval(values, counts, "p10")
     # The slow twin: lists of whole prompts.
     rng, prompts = np.random.default_rng(0), np.split(values, np.cumsum(counts)[:-1])
-    means = [np.concatenate([prompts[i] for i in row]).mean() for row in rng.integers(0, 4, (NUM_RESAMPLES, 4))]
+    drawn = [np.concatenate([prompts[i] for i in row]) for row in rng.integers(0, 4, (NUM_RESAMPLES, 4))]
     assert found is not None
-    assert (found.low, found.high) == pytest.approx(np.percentile(means, (2.5, 97.5)))
+    assert tenth is not None
+    ends = np.percentile([one.mean() for one in drawn], (2.5, 97.5))
+    assert (found.low, found.high) == pytest.approx(ends)
+    tenths = np.percentile([np.percentile(one, 10) for one in drawn], (2.5, 97.5))
+    assert (tenth.low, tenth.high) == pytest.approx(tenths)
     values[0] = np.nan
     assert interval(values, counts) == interval(values[1:], counts[1:]), "a prompt without a value says nothing"

@@ -73,12 +73,7 @@ class Setup:
             raise FoveateError(f"a comparison sets {', '.join(taken)} itself; leave it out of options")
         if not self.prompts:
             raise FoveateError("a comparison needs at least one prompt, got none")
-        names = [judge.name for judge in self.judges]
-        wrong = next(
-            (n for n in names if names.count(n) > 1 or n in PairScores.__slots__ or not n.isidentifier()), None
-        )
-        if wrong is not None:
-            raise FoveateError(f"a judge needs a name of its own in letters and underscores, got {wrong!r}")
+        check_judges(self.judges)
 
     @property
     def batches(self) -> tuple[tuple[str, ...], ...]:
@@ -123,6 +118,18 @@ class Setup:
             "judged_by": {judge.name: identity(judge) for judge in self.judges},
             "generation": {name: value for name, value in found.items() if name not in own},
         }
+
+
+def check_judges(judges: Sequence[Judge]) -> None:
+    """Refuses judges whose figures could not be told apart.
+
+    Raises:
+        FoveateError: Two have one name, or one has that of another figure or none that a bound could say.
+    """
+    names = [judge.name for judge in judges]
+    wrong = next((n for n in names if names.count(n) > 1 or n in PairScores.__slots__ or not n.isidentifier()), None)
+    if wrong is not None:
+        raise FoveateError(f"a judge needs a name of its own in letters and underscores, got {wrong!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

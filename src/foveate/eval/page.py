@@ -98,7 +98,9 @@ def _points(report: ComparisonReport) -> Iterator[FrontierPoint]:
         role=Role.REFERENCE,
         figures={**still, **flops, **_times(report.reference.timing), **own},
     )
-    yield FrontierPoint(name=ANOTHER_SEED, role=Role.SEED, figures={**still, **flops, **fidelity_figures(report.yardstick)})
+    yield FrontierPoint(
+        name=ANOTHER_SEED, role=Role.SEED, figures={**still, **flops, **fidelity_figures(report.yardstick)}
+    )
 
 
 def _figures(result: PolicyResult) -> dict[str, Figure]:

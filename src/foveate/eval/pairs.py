@@ -160,7 +160,8 @@ class PairColumns:
         self.extend(pairs)
 
     def __len__(self) -> int:
-        return len(self._flags["is_identical"])
+        # What is appended last: a pair that Ctrl-C cut does not count.
+        return len(self._flags[_FLAGS[-1]])
 
     def extend(self, pairs: Iterable[PairScores]) -> None:
         """Adds pairs behind those that are there."""
@@ -171,6 +172,13 @@ class PairColumns:
                 values.append(pair.value(name))
             for name, flags in self._flags.items():
                 flags.append(getattr(pair, name))
+
+    def keep(self, number: int) -> None:
+        """Leaves out all pairs behind the first so many."""
+        for values in self._values.values():
+            del values[number:]
+        for flags in self._flags.values():
+            del flags[number:]
 
     def names(self) -> list[str]:
         """Scores that some pair has."""

@@ -25,6 +25,8 @@ LEVEL = 0.95
 _SEED = 0
 _CHUNK = 1 << 21
 """Values that are drawn at once."""
+_PADDING = 4
+"""Times as many values as there are that may be held to give all prompts equally many."""
 _FEWEST = 2
 """Prompts of an interval."""
 
@@ -83,8 +85,13 @@ def _percentile(share: float) -> Statistic:
     """A percentile, linear between values; NumPy's that leaves NaN out takes a hundred times as long."""
 
     def found(values: np.ndarray) -> np.ndarray:
-        take = np.nanpercentile if np.isnan(values).any() else np.percentile
-        return np.asarray(take(values, share, axis=-1))
+        if not np.isnan(values).any():
+            return np.asarray(np.percentile(values, share, axis=-1))
+        ordered = np.sort(values, axis=-1)  # NaN comes last.
+        place = (np.isfinite(values).sum(axis=-1, keepdims=True) - 1) * (share / 100)
+        below = np.floor(place).astype(np.int64)
+        low, high = (np.take_along_axis(ordered, np.int64(index), axis=-1) for index in (below, np.ceil(place)))
+        return np.asarray((low + (high - low) * (place - below))[..., 0])
 
     return found
 
@@ -146,7 +153,7 @@ def interval(
 ) -> Interval | None:
     """A bootstrap interval of one statistic over per-image values; always the same one for the same values.
 
-    Memory stays below a few times `_CHUNK` values beside the values themselves, however many there are.
+    Memory stays below a few times `_CHUNK` values or `_PADDING` times the values, whatever is more.
 
     Args:
         values: Prompt-major; NaN where an image could not be scored.
@@ -162,13 +169,19 @@ def interval(
         found_r = _resampled(values_n.reshape(num_prompts, -1), statistic)
     else:
         counts_p = np.asarray(num_prompts, dtype=np.int64)
-        same = counts_p.size > 0 and bool((counts_p == counts_p[0]).all())
-        found_r = (
-            _resampled(values_n.reshape(len(counts_p), -1), statistic)
-            if same
-            else _resampled_unequal(values_n, counts_p, statistic)
-        )
+        most = int(counts_p.max(initial=1))
+        is_small = len(counts_p) * most <= _PADDING * len(values_n) + _CHUNK
+        found_r = (_resampled_padded if is_small else _resampled_unequal)(values_n, counts_p, statistic)
     return None if found_r is None else _ends(found_r, level)
+
+
+def _resampled_padded(
+    values_n: Float64[np.ndarray, " n"], counts_p: Int[np.ndarray, " p"], statistic: str
+) -> Float64[np.ndarray, " r"] | None:
+    """The statistic of every resample, where NaN fills what prompts have less than the one with most images."""
+    values_pj = np.full((len(counts_p), int(counts_p.max(initial=1))), np.nan)
+    values_pj[np.arange(values_pj.shape[1]) < counts_p[:, None]] = values_n
+    return _resampled(values_pj, statistic)
 
 
 def _resampled(values_pj: Float64[np.ndarray, "p j"], statistic: str) -> Float64[np.ndarray, " r"] | None:
@@ -185,7 +198,7 @@ def _resampled(values_pj: Float64[np.ndarray, "p j"], statistic: str) -> Float64
 def _resampled_unequal(
     values_n: Float64[np.ndarray, " n"], counts_p: Int[np.ndarray, " p"], statistic: str
 ) -> Float64[np.ndarray, " r"] | None:
-    """The statistic of every resample, where prompts differ in their number of images."""
+    """The same, one resample at a time and without NaN: for prompts that differ too much."""
     is_scored_n = np.isfinite(values_n)
     prompt_n = np.repeat(np.arange(len(counts_p)), counts_p)
     left_p = np.bincount(prompt_n[is_scored_n], minlength=len(counts_p))
@@ -209,7 +222,7 @@ def _ends(found_r: Float64[np.ndarray, " r"], level: float) -> Interval:
 
 
 def _resamples(num_prompts: int, most: int) -> Iterator[Int[np.ndarray, "r p"]]:
-    """Prompts drawn with replacement, up to `most` resamples at once; the same ones every time, however many at once."""
+    """Prompts drawn with replacement, up to `most` resamples at once; always the same ones, however many at once."""
     rng = np.random.default_rng(_SEED)
     for first in range(0, NUM_RESAMPLES, most):
         yield rng.integers(0, num_prompts, (min(most, NUM_RESAMPLES - first), num_prompts))

@@ -93,7 +93,7 @@ def _sections(data: PageData, stored: StoredImages) -> list[tuple[str, str, str]
     if _has_axes(data):
         found.append(("frontier", "Frontier", _FRONTIER))
     if stored.pairs:
-        found.append(("images", "Images", _images(len(stored.pairs), max(len(data.pairs), data.num_pairs))))
+        found.append(("images", "Images", _images(data, len(stored.pairs))))
     if data.scale_times:
         found.append(("time", "Time per scale", _times(data.scale_times)))
     found.append(("policies", "All policies", _policies(data)))
@@ -132,9 +132,10 @@ intervals. Choose a point with a click, or with Tab, arrows and Enter.</p>
 <div class="pg-legend" id="pg-legend"></div></div>"""
 
 
-def _images(num_shown: int, num_all: int) -> str:
+def _images(data: PageData, num_shown: int) -> str:
+    num_all = max(len(data.pairs), data.num_pairs)
     left_out = f" The page holds the worst {num_shown} of {num_all} pairs." if num_shown < num_all else ""
-    return f"""<h2>Images</h2><p>The same prompt, seed and random numbers on both sides.{left_out}</p>
+    return f"""<h2>Images</h2><p>{html.escape(data.pairing)}{left_out}</p>
 <div class="pg-card" id="pg-gallery"><div class="pg-viewer"><foveate-view></foveate-view>
 <div class="pg-details" data-part="details"></div>
 <div class="pg-list"><div class="pg-controls"><label>Images of <select data-part="filter"></select></label>

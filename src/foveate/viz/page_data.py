@@ -199,6 +199,7 @@ class PageData:
         lead: What a command puts on top.
         num_pairs: Images that were scored, where there are more than in `pairs`.
         metrics: How figures are printed that `metrics.METRICS` does not know, by dotted name.
+        pairing: What both images of a pair have in common, as a sentence.
     """
 
     title: str
@@ -214,6 +215,7 @@ class PageData:
     lead: Lead | None = None
     num_pairs: int = 0
     metrics: Mapping[str, Metric] = field(default_factory=dict)
+    pairing: str = "The same prompt, seed and random numbers on both sides."
 
     def metric(self, name: str) -> Metric:
         """How a figure is printed."""
