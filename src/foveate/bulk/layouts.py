@@ -73,7 +73,8 @@ class Layout:
     needs_all_rows: bool = False
 
 
-def write_files(layout: Layout, name: str, output: OutputFolder, into: Path, warn: Callable[[str], object] | None
+def write_files(
+    layout: Layout, name: str, output: OutputFolder, into: Path, warn: Callable[[str], object] | None
 ) -> int:
     """Writes what is missing of a layout.
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -19,14 +19,14 @@ from foveate.cli.options import (
     ModelOptions,
     QuietFlag,
     SizeOptions,
+    ignored,
     options_of,
 )
 from foveate.cli.place import Place
 from foveate.core.errors import FoveateError
 from foveate.core.prompt_file import read_prompt_file
 from foveate.core.suffixes import SUFFIXES
-from foveate.pipeline.option_texts import names_of
-from foveate.pipeline.options import OPTIONS, CallOptions, Options, checked
+from foveate.pipeline.options import CallOptions, Options, checked
 
 _NUMBER = re.compile(r"[\d.,]*\d[\d.,]*")
 
@@ -118,19 +118,12 @@ def _refuse_ignored(prompt: tuple[str, ...], records: tuple[tuple[Any, Any], ...
     """Refuses flags that the stored image already fixes; each record comes with its default."""
     model = records[0][0].model
     fit = {"source", *_FIT, *(_FIT_A_MODEL if model != _MODEL.model else ())}
-    ignored = ["a prompt"] if prompt else []
-    for given, default in records:
-        names = [field.name for field in fields(given) if field.name not in fit]
-        ignored += [_flag(name) for name in names if getattr(given, name) != getattr(default, name)]
-    if ignored:
+    found = [*(["a prompt"] if prompt else []), *ignored(records, fit)]
+    if found:
         raise FoveateError(
-            f"--from generates a stored image again as it was, so {', '.join(ignored)} would be ignored; allowed are "
+            f"--from generates a stored image again as it was, so {', '.join(found)} would be ignored; allowed are "
             f"{', '.join(_FIT.values())}, and with another --model also {', '.join(_FIT_A_MODEL.values())}"
         )
-
-
-def _flag(name: str) -> str:
-    return names_of(OPTIONS[name])[0] if name in OPTIONS else f"--{name.replace('_', '-')}"
 
 
 def _check(prompts: list[str], call: Options, options: GenerateOptions) -> None:

@@ -3,8 +3,8 @@
 Those of a call come from the declarations of its options.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -112,6 +112,20 @@ class SizeOptions:
         if self.aspect_ratio is not None:
             raise FoveateError(f"--size {self.size} already fixes the image size; leave out --aspect-ratio")
         return cast(tuple[int, int], (sides["width"], sides["height"]))
+
+
+def ignored(records: Iterable[tuple[Any, Any]], fit: Collection[str]) -> list[str]:
+    """Flags that were given and do not fit; each record of flags comes with its default, `fit` names fields."""
+    return [
+        _flag(field.name)
+        for given, default in records
+        for field in fields(given)
+        if field.name not in fit and getattr(given, field.name) != getattr(default, field.name)
+    ]
+
+
+def _flag(name: str) -> str:
+    return names_of(OPTIONS[name])[0] if name in OPTIONS else f"--{name.replace('_', '-')}"
 
 
 def _flags_of(command: str) -> Callable[[type[C]], type[C]]:

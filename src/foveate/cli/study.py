@@ -107,6 +107,18 @@ def checked_prompts(study: StudyOptions, files: Sequence[tuple[str, Path | None]
     Raises:
         FoveateError: A flag is out of range, a file is a folder, or two flags name one file.
     """
+    check_files(study, files)
+    if study.store is not None and os.path.isfile(study.store):
+        raise FoveateError(f"--store must be a folder, {study.store} is a file")
+    return None if study.prompts is None else read_prompt_file(study.prompts)
+
+
+def check_files(study: StudyOptions, files: Sequence[tuple[str, Path | None]] = ()) -> None:
+    """Checks ranges, and the files to write.
+
+    Raises:
+        FoveateError: A flag is out of range, a file is a folder, or two flags name one file.
+    """
     for flag in ("seeds", "runs", "batch_size"):
         if getattr(study, flag) < 1:
             raise FoveateError(f"--{flag.replace('_', '-')} must be 1 or more, got {getattr(study, flag)}")
@@ -119,6 +131,3 @@ def checked_prompts(study: StudyOptions, files: Sequence[tuple[str, Path | None]
         other = named.setdefault(path.absolute(), name)
         if other != name:
             raise FoveateError(f"--{other} and --{name} name the same file, {path}; give each its own")
-    if study.store is not None and os.path.isfile(study.store):
-        raise FoveateError(f"--store must be a folder, {study.store} is a file")
-    return None if study.prompts is None else read_prompt_file(study.prompts)

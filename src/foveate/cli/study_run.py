@@ -5,7 +5,7 @@ It imports torch, so commands import it when they run.
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from foveate.eval.compare import refuse_without_extra
 from foveate.eval.controls import CONTROLS
 from foveate.eval.judges import load_judge
 from foveate.eval.measure import Setup
-from foveate.eval.page import notes
+from foveate.eval.page import notes as notes_on
 from foveate.eval.report import ComparisonReport
 from foveate.eval.store import check_store
 from foveate.pipeline.call import draws_classes
@@ -135,31 +135,52 @@ def conclude(
 ) -> int:
     """Writes files, prints, and judges bounds.
 
-    Minutes of measuring are not lost with a file that cannot be written: the result is printed first.
-
     Returns:
         130 if Ctrl-C ended it early, 1 if a bound holds, 0 otherwise.
     """
-    if study.as_json:
-        print_json(data)
-    else:
-        print_table(*report.table())
-    for line in notes(report):
-        warn(line)
-    written = places.write(writers)
-    if written and not study.as_json:
-        print_gap()
-        print_paths(written)
-    failed = [found for bound in bounds for found in _failures(report, bound)]
-    for line in failed:
-        warn(line)
+    failed = (found for bound in bounds for found in _failures(report, bound))
+    has_failed = show(report.table(), data, study, places, writers, notes=notes_on(report), failed=failed)
     if report.is_interrupted:
         where = (
             "with --store FOLDER it can go on" if study.store is None else f"the same command goes on in {study.store}"
         )
         note(f"interrupted; {where}")
         return INTERRUPTED
-    return 1 if failed else 0
+    return 1 if has_failed else 0
+
+
+def show(
+    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    data: Mapping[str, Any],
+    study: StudyOptions,
+    places: Outputs,
+    writers: Writers,
+    *,
+    notes: Iterable[str],
+    failed: Iterable[str],
+) -> bool:
+    """Prints a result, warns, and writes files.
+
+    Minutes of measuring are not lost with a file that cannot be written: the result is printed first.
+
+    Returns:
+        Whether there was a line in `failed`, which is asked last.
+    """
+    if study.as_json:
+        print_json(data)
+    else:
+        print_table(*table)
+    for line in notes:
+        warn(line)
+    written = places.write(writers)
+    if written and not study.as_json:
+        print_gap()
+        print_paths(written)
+    has_failed = False
+    for line in failed:
+        warn(line)
+        has_failed = True
+    return has_failed
 
 
 def _failures(report: ComparisonReport, bound: FigureBound) -> Iterator[str]:
