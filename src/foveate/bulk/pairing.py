@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64
 
 from foveate.bulk.output import OutputFolder
 from foveate.core.errors import FoveateError
@@ -67,7 +68,7 @@ class Pairing:
             FoveateError: A manifest cannot be read.
         """
         self._runs = (reference, other)
-        hashes = [_hashes(run) for run in self._runs]
+        hashes = _hashes(reference), _hashes(other)
         self._common = np.intersect1d(*hashes)
         num_common = len(self._common)
         only = {side: len(found) - num_common for side, found in zip(SIDES, hashes, strict=True)}
@@ -123,7 +124,7 @@ class Pairing:
                 yield entries
 
 
-def _hashes(run: OutputFolder) -> np.ndarray:
+def _hashes(run: OutputFolder) -> Int64[np.ndarray, " n"]:
     """One number for the id of every row."""
     found = array("q", (hash(entries[0]["id"]) for entries in _by_row(run)))
     return np.frombuffer(found, dtype=np.int64) if found else np.empty(0, dtype=np.int64)

@@ -167,8 +167,8 @@ def _table(path: Path, delimiter: str, columns: Sequence[str]) -> Iterator[tuple
     """Rows of a table from 1, with the columns under the names given here, whatever their case in the file."""
     text = io.StringIO(read_text(path, "prompts from"), newline="")
     # Tables with tabs quote nothing: a mark at the beginning of a cell is its first character.
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(text, delimiter=delimiter, quoting=quoting)
+    quotes_nothing = delimiter == "\t"
+    reader = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE if quotes_nothing else csv.QUOTE_MINIMAL)
     try:
         head = [name.strip().lower() for name in next(reader, [])]
         missing = [name for name in columns if name.lower() not in head]

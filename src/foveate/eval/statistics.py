@@ -90,7 +90,8 @@ def _percentile(share: float) -> Statistic:
         ordered = np.sort(values, axis=-1)  # NaN comes last.
         place = (np.isfinite(values).sum(axis=-1, keepdims=True) - 1) * (share / 100)
         below = np.floor(place).astype(np.int64)
-        low, high = (np.take_along_axis(ordered, np.int64(index), axis=-1) for index in (below, np.ceil(place)))
+        above = np.ceil(place).astype(np.int64)
+        low, high = (np.take_along_axis(ordered, index, axis=-1) for index in (below, above))
         return np.asarray((low + (high - low) * (place - below))[..., 0])
 
     return found
