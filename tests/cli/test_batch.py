@@ -95,3 +95,15 @@ def test_a_configuration_file_gives_flags(run: Run, tmp_path: Path, toy_folder: 
     assert run("batch", "rows.jsonl", "-o", "out", "-m", toy_folder, "--config", "run.yaml").code == 0
     (entry,) = OutputFolder.read(Path("out")).entries()
     assert (entry["policy"], entry["format"]) == ("skip-scales:count=3", "jpeg")
+
+
+def test_an_evaluation_set_also_becomes_the_folder_of_its_scorer(run: Run, tmp_path: Path, toy_folder: Path) -> None:
+    record = {"tag": "single_object", "include": [{"class": "cat", "count": 1}], "prompt": "a cat"}
+    (tmp_path / "evaluation_metadata.jsonl").write_text(json.dumps(record))
+    command = ("batch", "evaluation_metadata.jsonl", "--prompts-set", "geneval", "-m", toy_folder, "--json")
+    cheap = ("-p", "skip-scales:count=3")
+    assert run(*command, *cheap, "-o", "out").data["images"] == 4
+    samples = sorted(path.name for path in Path("out/geneval/00000/samples").iterdir())
+    assert samples == [f"{index:05d}.png" for index in range(4)]
+    assert run(*command, *cheap, "-o", "few", "-n", 1).data["images"] == 1
+    run(*command, "-o", "x", "--column", "prompt=text").assert_refused("knows its columns")

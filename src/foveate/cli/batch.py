@@ -34,9 +34,11 @@ class BatchOptions:
     Attributes:
         output: Folder for shards, manifest and failed.jsonl; the same command goes on there.
         column: A column of the input under another name, such as prompt=caption; may be repeated.
+        num_images: Images of a row that does not say; default: 1, or as many as the scorer of --prompts-set wants.
         seed: Rows without a seed get one from this and their id.
         limit: Read only the first rows.
-        prompts_set: The input is the file of an evaluation set; images also go into the folders that its scorer reads.
+        prompts_set: INPUT is the file of an evaluation set; images also go into the folder that its scorer reads,
+            OUTPUT/SET.
         shard: k/n: make every n-th shard, from the k-th on; for the jobs of an array.
         shard_size: Rows of a shard.
         shard_format: Of shards: tar, as WebDataset reads it, or parquet.
@@ -59,6 +61,7 @@ class BatchOptions:
 
     output: Annotated[Path, Parameter(name=["--output", "-o"], group=OUTPUT)]
     column: list[str] | None = None
+    num_images: Annotated[int | None, Parameter(name=["--num-images", "-n"])] = None
     seed: int = 0
     limit: int | None = None
     prompts_set: Literal["geneval", "dpg", "parti", "drawbench", "hps", "imagereward"] | None = None
@@ -121,7 +124,11 @@ def batch(
         size: How large they are.
         model: Which model runs, and on what.
     """
-    asked: Options = {**size.options(), **options_of(call), "seed": options.seed}
+    own: Options = {
+        "seed": options.seed,
+        "num_images_per_prompt": 1 if options.num_images is None else options.num_images,
+    }
+    asked: Options = {**size.options(), **options_of(call), **own}
     _check(asked, options)
     return _run(source, asked, model, options)
 
@@ -151,6 +158,7 @@ def _run(path: Path, call: Options, model: ModelOptions, options: BatchOptions) 
     """
     from foveate.bulk.output import OutputFolder  # noqa: PLC0415 - torch is loaded when the command runs
     from foveate.bulk.run import Part  # noqa: PLC0415
+    from foveate.bulk.sets import write_layout  # noqa: PLC0415
     from foveate.bulk.settings import described  # noqa: PLC0415
     from foveate.cli.loading import open_pipeline  # noqa: PLC0415
 
@@ -171,13 +179,20 @@ def _run(path: Path, call: Options, model: ModelOptions, options: BatchOptions) 
         left = [number for number in numbers if number not in published]
         tally = _generate(pipe, settings, source, output, left, scan.num_rows, options)
         num_failed = output.write_failed()
+        if options.prompts_set is not None:
+            write_layout(options.prompts_set, output, options.output / options.prompts_set, note)
     return _conclude(output, tally, len(numbers), num_failed, options)
 
 
 def _opened(path: Path, columns: dict[str, str], options: BatchOptions) -> tuple[Any, Any]:
     """The input, read once."""
+    from foveate.bulk.sets import open_set  # noqa: PLC0415
     from foveate.bulk.sources import open_source  # noqa: PLC0415
 
+    if options.prompts_set is not None:
+        if columns:
+            raise FoveateError(f"--prompts-set {options.prompts_set} knows its columns; leave --column out")
+        return open_set(options.prompts_set, path, options.limit)
     source, scan = open_source(path, columns, options.shard_size, options.limit)
     if not options.quiet:
         for line in scan.notes:
@@ -191,6 +206,7 @@ def _settings(call: Options, model: ModelOptions, options: BatchOptions) -> Any:
     Raises:
         FoveateError: A flag that the model refuses.
     """
+    from foveate.bulk.sets import find_set  # noqa: PLC0415
     from foveate.bulk.settings import RunSettings  # noqa: PLC0415
     from foveate.cli.loading import check_call, loading_of, spec_of  # noqa: PLC0415
     from foveate.pipeline.call import draws_classes  # noqa: PLC0415
@@ -199,6 +215,8 @@ def _settings(call: Options, model: ModelOptions, options: BatchOptions) -> Any:
 
     spec, policy = spec_of(model), load_policy(call["policy"])
     call = cast(Options, {**call, "policy": policy})
+    if options.prompts_set is not None and options.num_images is None:
+        call = cast(Options, {**call, "num_images_per_prompt": find_set(options.prompts_set).num_images})
     check_call("0" if draws_classes(spec) else "a", {**call, "num_images_per_prompt": 1}, [policy], spec)
     return RunSettings(
         loading=loading_of(model),

@@ -45,7 +45,7 @@ MAX_FLOAT32 = 3.4028234663852886e38
 _SAMPLING = ("generate", "batch", "compare")
 _GENERATE = ("generate", "batch")
 _ONE_CALL = ("generate",)
-"""Not for a run of many calls: one seed a prompt, a clock, a trace of one batch."""
+"""Not for a run of many calls, or there with a meaning of its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,7 +166,7 @@ class CallOptions(TypedDict, total=False):
             help="Images per prompt, one after the other; image j uses the prompt's seed + j.",
             default=1,
             rule=_at_least(1),
-            commands=_GENERATE,
+            commands=_ONE_CALL,
             flags=("--num-images", "-n"),
         ),
     ]
