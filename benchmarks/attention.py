@@ -24,7 +24,7 @@ from foveate.core.schedule import parse_ratio
 from foveate.families.loading import Origin, find_spec
 from foveate.kernels import native
 from foveate.kernels.attention import attend_group
-from foveate.pipeline.pipeline import DTYPES
+from foveate.pipeline.placement import DTYPES
 
 BACKENDS = {
     "torch's choice": None,

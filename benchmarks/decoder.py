@@ -21,7 +21,7 @@ from foveate.bench.rounds import alternate
 from foveate.bench.spread import Spread
 from foveate.core.layers import empty_module
 from foveate.families.loading import Origin, find_spec
-from foveate.pipeline.pipeline import DTYPES
+from foveate.pipeline.placement import DTYPES
 from foveate.weights.random_weights import fill_randomly
 
 Decode = Callable[[Tensor], Tensor]

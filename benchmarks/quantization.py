@@ -20,7 +20,8 @@ from foveate.core.prompt_file import read_prompt_file
 from foveate.engine.report import Milliseconds
 from foveate.eval.fidelity import psnr
 from foveate.eval.statistics import summarise
-from foveate.pipeline.pipeline import DTYPES, Pipeline, stack_uint8
+from foveate.pipeline.pipeline import Pipeline, stack_uint8
+from foveate.pipeline.placement import DTYPES
 
 SIDES: dict[str, dict[str, Any]] = {
     "plain": {},

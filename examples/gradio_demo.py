@@ -21,6 +21,7 @@ def generate(prompt: str, policy: str, seed: float, size: str) -> Iterator[tuple
     try:
         events = pipe.stream(prompt, 99, policy=policy, seed=int(seed), width=width, height=height, trace=True)
         for event in events:
+            assert event.image is not None, "every scale was asked for with its image"
             sheet = None if event.output is None else compute_map(event.image, event.output.trace)
             yield event.image, sheet, f"scale {event.scale + 1}: {event.tokens_run} of {event.tokens_full} tokens"
     except foveate.FoveateError as error:

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[2] / "integrations/comfyui"
 WORKFLOWS = FOLDER / "example_workflows"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN")
 WIDTH, HEIGHT, GAP = 320, 130, 40
-ROW = 26
+ROW, PREVIEW = 26, 280
 
 
 def workflow(graph: Graph, nodes: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,7 +30,8 @@ def workflow(graph: Graph, nodes: Mapping[str, Any]) -> dict[str, Any]:
         kind = nodes[graph[node_id]["class_type"]]
         inputs, values = _inputs(graph, node_id, kind, links)
         top = used.get(depth[node_id], 0)
-        height = HEIGHT + ROW * len(values)
+        shows = {*kind.RETURN_TYPES[:1], *(one["type"] for one in inputs if not kind.RETURN_TYPES)}
+        height = HEIGHT + ROW * len(values) + (PREVIEW if "IMAGE" in shows else 0)
         used[depth[node_id]] = top + height + GAP
         found.append(
             {
