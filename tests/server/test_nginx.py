@@ -1,4 +1,8 @@
-"""A real nginx with the example's configuration in front of a real server: events come when they are sent."""
+"""A real nginx with the example's configuration in front of a real server: events come when they are sent.
+
+The server's header X-Accel-Buffering is ignored, and nginx asks it in HTTP/1.0, as chunks would be handed on even where
+it buffers. So the configuration alone has to let events through.
+"""
 
 import http.client
 import json
@@ -33,6 +37,7 @@ def proxied(start: Callable[..., Any], tmp_path: Path) -> Iterator[tuple[Any, ht
     text = (DEPLOY / "nginx.conf").read_text(encoding="utf-8")
     changes = {
         "server 127.0.0.1:8000": f"server 127.0.0.1:{server.port}",
+        "proxy_http_version 1.1;": "proxy_http_version 1.0;",
         "listen 80;": f"listen 127.0.0.1:{free_port()};",
         "listen 443 ssl http2;": f"listen 127.0.0.1:{port};",
     }
@@ -42,8 +47,9 @@ def proxied(start: Callable[..., Any], tmp_path: Path) -> Iterator[tuple[Any, ht
     lines = [line for line in text.splitlines() if not line.strip().startswith("ssl_")]
     (tmp_path / "foveate.conf").write_text("\n".join(lines), encoding="utf-8")
     kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    no_help = "proxy_ignore_headers X-Accel-Buffering;"
     folders = " ".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
-    http_block = f"http {{ access_log off; {folders} include foveate.conf; }}"
+    http_block = f"http {{ access_log off; {folders} {no_help} include foveate.conf; }}"
     main = f"daemon off; pid {tmp_path}/pid; error_log stderr; events {{}} {http_block}"
     (tmp_path / "nginx.conf").write_text(main, encoding="utf-8")
     command = [program, "-e", "stderr", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
@@ -82,6 +88,33 @@ def test_an_event_of_few_bytes_is_here_while_the_request_waits(
         assert response.readline() == b"event: foveate.accepted\r\n"
     finally:
         held.set()
+    assert response.read().count(b"event: image_generation.completed") == 1
+
+
+@pytest.mark.soak
+def test_every_event_is_here_before_the_image_is_made(
+    proxied: tuple[Any, http.client.HTTPConnection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, connection = proxied
+    has_come, pipe = threading.Event(), server.scheduler.pipe
+    finish = type(pipe).finish
+
+    def held(self: Any, call: Any, step: Any) -> Any:
+        assert has_come.wait(TIMEOUT_S), "the image is made only when the client has all events of scales"
+        return finish(self, call, step)
+
+    monkeypatch.setattr(type(pipe), "finish", held)
+    body = json.dumps({"prompt": "a red cat", "stream": True, "trace": True, "seed": 1})
+    try:
+        connection.request("POST", PATH, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        # The last scale's event comes with the image.
+        for scale in range(len(pipe.job("a red cat", {}).schedule) - 1):
+            while not (line := response.readline()).startswith(b'data: {"type":"foveate.scale"'):
+                assert line, "the stream goes on"
+            assert json.loads(line[6:])["scale"] == scale
+    finally:
+        has_come.set()
     assert response.read().count(b"event: image_generation.completed") == 1
 
 
