@@ -18,7 +18,7 @@ import pytest
 from foveate.core.errors import FoveateError
 from foveate.pipeline.pipeline import Pipeline
 from foveate.server.scheduler import Scheduler, SchedulerSettings
-from foveate.server.serving import Place, serve
+from foveate.server.serving import Place, serve_locally
 from foveate.server.settings import ServerSettings
 from foveate.server.store import StoreSettings
 from tests.server.conftest import PATH, PROMPT, TIMEOUT_S, eventually
@@ -112,7 +112,7 @@ def test_everything_accepted_is_finished(toy_pipe: Pipeline) -> None:
 
     late: list[tuple[int, Any]] = []
     visitors = Visitors(visit)
-    was_done = serve(load, ServerSettings(), Place(port=port, grace_s=TIMEOUT_S))
+    was_done = serve_locally(load, ServerSettings(), Place(port=port, grace_s=TIMEOUT_S))
     visitors.wait()
     assert [status for status, _ in visitors.answers] == [200] * 3
     (stream,) = (body for _, body in visitors.answers if isinstance(body, str))
@@ -140,7 +140,7 @@ def test_a_check_that_takes_longer_than_the_grace_is_not_waited_for(toy_pipe: Pi
     began: list[float] = []
     visitors = Visitors(visit)
     settings = ServerSettings(moderation=check)
-    serve(lambda: (toy_pipe, Scheduler(toy_pipe, SchedulerSettings())), settings, Place(port=port, grace_s=0.5))
+    serve_locally(lambda: (toy_pipe, Scheduler(toy_pipe, SchedulerSettings())), settings, Place(port=port, grace_s=0.5))
     seconds = time.monotonic() - began[0]
     visitors.wait()
     may_end.set()
@@ -174,7 +174,7 @@ def test_what_takes_longer_than_the_grace_is_answered(
     began: list[float] = []
     visitors = Visitors(visit)
     settings = ServerSettings(store=StoreSettings(folder=tmp_path))
-    assert not serve(load, settings, Place(port=port, grace_s=grace_s))
+    assert not serve_locally(load, settings, Place(port=port, grace_s=grace_s))
     seconds = time.monotonic() - began[0]
     visitors.wait()
     ((status, body),) = visitors.answers
@@ -191,7 +191,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
         raise FoveateError("no model 'x'")
 
     with pytest.raises(FoveateError, match="no model 'x'"):
-        serve(load, ServerSettings(), Place(port=free_port()))
+        serve_locally(load, ServerSettings(), Place(port=free_port()))
 
 
 def test_a_taken_address_is_refused_before_anything_is_loaded() -> None:
@@ -199,7 +199,7 @@ def test_a_taken_address_is_refused_before_anything_is_loaded() -> None:
         raise AssertionError("it must not load")
 
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(FoveateError, match="try another --port"):
-        serve(load, ServerSettings(), Place(port=taken.getsockname()[1]))
+        serve_locally(load, ServerSettings(), Place(port=taken.getsockname()[1]))
     with pytest.raises(FoveateError, match="port must be"):
         Place(port=70_000)
     with pytest.raises(FoveateError, match="grace must be"):

@@ -90,14 +90,48 @@ class LimitOptions:
     store_seconds: float = 3600.0
 
 
-_MODEL, _SERVE, _LIMITS = ModelOptions(), ServeOptions(), LimitOptions()
+@Parameter(name="*", group=SERVER)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """Where the model runs.
+
+    Attributes:
+        engine: local: in the process of the server. ray: in replicas on Ray Serve; needs the extra ray.
+        address: Of a Ray cluster, such as auto or ray-head:6379; default: one of this machine for this server.
+        num_replicas: Replicas; default: 1.
+        min_replicas: Replicas that always run, where their number follows the load.
+        max_replicas: Replicas that run at most, where their number follows the load.
+        target_ongoing: Requests of a replica, on average, that the number of replicas is steered to; default:
+            --max-batch-size.
+        cpus_per_replica: CPUs of a replica, which are its threads; default: its share of this machine's.
+        gpus_per_replica: GPUs of a replica; 0.5 puts two on one.
+    """
+
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+    num_replicas: int | None = None
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    target_ongoing: float | None = None
+    cpus_per_replica: float | None = None
+    gpus_per_replica: float | None = None
 
 
-def serve(*, options: ServeOptions = _SERVE, limits: LimitOptions = _LIMITS, model: ModelOptions = _MODEL) -> int:
+_MODEL, _SERVE, _LIMITS, _ENGINE = ModelOptions(), ServeOptions(), LimitOptions(), EngineOptions()
+
+
+def serve(
+    *,
+    options: ServeOptions = _SERVE,
+    engine: EngineOptions = _ENGINE,
+    limits: LimitOptions = _LIMITS,
+    model: ModelOptions = _MODEL,
+) -> int:
     """Serve images over HTTP, behind OpenAI's images API.
 
     Args:
         options: How the server runs.
+        engine: Where the model runs.
         limits: How much is taken on.
         model: Which model runs, and on what.
     """
@@ -115,9 +149,10 @@ def serve(*, options: ServeOptions = _SERVE, limits: LimitOptions = _LIMITS, mod
     from foveate.server.hosts import LOOPBACK  # noqa: PLC0415
     from foveate.server.logs import json_logs  # noqa: PLC0415
     from foveate.server.scheduler import Scheduler, SchedulerSettings  # noqa: PLC0415
-    from foveate.server.serving import Place  # noqa: PLC0415
-    from foveate.server.serving import serve as serve_until_signal  # noqa: PLC0415
+    from foveate.server.serving import Place, Served, serve_locally, serve_until_signal  # noqa: PLC0415
 
+    level = logging.getLevelNamesMapping()[options.log_level.upper()]
+    _check_engine(engine, model)
     place = Place(host=options.host, port=options.port, grace_s=options.grace)
     packing = SchedulerSettings(
         max_images=limits.max_batch_size, max_queue=limits.max_queue, memory_share=limits.memory_share
@@ -131,11 +166,50 @@ def serve(*, options: ServeOptions = _SERVE, limits: LimitOptions = _LIMITS, mod
         pipe = open_pipeline(model, is_quiet=True)
         return pipe, Scheduler(pipe, packing)
 
-    with json_logs(logging.getLevelNamesMapping()[options.log_level.upper()]):
-        is_done = serve_until_signal(load, settings, place)
+    def replicas() -> Served:
+        from foveate.server.replicas.serving import RayServed, ReplicaSettings  # noqa: PLC0415 - ray, an extra
+
+        fixed = 1 if engine.num_replicas is None else engine.num_replicas
+        wanted = ReplicaSettings(
+            address=engine.address,
+            least=fixed if engine.min_replicas is None else engine.min_replicas,
+            most=fixed if engine.max_replicas is None else engine.max_replicas,
+            target_ongoing=float(limits.max_batch_size) if engine.target_ongoing is None else engine.target_ongoing,
+            cpus=engine.cpus_per_replica,
+            gpus=engine.gpus_per_replica or 0.0,
+            grace_s=options.grace,
+            log_level=level,
+        )
+        return RayServed(load, settings, wanted)
+
+    with json_logs(level):
+        is_here = engine.engine == "local"
+        is_done = serve_locally(load, settings, place) if is_here else serve_until_signal(replicas, place)
     if not is_done:
         note(f"not everything was finished within {options.grace:g} s; the rest was answered with an error")
     return 0
+
+
+def _check_engine(engine: EngineOptions, model: ModelOptions) -> None:
+    """Refuses flags that contradict each other, or need another engine.
+
+    Raises:
+        FoveateError: It names the flag.
+    """
+    from foveate.core.cluster import ray_module  # noqa: PLC0415
+
+    given = [name for name in EngineOptions.__slots__ if getattr(engine, name) != getattr(_ENGINE, name)]
+    if engine.engine == "local":
+        if given:
+            raise FoveateError(f"--{given[0].replace('_', '-')} needs --engine ray; add it, or leave the flag out")
+        return
+    if engine.num_replicas is not None and {"min_replicas", "max_replicas"} & set(given):
+        raise FoveateError("give --num-replicas, or --min-replicas and --max-replicas, not both")
+    if (engine.max_replicas is None) != (engine.min_replicas is None):
+        raise FoveateError("--min-replicas and --max-replicas come together; give both")
+    if engine.gpus_per_replica and model.device in (None, "cpu"):
+        raise FoveateError("--gpus-per-replica needs a model on a GPU; add --device cuda, or leave the flag out")
+    ray_module()
 
 
 def _settings(options: ServeOptions, limits: LimitOptions, model: ModelOptions) -> "ServerSettings":

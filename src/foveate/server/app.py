@@ -1,7 +1,7 @@
 """The application: OpenAI's images API over a scheduler, and what operators need around it."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Annotated, Any
 
@@ -9,6 +9,7 @@ from fastapi import FastAPI, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from foveate.core.version import __version__
 from foveate.pipeline.pipeline import Pipeline
@@ -18,6 +19,7 @@ from foveate.server.gate import Gate
 from foveate.server.pages import page_router
 from foveate.server.service import Service
 from foveate.server.settings import ServerSettings
+from foveate.server.store import Store
 from foveate.server.work import Scheduling
 
 _SWEEP_S = 60.0
@@ -31,18 +33,33 @@ Errors come as `{"error": {"message", "type", "param", "code"}}`, and what answe
 _bearer = HTTPBearer(auto_error=False, description="An API key, where the server has keys.")
 
 
-def create_app(pipe: Pipeline | None, scheduler: Scheduling | None, settings: ServerSettings) -> FastAPI:
+Outer = Callable[[ASGIApp, Service], ASGIApp]
+"""What every request passes before a handler sees it."""
+
+
+def create_app(
+    pipe: Pipeline | None,
+    scheduler: Scheduling | None,
+    settings: ServerSettings,
+    *,
+    outer: Outer = Gate,
+    store: Store | None = None,
+    has_model: bool = True,
+) -> FastAPI:
     """The application.
 
     Args:
         pipe: The model; None while it is loaded, and then `app.state.service.open` follows.
         scheduler: Of the same model; it stays the caller's to close.
         settings: How it runs.
+        outer: The outermost layer; by default the gate, which knows keys and limits.
+        store: Of finished images; by default one of the application's own.
+        has_model: Whether it will have one; False where `outer` hands requests for images on.
 
     Raises:
         FoveateError: The folder for finished images cannot be made.
     """
-    service = Service(settings)
+    service = Service(settings, store, has_model=has_model)
     if pipe is not None and scheduler is not None:
         service.open(pipe, scheduler)
 
@@ -68,7 +85,7 @@ def create_app(pipe: Pipeline | None, scheduler: Scheduling | None, settings: Se
         # Spans are ours (`spans`); the framework's hold what clients sent, prompts too.
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
         lifespan=lifespan,
-        middleware=[*_cors(settings.origins), Middleware(Gate, service=service)],
+        middleware=[*_cors(settings.origins), Middleware(_layer, outer, service)],
     )
     app.state.service = service
     add_error_handlers(app)
@@ -77,6 +94,11 @@ def create_app(pipe: Pipeline | None, scheduler: Scheduling | None, settings: Se
     app.include_router(status.router)
     app.include_router(page_router())
     return app
+
+
+def _layer(app: ASGIApp, outer: Outer, service: Service) -> ASGIApp:
+    """As the framework makes layers."""
+    return outer(app, service)
 
 
 class _Application(FastAPI):

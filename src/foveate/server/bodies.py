@@ -10,7 +10,7 @@ from foveate.server.exchange import Exchange, media_type
 from foveate.server.reproduce import Origin
 from foveate.server.schemas import CallInfo, CompareReply, ImageData, ImageRequest, ImagesReply, PolicyInfo, SideReply
 from foveate.server.service import Service
-from foveate.server.store import ImageStore, StoreFullError
+from foveate.server.store import Store, StoreFullError
 
 
 def images_body(exchange: Exchange, service: Service, origin: Origin) -> str:
@@ -46,7 +46,7 @@ def images_body(exchange: Exchange, service: Service, origin: Origin) -> str:
     )
 
 
-def _kept(asked: Asked, files: Sequence[bytes], store: ImageStore) -> list[str]:
+def _kept(asked: Asked, files: Sequence[bytes], store: Store) -> list[str]:
     """Keeps files, and says their names, which nobody can guess: a request's id may be its client's, so they are none.
 
     Raises:

@@ -116,6 +116,12 @@ def closing(message: str = "the server stops and takes no more requests") -> Api
     return ApiError(503, message, kind=SERVER, code="closing", headers={"Retry-After": "5"})
 
 
+def replica_lost() -> ApiError:
+    """503 of a request whose replica has gone, and that was not or could not be given to another one."""
+    message = "the process that ran the request has ended; send it again"
+    return ApiError(503, message, kind=SERVER, code="replica_lost", headers={"Retry-After": "1"})
+
+
 def loading() -> ApiError:
     """503 of a server that is not ready yet."""
     message = "the model is being loaded; /ready says when it is"

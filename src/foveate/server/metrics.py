@@ -54,13 +54,14 @@ class Metrics:
     """Counts requests and what they ran; every method may be called from any thread.
 
     Args:
-        stats: `Scheduling.stats` of the scheduler that is watched.
+        stats: `Scheduling.stats` of the scheduler that is watched; None where there is none in this process.
     """
 
-    def __init__(self, stats: Callable[[], Stats]) -> None:
+    def __init__(self, stats: Callable[[], Stats] | None) -> None:
         self.registry = registry = CollectorRegistry()
         self._labels = frozenset({*all_policies(), *PRESETS, Composed.name, NONE, OTHER})
-        registry.register(_Held(stats))
+        if stats is not None:
+            registry.register(_Held(stats))
         ProcessCollector(registry=registry)
         self._answers = Counter(
             "foveate_requests", "Answered requests for images, by HTTP status", ("status", "policy"), registry=registry

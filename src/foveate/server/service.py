@@ -14,7 +14,7 @@ from foveate.server.logs import RequestLog
 from foveate.server.metrics import Metrics
 from foveate.server.settings import ServerSettings
 from foveate.server.spans import Spans
-from foveate.server.store import ImageStore
+from foveate.server.store import ImageStore, Store
 from foveate.server.threads import DaemonPool, in_daemon
 from foveate.server.work import Scheduling, Stats
 
@@ -53,16 +53,21 @@ class Service:
         is_closing: Whether it takes no more requests.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
+    def __init__(self, settings: ServerSettings, store: Store | None = None, *, has_model: bool = True) -> None:
         """Nothing is loaded yet.
+
+        Args:
+            settings: How it runs.
+            store: In place of one of the server's own.
+            has_model: Whether a model will be opened; False where others generate the images.
 
         Raises:
             FoveateError: The store's folder cannot be made.
         """
         self.settings = settings
-        self.store = ImageStore(settings.store)
+        self.store: Store = ImageStore(settings.store) if store is None else store
         self.rate = RateLimiter(settings.limits.requests_per_minute)
-        self.metrics = Metrics(self.stats)
+        self.metrics = Metrics(self.stats if has_model else None)
         self.log = RequestLog(shows_prompts=settings.shows_prompts)
         self.spans = Spans()
         self.is_closing = False

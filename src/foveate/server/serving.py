@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import uvicorn
 from fastapi import FastAPI
@@ -88,8 +89,40 @@ def server_of(app: FastAPI, limits: Limits) -> uvicorn.Server:
     return _Server(config)
 
 
-def serve(load: Load, settings: ServerSettings, place: Place) -> bool:
-    """Serves until a signal ends it.
+@runtime_checkable
+class Served(Protocol):
+    """What is behind an application: a model in this process, or replicas in others."""
+
+    @property
+    def app(self) -> FastAPI:
+        """The application; it answers from the beginning."""
+
+    @property
+    def limits(self) -> Limits:
+        """Of requests."""
+
+    async def open(self) -> dict[str, Any]:
+        """Loads and warms up; from then on requests are taken. What the log says of it comes back.
+
+        Raises:
+            FoveateError: It cannot be loaded.
+        """
+
+    async def close(self, grace_s: float) -> bool:
+        """Takes no more; every accepted request is finished or answered. Whether everything was finished."""
+
+    def answer_all(self) -> None:
+        """Answers whatever still runs with an error, as no time is left."""
+
+    def stop_now(self) -> None:
+        """Ends what still runs as soon as possible, while `close` waits for it."""
+
+    def release(self) -> None:
+        """Frees everything; may be called twice."""
+
+
+def serve_locally(load: Load, settings: ServerSettings, place: Place) -> bool:
+    """Serves a model of this process until a signal ends it.
 
     Args:
         load: Loads the model and makes its scheduler, not yet started; called in a thread.
@@ -102,26 +135,74 @@ def serve(load: Load, settings: ServerSettings, place: Place) -> bool:
     Raises:
         FoveateError: The address is taken, or the model cannot be loaded.
     """
+    return serve_until_signal(lambda: _Local(load, settings), place)
+
+
+def serve_until_signal(make: Callable[[], Served], place: Place) -> bool:
+    """Serves until a signal ends it.
+
+    Args:
+        make: Makes what is served; called once the address is known to be free.
+        place: Where.
+
+    Returns:
+        Whether every accepted request was finished.
+
+    Raises:
+        FoveateError: The address is taken, or nothing can be loaded.
+    """
     with _listening(place) as listener:
-        return asyncio.run(_Run(load, settings, place, listener).run())
+        return asyncio.run(_Run(make(), place, listener).run())
+
+
+class _Local:
+    """A model in this process."""
+
+    def __init__(self, load: Load, settings: ServerSettings) -> None:
+        self._load, self.limits = load, settings.limits
+        self.app: FastAPI = create_app(None, None, settings)
+        self._service: Service = self.app.state.service
+
+    async def open(self) -> dict[str, Any]:
+        """Loads and warms up."""
+        began = time.perf_counter()
+        pipe, scheduler = await in_daemon(self._load, "foveate-load")
+        scheduler.start()
+        warm_s = await in_daemon(scheduler.warm_up, "foveate-warm-up")
+        self._service.open(pipe, scheduler)
+        load_s = time.perf_counter() - began - warm_s
+        return {"model": pipe.model.spec.name, "load_s": round(load_s, 2), "warm_up_s": round(warm_s, 2)}
+
+    async def close(self, grace_s: float) -> bool:
+        """Finishes or answers what was accepted."""
+        return await self._service.close(grace_s)
+
+    def answer_all(self) -> None:
+        """Answers what still runs."""
+        self._service.answer_all()
+
+    def stop_now(self) -> None:
+        """Ends what still runs at its next scale."""
+        self._service.stop_now()
+
+    def release(self) -> None:
+        """Ends the threads and deletes what is stored."""
+        self._service.release()
 
 
 class _Run:
     """One life of a server."""
 
-    def __init__(self, load: Load, settings: ServerSettings, place: Place, listener: socket.socket) -> None:
-        self._load, self._place, self._listener = load, place, listener
-        self._app: FastAPI = create_app(None, None, settings)
-        self._service: Service = self._app.state.service
-        self._server = server_of(self._app, settings.limits)
+    def __init__(self, served: Served, place: Place, listener: socket.socket) -> None:
+        self._served, self._place, self._listener = served, place, listener
+        self._server = server_of(served.app, served.limits)
         self._signals: list[int] = []
         self._stop = asyncio.Event()
 
     async def run(self) -> bool:
         """Serves until it is over."""
         loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
-            loop.add_signal_handler(number, self._on_signal, number)
+        self._hear_signals()
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
         loading = asyncio.create_task(self._open())
         stopping = asyncio.create_task(self._stop.wait())
@@ -138,36 +219,25 @@ class _Run:
                 with suppress(asyncio.CancelledError):
                     await task
             # Once more, as a second signal leaves the application no time for it.
-            self._service.release()
+            self._served.release()
 
     async def _open(self) -> None:
         """Loads and warms up; from then on requests are taken."""
-        began = time.perf_counter()
-        pipe, scheduler = await in_daemon(self._load, "foveate-load")
-        scheduler.start()
-        warm_s = await in_daemon(scheduler.warm_up, "foveate-warm-up")
-        self._service.open(pipe, scheduler)
+        found = await self._served.open()
+        # Libraries that were loaded may have taken them.
+        self._hear_signals()
         host, port = self._listener.getsockname()[:2]
-        logger.info(
-            "ready",
-            extra={
-                "fields": {
-                    "url": f"http://{f'[{host}]' if ':' in host else host}:{port}",
-                    "model": pipe.model.spec.name,
-                    "load_s": round(time.perf_counter() - began - warm_s, 2),
-                    "warm_up_s": round(warm_s, 2),
-                }
-            },
-        )
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        logger.info("ready", extra={"fields": {"url": url, **found}})
 
     async def _end(self, serving: asyncio.Task[None], loading: asyncio.Task[None]) -> bool:
         """Answers what was accepted, and ends the server; an error of loading is raised behind it."""
         until = time.monotonic() + self._place.grace_s
         for_sending = min(_MOST_FOR_SENDING_S, _SHARE_FOR_SENDING * self._place.grace_s)
-        closing = asyncio.create_task(self._service.close(self._place.grace_s - for_sending))
+        closing = asyncio.create_task(self._served.close(self._place.grace_s - for_sending))
         await asyncio.wait({closing}, timeout=self._place.grace_s - for_sending / 2)
         if not closing.done():
-            self._service.answer_all()
+            self._served.answer_all()
         left = max(_LEAST_FOR_SENDING_S, until - time.monotonic())
         self._server.config.timeout_graceful_shutdown = left  # type: ignore[assignment]  # any number of seconds
         self._server.should_exit = True
@@ -180,12 +250,17 @@ class _Run:
             raise error
         return is_done
 
+    def _hear_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal, number)
+
     def _on_signal(self, number: int) -> None:
         self._signals.append(number)
         self._stop.set()
         if len(self._signals) >= _AT_ONCE:
             self._server.force_exit = True
-            self._service.stop_now()
+            self._served.stop_now()
 
 
 @contextmanager

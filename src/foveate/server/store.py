@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from foveate.core.errors import FoveateError
 from foveate.server.store_folder import StoreFolder
@@ -50,6 +51,34 @@ class Stored:
     media_type: str
     size: int
     expires: float
+
+
+@runtime_checkable
+class Store(Protocol):
+    """What a server needs of a store; safe from any thread."""
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Images and bytes that are kept now."""
+
+    def put(self, owner: str, name: str, content: bytes, media_type: str) -> bool:
+        """Keeps a file, unless there is one of the same owner and name; whether it did.
+
+        Raises:
+            StoreFullError: It cannot be kept.
+        """
+
+    def holds(self, owner: str, name: str) -> bool:
+        """Whether there is a file of this owner and name."""
+
+    def get(self, owner: str, name: str) -> tuple[bytes, str] | None:
+        """A file and its media type; None if there is none for this owner, or it has expired."""
+
+    def expire(self) -> None:
+        """Deletes what has expired."""
+
+    def close(self) -> None:
+        """Deletes everything, where it is this one's to delete."""
 
 
 class ImageStore:

@@ -122,6 +122,11 @@ class _Stream:
         return [*await self._service.encode(replies.of_scale, side.asked, whole, self._check)]
 
 
+def last_message(error: ApiError) -> bytes:
+    """The end of a stream whose process has gone, as it would have sent it."""
+    return _message(ErrorEvent(error=error.info)).encode()
+
+
 def _message(event: BaseModel) -> ServerSentEvent:
     """One message, whose name is the type of its event."""
     leaves_out = {"side"} if getattr(event, "side", "") is None else None

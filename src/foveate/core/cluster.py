@@ -1,0 +1,80 @@
+"""A Ray cluster for the time of a block: one of this machine, or one that runs already. Usage reporting is off."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from foveate.core.errors import FoveateError
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # An actor that asks for no GPU sees those of its machine; what follows of that is said once in a warning otherwise.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Set before Ray is imported, and inherited by its processes."""
+
+_MOST_OBJECT_BYTES = 2 << 30
+"""Shared memory of a cluster of one machine: what passes through it are images on their way, not data sets."""
+
+
+@contextmanager
+def ray_cluster(*, address: str | None, num_cpus: int, num_gpus: int | None = None) -> Iterator[Any]:
+    """Starts Ray on this machine, or connects to a cluster, and hands out the module `ray`; undone at the end.
+
+    On Linux the processes of a started cluster end with the thread that entered the block, so that thread stays in it.
+
+    Args:
+        address: Of a running cluster, `auto` for the one of this machine; None starts one of this process.
+        num_cpus: That a started cluster gives out; they are numbers for scheduling and bind no process.
+        num_gpus: That a started cluster gives out; None lets Ray count them.
+
+    Raises:
+        FoveateError: Ray is not installed, is in use already, or there is no cluster at the address.
+    """
+    ray = ray_module()
+    if ray.is_initialized():
+        raise FoveateError("Ray is connected already in this process; call ray.shutdown() first")
+    started = {"num_cpus": num_cpus, "num_gpus": num_gpus, "object_store_memory": _object_bytes()}
+    try:
+        ray.init(
+            address="local" if address is None else address,
+            include_dashboard=False if address is None else None,
+            log_to_driver=False,
+            configure_logging=False,
+            **({name: value for name, value in started.items() if value} if address is None else {}),
+        )
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        where = "on this machine" if address is None else f"at {address}"
+        raise FoveateError(f"cannot use Ray {where}: {_first_line(error)}; try another --address") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def ray_module() -> Any:  # noqa: ANN401 - a module of an extra
+    """The module `ray`, imported with usage reporting off.
+
+    Raises:
+        FoveateError: It is not installed.
+    """
+    os.environ.update(_ENVIRONMENT)
+    try:
+        import ray  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError as error:
+        raise FoveateError(f'--engine ray needs the extra ray: pip install "foveate[ray]" ({error})') from None
+    return ray
+
+
+def _object_bytes() -> int:
+    """A tenth of what is free of the shared memory, within bounds that Ray accepts."""
+    try:
+        stat = os.statvfs("/dev/shm")
+    except OSError:
+        return _MOST_OBJECT_BYTES // 8
+    return max(80 << 20, min(_MOST_OBJECT_BYTES, stat.f_bavail * stat.f_frsize // 10))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
