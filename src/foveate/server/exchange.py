@@ -84,6 +84,11 @@ class Exchange:
         """Of the request."""
         return self._id
 
+    @property
+    def flops(self) -> float:
+        """Of the transformer, that were forecast for what was submitted."""
+        return sum(side.ticket.flops for side in self.sides if side.ticket is not None)
+
     def submit(self, headers: Mapping[str, str]) -> None:
         """Submits all sides, or none; called in a thread.
 

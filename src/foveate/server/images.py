@@ -171,6 +171,7 @@ async def _begun(request: Request, service: Service, asked: Sequence[Asked]) -> 
     exchange = Exchange(service, asked, id_of(request), owner_of(request))
     on_leaving(request, exchange.leave)
     await service.admit(exchange.submit, request.headers)
+    request.state.flops = exchange.flops
     return exchange
 
 

@@ -140,7 +140,7 @@ class Scheduler:
         """
         job = work.job
         forecast, need = self._forecast(job), self._room.need(job)
-        ticket = RequestTicket(work, listener, self._place)
+        ticket = RequestTicket(work, listener, self._place, job.num_images * sum(forecast.flops))
         partial_at = forecast.partial_scales(work.partials)
         with self._lock:
             if self._is_closing:

@@ -26,9 +26,11 @@ _PATIENCE_S = 5.0
 class RequestTicket:
     """A request of n images; its listener hears nothing behind `Failed` or `Finished`."""
 
-    def __init__(self, work: Work, listener: Listener, place: Callable[["RequestTicket"], int]) -> None:
+    def __init__(
+        self, work: Work, listener: Listener, place: Callable[["RequestTicket"], int], flops: float = 0.0
+    ) -> None:
         self.id = secrets.token_urlsafe(_ID_BYTES)
-        self.work, self.accepted = work, time.perf_counter()
+        self.work, self.accepted, self.flops = work, time.perf_counter(), flops
         self.deadline = None if work.budget_ms is None else self.accepted + work.budget_ms / 1e3
         self.encoded: Encoded | None = None
         self.num_left = work.job.num_images

@@ -185,6 +185,10 @@ class Ticket(Protocol):
     def position(self) -> int:
         """Requests that are served before this one begins; 0 once its first image has started."""
 
+    @property
+    def flops(self) -> float:
+        """Of the transformer, that were forecast for all its images."""
+
     def cancel(self) -> None:
         """Ends the request at the next scale; what it holds is freed. Does nothing to one that is done."""
 

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 from ray.exceptions import RayError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from foveate.server.errors import CLIENT_GONE, TIMEOUT, ApiError, closing, loading, replica_lost
 from foveate.server.metrics import CONTENT_TYPE
 from foveate.server.replicas.messages import SCOPE, Begun, Call, Ended, Parts
+from foveate.server.replicas.routing import Costs, asked_for
 from foveate.server.replicas.scrape import merged
 from foveate.server.service import Service
 from foveate.server.streams import last_message
@@ -63,7 +64,7 @@ class Forwarder:
     """What is on its way; on the event loop."""
 
     def __init__(self, replicas: Replicas) -> None:
-        self.replicas = replicas
+        self.replicas, self.costs = replicas, Costs()
         self._ends: set[asyncio.Future[ApiError]] = set()
 
     async def close(self, grace_s: float) -> bool:
@@ -139,7 +140,7 @@ class _Passage:
 
     def __init__(self, forwarder: Forwarder, scope: Scope, send: Send, take_s: float) -> None:
         self._forwarder, self._scope, self._send, self._take_s = forwarder, scope, send, take_s
-        self._end = forwarder.begins()
+        self._end, self._asked = forwarder.begins(), cast("str | None", None)
         self._has_begun = self._is_stream = self._is_whole = False
 
     async def run(self, receive: Receive) -> None:
@@ -224,6 +225,7 @@ class _Passage:
             _drop(step)
             logger.error("a replica did not say how a request ended")
             return
+        self._forwarder.costs.note(self._asked, ended.flops)
         state = self._scope["state"]
         state["policy"] = ended.policy
         state["error"] = None if ended.refusal is None else ended.refusal.error()
@@ -254,7 +256,9 @@ class _Passage:
                 break
         state = scope["state"]
         kept = {name: scope[name] for name in SCOPE if name in scope}
-        return Call(id=state["id"], owner=state["owner"], scope=kept, body=bytes(body))
+        self._asked = asked_for(bytes(body)) if scope["method"] == "POST" else None
+        flops = self._forwarder.costs.of(self._asked)
+        return Call(id=state["id"], owner=state["owner"], scope=kept, body=bytes(body), flops=flops)
 
     async def _watch(self, receive: Receive) -> None:
         """Hears of a client that goes away."""

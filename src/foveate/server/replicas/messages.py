@@ -20,14 +20,14 @@ class Call:
         owner: Whose it is, as `Keys.owner` says it.
         scope: The entries of ASGI's scope that name the request.
         body: Of the request.
-        asked: What its cost depends on, for routing; None where nothing runs for it.
+        flops: That it will take, as far as the front knows; for routing.
     """
 
     id: str
     owner: str
     scope: Mapping[str, Any]
     body: bytes = b""
-    asked: str | None = None
+    flops: float = 0.0
 
 
 SCOPE = ("type", "asgi", "http_version", "server", "client", "scheme", "root_path", "method", "path", "raw_path",

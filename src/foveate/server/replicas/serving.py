@@ -11,10 +11,10 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,14 +22,14 @@ from starlette.types import ASGIApp
 
 from foveate.core.cluster import ray_cluster
 from foveate.core.errors import FoveateError
-from foveate.pipeline.pipeline import Pipeline
 from foveate.server.app import create_app
 from foveate.server.gate import Gate
 from foveate.server.replicas.forward import Answer, Forward, Forwarder
 from foveate.server.replicas.messages import Call
 from foveate.server.replicas.replica import Replica
-from foveate.server.scheduler import Scheduler
+from foveate.server.replicas.routing import LeastWork
 from foveate.server.service import Service
+from foveate.server.serving import Load
 from foveate.server.settings import ServerSettings
 from foveate.server.shared_store import SharedStore
 
@@ -89,7 +89,7 @@ class RayServed:
 
     def __init__(
         self,
-        load: Callable[[], tuple[Pipeline, Scheduler]],
+        load: Load,
         settings: ServerSettings,
         replicas: ReplicaSettings,
     ) -> None:
@@ -106,12 +106,12 @@ class RayServed:
         self.limits = settings.limits
         self._load, self._settings, self._wanted = load, settings, replicas
         self._store = SharedStore.make(settings.store)
-        self._replicas = _Deployed()
+        self._replicas = Deployed()
         self._forwarder = Forwarder(self._replicas)
         self._handle: Future[Any] = Future()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._live, name="foveate-ray", daemon=True)
-        self.app: FastAPI = create_app(None, None, settings, outer=self._layers, store=self._store, has_model=False)
+        self.app: FastAPI = front_of(settings, self._store, self._forwarder)
         self._service: Service = self.app.state.service
 
     async def open(self) -> dict[str, Any]:
@@ -144,9 +144,6 @@ class RayServed:
             self._thread.join(_END_S)
         self._service.release()
 
-    def _layers(self, app: ASGIApp, service: Service) -> ASGIApp:
-        return Gate(Forward(app, service, self._forwarder), service)
-
     def _live(self) -> None:
         """The life of the cluster, in one thread: starts Ray and the replicas, and ends them when it is time."""
         wanted = self._wanted
@@ -154,7 +151,10 @@ class RayServed:
         try:
             with ray_cluster(address=wanted.address, num_cpus=cpus) as ray, ExitStack() as held:
                 self._check_machines(ray)
-                self._handle.set_result(self._run(held))
+                name, handle = deploy(self._load, self._settings, self._store.folder, wanted)
+                if wanted.address is not None:
+                    held.callback(undeploy, name)
+                self._handle.set_result(handle)
                 self._ending.wait()
         except BaseException as error:  # raised where the handle is awaited
             if self._handle.done():
@@ -170,24 +170,60 @@ class RayServed:
                 f"the cluster has {len(machines)} machines; give --store a folder that all of them see, for image urls"
             )
 
-    def _run(self, held: ExitStack) -> Any:  # noqa: ANN401
-        """Deploys; the name is new, so that nothing else of the cluster is replaced."""
-        from ray import serve  # noqa: PLC0415 - an extra, and slow to import
 
-        _quiet_logs()
-        name = f"foveate-{secrets.token_hex(4)}"
-        serve.start(proxy_location="Disabled")
-        if self._wanted.address is not None:
-            held.callback(serve.delete, name)
-        deployment = serve.deployment(**_options(self._wanted, self.limits.connections))(Replica)
-        app = deployment.bind(self._load, self._settings, self._store.folder, self._wanted.log_level)
-        try:
-            return serve.run(app, name=name, route_prefix=None)
-        except RuntimeError as error:
-            raise FoveateError(f"the replicas cannot be started: {_reason(serve, name) or error}") from None
+def deploy(load: Load, settings: ServerSettings, folder: Path, wanted: ReplicaSettings) -> tuple[str, Any]:
+    """Starts replicas on the cluster that this process is connected to, and waits until all have warmed up.
+
+    Args:
+        load: Loads a model and makes its scheduler, not yet started; called in every replica.
+        settings: How the server runs.
+        folder: Of the store that all replicas share.
+        wanted: How many replicas there are.
+
+    Returns:
+        The name of the application, which is new, so that nothing else of the cluster is replaced; and a handle.
+
+    Raises:
+        FoveateError: A replica cannot be started.
+    """
+    from ray import serve  # noqa: PLC0415 - an extra, and slow to import
+
+    _quiet_logs()
+    name = f"foveate-{secrets.token_hex(4)}"
+    serve.start(proxy_location="Disabled")
+    deployment = serve.deployment(**_options(wanted, settings.limits.connections))(Replica)
+    app = deployment.bind(load, settings, folder, wanted.log_level)
+    try:
+        return name, serve.run(app, name=name, route_prefix=None)
+    except RuntimeError as error:
+        reason = _reason(serve, name) or str(error)
+        serve.delete(name)
+        raise FoveateError(f"the replicas cannot be started: {reason}") from None
 
 
-class _Deployed:
+def undeploy(name: str) -> None:
+    """Ends the replicas of an application, and leaves what else there is in the cluster."""
+    from ray import serve  # noqa: PLC0415
+
+    serve.delete(name)
+
+
+def front_of(settings: ServerSettings, store: SharedStore, forwarder: Forwarder) -> FastAPI:
+    """The application that clients talk to: the gate, and behind it replicas for all that needs the model.
+
+    Args:
+        settings: How the server runs; those of limits and the store that replicas check are theirs.
+        store: That all replicas share.
+        forwarder: Knows the replicas.
+    """
+
+    def outer(app: ASGIApp, service: Service) -> ASGIApp:
+        return Gate(Forward(app, service, forwarder), service)
+
+    return create_app(None, None, settings, outer=outer, store=store, has_model=False)
+
+
+class Deployed:
     """The replicas as the front sees them."""
 
     def __init__(self) -> None:
@@ -229,6 +265,8 @@ class _Deployed:
 
 def _options(wanted: ReplicaSettings, most_ongoing: int) -> dict[str, Any]:
     """Of the deployment. Replicas take all that comes: their own queue says when it is full."""
+    from ray.serve.config import RequestRouterConfig  # noqa: PLC0415 - an extra, and slow to import
+
     found: dict[str, Any] = {
         "name": "Images",
         "ray_actor_options": {"num_cpus": wanted.cpus_each, "num_gpus": wanted.gpus},
@@ -239,6 +277,7 @@ def _options(wanted: ReplicaSettings, most_ongoing: int) -> dict[str, Any]:
         "health_check_timeout_s": _HEALTH_TIMEOUT_S,
         # A model that cannot be loaded cannot be loaded the second time; replicas that ran once are always replaced.
         "max_constructor_retry_count": 1,
+        "request_router_config": RequestRouterConfig(request_router_class=LeastWork),
     }
     if wanted.least == wanted.most:
         return {**found, "num_replicas": wanted.least}

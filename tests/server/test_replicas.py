@@ -1,0 +1,180 @@
+"""Replicas on Ray: the tests of the single process, and what happens to one replica while others go on."""
+
+import contextlib
+import functools
+import http.client
+import inspect
+import json
+import os
+import re
+import signal
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server import test_api, test_faults, test_keys, test_store, test_streams
+from tests.server.conftest import PATH, PROMPT, TIMEOUT_S, Answer, Live, eventually
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray"),
+    # Ray's own warnings are not ours.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+FEW = {
+    "test_an_image_is_that_of_the_library",
+    "test_null_is_absent",
+    "test_compare_has_one_seed_and_two_policies",
+    "test_what_is_listed",
+    "test_how_it_is",
+    "test_a_server_that_loads_says_so",
+    "test_headers_for_security",
+    "test_nobody_without_a_key_gets_in",
+    "test_an_image_belongs_to_its_key",
+    "test_requests_of_a_key_are_spread",
+    "test_partial_images_come_before_each_image",
+    "test_a_client_that_goes_away_stops_its_work",
+    "test_bodies_that_are_none_are_refused",
+    "test_huge_bodies_are_cut_off",
+}
+"""What runs in `make test`; the others in `make soak`."""
+
+WITHOUT = {
+    # They look into the process of the model, or put something into its place.
+    "test_listing_policies_logs_nothing",
+    "test_an_error_inside_the_model_tells_nothing",
+    "test_a_client_hears_of_a_full_disk",
+    "test_urls_of_an_answer_are_all_there",
+    "test_what_was_refused_is_not_kept",
+    "test_a_key_is_never_logged",
+    # The store of all replicas is one folder of the front.
+    "test_the_store_is_readable_to_its_user_alone",
+}
+
+
+def copied(module: types.ModuleType) -> dict[str, Any]:
+    """The tests of a module that talk to a server."""
+    found = {}
+    for name, test in vars(module).items():
+        if not name.startswith("test_") or name in WITHOUT:
+            continue
+        if not {"live", "start"} & set(inspect.signature(test).parameters):
+            continue
+        copy = types.FunctionType(test.__code__, test.__globals__, name, test.__defaults__, test.__closure__)
+        functools.update_wrapper(copy, test)
+        del copy.__wrapped__
+        copy.pytestmark = list(getattr(test, "pytestmark", []))
+        found[name] = copy if name in FEW else pytest.mark.soak(copy)
+    return found
+
+
+for _module in (test_api, test_faults, test_keys, test_store, test_streams):
+    globals().update(copied(_module))
+
+
+@pytest.fixture(scope="module")
+def cluster(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One cluster for the module; Ray is imported only where it runs, as that takes seconds and warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from tests.server.replicated import replicated  # noqa: PLC0415
+
+        with replicated(toy_folder, tmp_path_factory.mktemp("stores")) as found:
+            yield found
+
+
+@pytest.fixture(scope="module")
+def start(cluster: Any) -> Callable[..., Live]:
+    return cluster.start
+
+
+@pytest.fixture(scope="module")
+def live(start: Callable[..., Live]) -> Live:
+    return start()
+
+
+class Stream(threading.Thread):
+    """Reads the events of a stream, each with the time at which it came."""
+
+    def __init__(self, live: Live, **fields: Any) -> None:
+        super().__init__(daemon=True)
+        self._live, self._fields = live, {"prompt": PROMPT, "stream": True, **fields}
+        self.events: list[tuple[float, dict[str, Any]]] = []
+        self.start()
+
+    def run(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self._live.port, timeout=TIMEOUT_S)
+        connection.request("POST", PATH, json.dumps(self._fields), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        while line := response.readline():
+            if line.startswith(b"data: "):
+                self.events.append((time.monotonic(), json.loads(line[6:])))
+        connection.close()
+
+    @property
+    def kinds(self) -> list[str]:
+        return [event["type"] for _, event in self.events]
+
+
+def test_events_come_as_they_are_made(live: Live) -> None:
+    stream = Stream(live, seed=7, partial_images=3, size="512x512")
+    stream.join(2 * TIMEOUT_S)
+    assert stream.kinds == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    times = [at for at, _ in stream.events]
+    ms = [scale["ms"] for scale in stream.events[-1][1]["foveate"]["scales"]]
+    assert times[-1] - times[0] > 0.5 * ms[-1] / 1e3, "the first one comes before the last scale has run"
+
+
+def processes() -> dict[int, bytes]:
+    """Replicas of this machine, by process."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            name = (folder / "cmdline").read_bytes()
+            if name.startswith(b"ray::ServeReplica"):
+                found[int(folder.name)] = name
+    return found
+
+
+def page(live: Live) -> str:
+    return live.send("/metrics").body.decode()
+
+
+def held(live: Live) -> int:
+    """Images that wait or run."""
+    stats = live.service.stats()
+    return stats.queued_images + stats.running_images
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
+def test_one_replica_is_killed_in_the_middle(live: Live) -> None:
+    names = set(re.findall('foveate_running_images{replica="([^"]*)"}', page(live)))
+    assert len(names) == len(processes()) == 2
+    # Two on each, as requests go to the replica with the least to do.
+    streams = [Stream(live, seed=seed, size="512x512", n=2, trace=True) for seed in range(2)]
+    eventually(lambda: all(len(stream.events) > 2 for stream in streams), "both run")
+    whole: list[Answer] = []
+    asked = [threading.Thread(target=lambda: whole.append(live.generate(size="512x512"))) for _ in range(2)]
+    for thread in asked:
+        thread.start()
+    eventually(lambda: held(live) >= 6, "they are accepted")
+    victim = next(iter(processes()))
+    os.kill(victim, signal.SIGKILL)
+    for thread in (*streams, *asked):
+        thread.join(4 * TIMEOUT_S)
+        assert not thread.is_alive(), "nothing hangs"
+    ends = sorted(stream.kinds[-1] for stream in streams)
+    assert ends == ["error", "image_generation.completed"]
+    (lost,) = (stream.events[-1][1]["error"] for stream in streams if stream.kinds[-1] == "error")
+    assert (lost["code"], lost["type"]) == ("replica_lost", "server_error")
+    assert [answer.status for answer in whole] == [200, 200], "what had sent nothing was given to the other one"
+    assert len({answer.data["data"][0]["b64_json"] for answer in whole}) == 1
+    eventually(lambda: len(set(processes()) - {victim}) == 2, "another one is started")
+    assert live.generate().status == 200
