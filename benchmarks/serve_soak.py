@@ -264,6 +264,7 @@ def main() -> int:
     text = json.dumps({"command": command, "machine": describe_machine(), **found}, indent=1)
     print(text)
     if given.output is not None:
+        given.output.parent.mkdir(parents=True, exist_ok=True)
         given.output.write_text(f"{text}\n", encoding="utf-8")
     return 0 if found["holds"] else 1
 
