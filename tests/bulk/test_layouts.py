@@ -110,14 +110,15 @@ def test_a_layout_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert write_layout("geneval", output, into) == 1
     kept, cut = into / "00000" / "metadata.jsonl", into / "00000" / "samples" / "00000.png"
     before = kept.stat().st_mtime_ns, kept.stat().st_ino
-    cut.write_bytes(cut.read_bytes()[:-1])
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-1])
     (into / "00000" / ".foveate-0123.part").write_bytes(b"of a process that was killed")
     with output.shard(1) as shard:
         shard.append([item_of(rows[1], 0)])
         shard.publish()
     assert write_layout("geneval", output, into) == 2
     assert (kept.stat().st_mtime_ns, kept.stat().st_ino) == before
-    np.testing.assert_array_equal(decoded(cut.read_bytes()), pixels_of(0, 0))
+    assert cut.read_bytes() == whole
     assert _files(into) == [
         "00000/metadata.jsonl", "00000/samples/00000.png", "00001/metadata.jsonl", "00001/samples/00000.png",
     ]  # fmt: skip

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from foveate.bulk.compare import compare_runs
+from foveate.bulk.compare import _Scorer, compare_runs
 from foveate.bulk.manifest import Item
 from foveate.bulk.output import OutputFolder
-from foveate.bulk.pairing import Pairing
+from foveate.bulk.pairing import Pair, Pairing
 from foveate.bulk.rows import Row
 from foveate.bulk.runs_report import RunsReport
 from foveate.bulk.sets import read_scores
 from foveate.cli.main import main
 from foveate.core.errors import FoveateError
-from foveate.eval.pairs import fidelity, score_pairs
+from foveate.eval.pairs import PairScores, fidelity, score_pairs
 from tests.bulk.set_cases import failure_of, item_of, pixels_of, run_of
 
 SIDE = 16
@@ -164,7 +164,7 @@ def test_memory_holds_no_images_of_the_runs(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("foveate.eval.statistics._CHUNK", 1000)
     side = 32
     peaks = []
-    for number in (8, 40):
+    for number in (4, 24):
         runs = [
             run_of(
                 tmp_path / f"{number} {name}",
@@ -177,8 +177,8 @@ def test_memory_holds_no_images_of_the_runs(tmp_path: Path, monkeypatch: pytest.
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert report.fidelity.num_images == number
-    held = 2 * side * side * 3 * (40 - 8)
-    assert peaks[1] - peaks[0] < held / 2, f"peaks of 8 and 40 pairs: {peaks}"
+    held = 2 * side * side * 3 * (24 - 4)
+    assert peaks[1] - peaks[0] < held / 2, f"peaks of 4 and 24 pairs: {peaks}"
 
 
 def test_ctrl_c_reports_what_was_scored(tmp_path: Path) -> None:
@@ -192,6 +192,27 @@ def test_ctrl_c_reports_what_was_scored(tmp_path: Path) -> None:
     assert report.is_interrupted
     assert report.fidelity.num_images == 2
     assert "interrupted: figures are of the first 2 pairs" in list(report.notes())
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_ctrl_c_in_the_middle_of_a_batch_leaves_it_out(
+    kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = _Scorer._keep
+
+    def interrupted(scorer: _Scorer, pair: Pair, scores: PairScores) -> None:
+        if len(scorer.columns) > kept:
+            raise KeyboardInterrupt
+        keep(scorer, pair, scores)
+
+    monkeypatch.setattr(_Scorer, "_keep", interrupted)
+    runs = runs_of(tmp_path, [2, 1])
+    if kept == 0:
+        with pytest.raises(KeyboardInterrupt):
+            compared(runs)
+    else:
+        report = compared(runs)
+        assert (report.is_interrupted, report.fidelity.num_images) == (True, 2)
 
 
 def _geneval(path: Path, correct: Sequence[bool]) -> Path:

@@ -184,7 +184,7 @@ def test_a_table_of_any_scorer_has_figures_per_category(tmp_path: Path) -> None:
     )
     lines = tmp_path / "scores.jsonl"
     lines.write_text(
-        '{"file_name": "00000-0.png", "Category": "Arts", "Challenge": "Basic", "CLIP score": 0.25, "by": "me"}\n'
+        '{"file_name": "00000-0.png", "Category": "Arts", "Challenge": "Basic", "CLIP score": 0.25, "by": 1}\n'
         '{"file_name": "00001-0.png", "Category": "Arts", "CLIP score": 0.75, "by": "you"}\n'
     )
     for file in (path, lines):

@@ -63,9 +63,9 @@ def compare_runs(
                 scorer.score(batch)
                 bar.update(sum(pair.is_first for pair in batch))
     except KeyboardInterrupt:
+        scorer.settle()
         if not len(scorer.columns):
             raise
-        scorer.settle()
         is_interrupted = True
     if not len(scorer.columns):
         raise FoveateError(
