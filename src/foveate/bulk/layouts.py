@@ -10,6 +10,7 @@ the folder that are not theirs.
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -234,8 +235,11 @@ def _write(into: Path, file: LayoutFile) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FoveateError(f"cannot write {path}: {error.strerror or error}; choose another place") from None
-    with replace_file(path) as partial:
-        partial.write_bytes(content)
+    # On the disk before it has its name: a file that is there counts as whole.
+    with replace_file(path) as partial, partial.open("wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def _png(path: str, entry: Entry, row: RowImages) -> LayoutFile:

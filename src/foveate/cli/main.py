@@ -54,7 +54,11 @@ _EPILOGUES = {
 
 Exit codes: 0, 1 if rows failed (failed.jsonl), 2 bad usage or input, 130 interrupted, 143 terminated; the same command
 goes on where it ended.""",
-    "compare": f"""{_FIGURES}
+    "compare": f"""Examples:
+  foveate compare -p ld-pruning -p drop-branch:count=1 --fail-if "ssim.p10 < 0.9" --html report.html
+  foveate compare --manifest full/ --manifest fovea/ --html report.html
+
+{_FIGURES}
 
 Exit codes: 0, 1 if a --fail-if holds, 2 bad usage or input, 130 interrupted, 143 terminated.""",
     "sweep": f"""Example:
