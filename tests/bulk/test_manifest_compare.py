@@ -181,6 +181,22 @@ def test_memory_holds_no_images_of_the_runs(tmp_path: Path, monkeypatch: pytest.
     assert peaks[1] - peaks[0] < held / 2, f"peaks of 4 and 24 pairs: {peaks}"
 
 
+@pytest.mark.soak
+def test_pairing_takes_some_bytes_a_row(tmp_path: Path) -> None:
+    num_rows = 10_000
+    entry = reference_item(0, 0).entry
+    items = [Item({**entry, "row": row, "id": f"a{row}"}, b"%d" % row) for row in range(num_rows)]
+    run = run_of(tmp_path / "a", {0: items})
+    del items
+    peaks = []
+    for _ in range(2):  # What is allocated once does not count.
+        tracemalloc.start()
+        assert sum(1 for _ in Pairing(run, run).pairs()) == num_rows
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert min(peaks) < 60 * num_rows, f"{min(peaks) / num_rows:.0f} bytes a row"
+
+
 def test_ctrl_c_reports_what_was_scored(tmp_path: Path) -> None:
     class Impatient(Brightness):
         def score(self, images: np.ndarray, references: np.ndarray, prompts: Sequence[str]) -> np.ndarray:

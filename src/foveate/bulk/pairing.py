@@ -1,7 +1,7 @@
 """Pairs the images of two runs by row id and image, in one pass over both manifests.
 
-Before it, one pass over each finds the rows that both have: 8 bytes a row while it runs, and 8 bytes a row that both
-have afterwards. Those rows must come in the same order, as they do where both runs read one input.
+Before it, one pass over each finds the rows that both have: some 40 bytes a row while they are looked for, and 8 bytes a
+row that both have afterwards. Those rows must come in the same order, as they do where both runs read one input.
 """
 
 from array import array
@@ -69,7 +69,7 @@ class Pairing:
         """
         self._runs = (reference, other)
         hashes = _hashes(reference), _hashes(other)
-        self._common = np.intersect1d(*hashes)
+        self._common = _common(*hashes)
         num_common = len(self._common)
         only = {side: len(found) - num_common for side, found in zip(SIDES, hashes, strict=True)}
         self.counts = Counts(rows=num_common, only=only)
@@ -128,6 +128,16 @@ def _hashes(run: OutputFolder) -> Int64[np.ndarray, " n"]:
     """One number for the id of every row."""
     found = array("q", (hash(entries[0]["id"]) for entries in _by_row(run)))
     return np.frombuffer(found, dtype=np.int64) if found else np.empty(0, dtype=np.int64)
+
+
+def _common(one: Int64[np.ndarray, " n"], other: Int64[np.ndarray, " m"]) -> Int64[np.ndarray, " k"]:
+    """Numbers that are in both, in order; both are sorted in place."""
+    one.sort()
+    other.sort()
+    if not len(other):
+        return other
+    place = np.minimum(np.searchsorted(other, one), len(other) - 1)
+    return one[other[place] == one]
 
 
 def _by_row(run: OutputFolder) -> Iterator[list[Entry]]:
