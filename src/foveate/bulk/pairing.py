@@ -1,7 +1,7 @@
 """Pairs the images of two runs by row id and image, in one pass over both manifests.
 
-Before it, one pass over each finds the rows that both have: some 40 bytes a row while they are looked for, and 8 bytes a
-row that both have afterwards. Those rows must come in the same order, as they do where both runs read one input.
+Before it, one pass over each finds the rows that both have: some 40 bytes a row while they are looked for, and 8 bytes
+a row that both have afterwards. Those rows must come in the same order, as they do where both runs read one input.
 """
 
 from array import array
