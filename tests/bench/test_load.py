@@ -271,6 +271,8 @@ def test_a_server_that_refuses_the_first_request_ends_the_measurement(peer: Thre
 def test_metrics_are_read_by_name() -> None:
     sample = parsed("# TYPE a\nprocess_open_fds 7\nfoveate_queue_images 2.0\nprocess_open_fds_other 3\n", 1.5)
     assert sample == Sample(at_s=1.5, open_files=7.0, queue_images=2.0)
+    page = 'foveate_queue_images{replica="a"} 2\nfoveate_queue_images{replica="b"} 3\nprocess_open_fds 4\n'
+    assert parsed(page, 1.0) == Sample(at_s=1.0, open_files=4.0, queue_images=5.0)
 
 
 @pytest.mark.soak

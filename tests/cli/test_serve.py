@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from foveate.cli.options import ModelOptions
-from foveate.cli.serve import LimitOptions, ServeOptions, _settings
+from foveate.cli.serve import EngineOptions, LimitOptions, ServeOptions, _settings, _share_of_machine
 from foveate.server.keys import ENVIRONMENT
 from foveate.server.moderation import TimedCheck
 
@@ -27,10 +27,22 @@ from foveate.server.moderation import TimedCheck
         (("--port", "0", "--store", "/dev/null/images"), "cannot keep images in /dev/null/images"),
         (("--model", "emojo"), "did you mean emoji"),
         (("--encoders", "0"), "encoders must be 1 or more"),
+        (("--num-replicas", "2"), "--num-replicas needs --engine ray"),
+        (("--engine", "ray", "--num-replicas", "2", "--max-replicas", "4"), "not both"),
+        (("--engine", "ray", "--max-replicas", "4"), "--min-replicas and --max-replicas come together"),
+        (("--engine", "ray", "--gpus-per-replica", "1"), "add --device cuda"),
     ],
 )
 def test_flags_that_cannot_be_are_refused(run: Callable[..., Any], flags: tuple[str, ...], message: str) -> None:
     run("serve", *flags).assert_refused(message)
+
+
+def test_replicas_of_one_machine_share_its_memory() -> None:
+    assert _share_of_machine(EngineOptions()) == 1
+    assert _share_of_machine(EngineOptions(engine="ray", min_replicas=1, max_replicas=4)) == 0.25
+    assert _share_of_machine(EngineOptions(engine="ray", num_replicas=4, address="auto")) == 1
+    assert _share_of_machine(EngineOptions(engine="ray", num_replicas=4, gpus_per_replica=0.5)) == 0.5
+    assert _share_of_machine(EngineOptions(engine="ray", num_replicas=4, gpus_per_replica=1.0)) == 1
 
 
 def test_flags_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

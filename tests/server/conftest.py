@@ -108,9 +108,9 @@ class Live:
             return found
 
 
-def eventually(holds: Callable[[], bool], what: str) -> None:
+def eventually(holds: Callable[[], bool], what: str, timeout_s: float = TIMEOUT_S) -> None:
     """Waits until something holds."""
-    until = time.monotonic() + TIMEOUT_S
+    until = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < until, f"never: {what}"
         time.sleep(0.01)

@@ -131,6 +131,11 @@ class Cluster:
         # Each front is the owner of a store of its own, so this one is lent.
         return handle, SharedStore(store.folder, settings.store, owns=False)
 
+    def start_of(self, folder: Path) -> Any:
+        """A handle to one replica of another model."""
+        wanted = ReplicaSettings(cpus=1.0, grace_s=1.0)
+        return deploy(_loader(folder), ServerSettings(), self.base, wanted)
+
     def close(self) -> None:
         """Ends the fronts; the cluster ends with its block."""
         for server, _ in self.running:

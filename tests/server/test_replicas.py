@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import types
@@ -19,8 +21,10 @@ from typing import Any
 
 import pytest
 
+from foveate.core.errors import FoveateError
 from tests.server import test_api, test_faults, test_keys, test_store, test_streams
 from tests.server.conftest import PATH, PROMPT, TIMEOUT_S, Answer, Live, eventually
+from tests.server.test_serving import ask, free_port
 
 pytestmark = [
     pytest.mark.skipif(find_spec("ray") is None, reason="needs the extra ray"),
@@ -178,3 +182,42 @@ def test_one_replica_is_killed_in_the_middle(live: Live) -> None:
     assert len({answer.data["data"][0]["b64_json"] for answer in whole}) == 1
     eventually(lambda: len(set(processes()) - {victim}) == 2, "another one is started")
     assert live.generate().status == 200
+
+
+@pytest.mark.soak
+def test_a_model_that_cannot_be_loaded_is_told(cluster: Any, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(FoveateError, match="the replicas cannot be started: .*no such file or folder"):
+            cluster.start_of(tmp_path / "none")
+
+
+@pytest.mark.soak
+def test_the_command_ends_within_its_grace_and_loses_nothing(toy_folder: Path) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "foveate", "serve", "--engine", "ray", "--num-replicas", "2", "--model",
+               str(toy_folder), "--port", str(port), "--grace", "20", "--cpus-per-replica", "0.5"]  # fmt: skip
+    before = set(processes())
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            eventually(lambda: ask(port)[0] in (503, 200), "it answers while it loads", 2 * TIMEOUT_S)
+            eventually(lambda: ask(port)[0] == 200, "it is ready", 4 * TIMEOUT_S)
+            answers: list[tuple[int, Any]] = []
+            bodies = [{"prompt": PROMPT, "seed": seed, "n": 2} for seed in range(8)]
+            threads = [threading.Thread(target=lambda b=body: answers.append(ask(port, PATH, b))) for body in bodies]
+            for thread in threads:
+                thread.start()
+            time.sleep(1.0)
+            began = time.monotonic()
+            server.send_signal(signal.SIGTERM)
+            server.communicate(timeout=60)
+            seconds = time.monotonic() - began
+            for thread in threads:
+                thread.join(TIMEOUT_S)
+        finally:
+            server.kill()
+    assert server.returncode == 0
+    assert seconds < 20 + 20, "the grace, and the end of Ray"
+    assert [status for status, _ in answers].count(200) > 0
+    assert {status for status, _ in answers} <= {200, 503, 0}
+    eventually(lambda: not set(processes()) - before, "nothing of Ray is left")

@@ -46,9 +46,12 @@ class Sample:
 
 
 def parsed(text: str, at_s: float) -> Sample:
-    """The sample in a page of Prometheus' text format."""
-    words = [line.split(" ") for line in text.splitlines() if not line.startswith("#")]
-    found = {_NAMES[pair[0]]: float(pair[1]) for pair in words if pair[0] in _NAMES}
+    """The sample in a page of Prometheus' text format; numbers of several replicas are added up."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        name = _NAMES.get(line.partition(" ")[0].partition("{")[0])
+        if name is not None:
+            found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
     return Sample(at_s=at_s, **found)
 
 

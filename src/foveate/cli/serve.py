@@ -116,6 +116,18 @@ class EngineOptions:
     cpus_per_replica: float | None = None
     gpus_per_replica: float | None = None
 
+    @property
+    def fewest(self) -> int:
+        """Replicas that always run."""
+        fixed = 1 if self.num_replicas is None else self.num_replicas
+        return fixed if self.min_replicas is None else self.min_replicas
+
+    @property
+    def most(self) -> int:
+        """Replicas that run at most."""
+        fixed = 1 if self.num_replicas is None else self.num_replicas
+        return fixed if self.max_replicas is None else self.max_replicas
+
 
 _MODEL, _SERVE, _LIMITS, _ENGINE = ModelOptions(), ServeOptions(), LimitOptions(), EngineOptions()
 
@@ -154,9 +166,8 @@ def serve(
     level = logging.getLevelNamesMapping()[options.log_level.upper()]
     _check_engine(engine, model)
     place = Place(host=options.host, port=options.port, grace_s=options.grace)
-    packing = SchedulerSettings(
-        max_images=limits.max_batch_size, max_queue=limits.max_queue, memory_share=limits.memory_share
-    )
+    share = limits.memory_share * _share_of_machine(engine)
+    packing = SchedulerSettings(max_images=limits.max_batch_size, max_queue=limits.max_queue, memory_share=share)
     settings = _settings(options, limits, model)
     spec_of(model)
     if options.host not in LOOPBACK and not settings.keys.is_required:
@@ -169,11 +180,10 @@ def serve(
     def replicas() -> Served:
         from foveate.server.replicas.serving import RayServed, ReplicaSettings  # noqa: PLC0415 - ray, an extra
 
-        fixed = 1 if engine.num_replicas is None else engine.num_replicas
         wanted = ReplicaSettings(
             address=engine.address,
-            least=fixed if engine.min_replicas is None else engine.min_replicas,
-            most=fixed if engine.max_replicas is None else engine.max_replicas,
+            least=engine.fewest,
+            most=engine.most,
             target_ongoing=float(limits.max_batch_size) if engine.target_ongoing is None else engine.target_ongoing,
             cpus=engine.cpus_per_replica,
             gpus=engine.gpus_per_replica or 0.0,
@@ -188,6 +198,13 @@ def serve(
     if not is_done:
         note(f"not everything was finished within {options.grace:g} s; the rest was answered with an error")
     return 0
+
+
+def _share_of_machine(engine: EngineOptions) -> float:
+    """Of the memory that is free, what one process may count on, where its neighbours are known."""
+    if engine.gpus_per_replica:
+        return min(1.0, engine.gpus_per_replica)
+    return 1.0 if engine.engine == "local" or engine.address is not None else 1 / max(1, engine.most)
 
 
 def _check_engine(engine: EngineOptions, model: ModelOptions) -> None:

@@ -20,7 +20,7 @@ from foveate.server.work import Event, Failed, Finished, ImageDone, Listener, Sc
 
 logger = logging.getLogger("foveate.server")
 
-_LEVELLED = ("foveate", "uvicorn")
+_LEVELLED = ("foveate", "uvicorn", "ray")
 """Loggers whose level is set; give uvicorn `log_config=None` and `access_log=False`, whose lines repeat addresses."""
 
 _PROBES = ("/health", "/ready", "/metrics")
@@ -52,7 +52,7 @@ def json_logs(level: int = logging.INFO) -> Iterator[None]:
     """Writes all records, and Python's warnings, as JSON lines to stderr; undone at the end.
 
     Args:
-        level: Of foveate and uvicorn; other libraries keep theirs, which is WARNING unless they say otherwise. One with
+        level: Of foveate, uvicorn and Ray; other libraries keep theirs, which is WARNING unless they say otherwise. One with
             handlers of its own that hands nothing on writes as before.
     """
     handler = logging.StreamHandler(sys.stderr)

@@ -182,7 +182,8 @@ class _Passage:
             RayError: The replica has ended.
         """
         answer = self._forwarder.replicas.handle(call)
-        parts, until = aiter(answer), time.monotonic() + self._take_s
+        parts = aiter(answer)
+        until: float | None = time.monotonic() + self._take_s
         try:
             while not self._is_whole:
                 part = await self._next(parts, until)
@@ -199,7 +200,8 @@ class _Passage:
         step = asyncio.ensure_future(anext(parts))
         try:
             timeout = None if until is None else max(0.0, until - time.monotonic())
-            await asyncio.wait({step, self._end}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            waited: set[asyncio.Future[Any]] = {step, self._end}
+            await asyncio.wait(waited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
             if step.done():
                 return step.result()
             if self._end.done():
