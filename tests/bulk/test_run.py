@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 
 from foveate.bulk.forecast import forecast
 from foveate.bulk.output import OutputFolder
-from foveate.bulk.run import Bar, Part, run_local
+from foveate.bulk.run import Bar, Part, Run, run_local
 from foveate.bulk.settings import RunSettings, described
 from foveate.bulk.sources import open_source
 from foveate.bulk.tasks import seed_of
@@ -50,13 +50,13 @@ def settings_of(**changes: Any) -> RunSettings:
     return replace(settings, **changes)
 
 
-class Run:
+class Made:
     """A run over rows of a file, in a folder."""
 
     def __init__(self, pipe: Pipeline, path: Path, out: Path, settings: RunSettings) -> None:
         self.pipe, self.settings = pipe, settings
         self.source, self.scan = open_source(path, {}, settings.shard_size, None)
-        config = settings.config(described(pipe), input={"sha256": self.scan.sha256})
+        config = settings.config(described(pipe, settings.loading), input={"sha256": self.scan.sha256})
         self.output = OutputFolder.create(out, config)
 
     @property
@@ -64,10 +64,17 @@ class Run:
         numbers = Part().shards(-(-self.scan.num_rows // self.settings.shard_size))
         return [number for number in numbers if number not in self.output.published()]
 
-    def __call__(self, shards: Iterable[int] | None = None, **options: Any) -> list[dict[str, Any]]:
-        bar = Bar(self.scan.num_rows, is_hidden=True)
-        numbers = self.left if shards is None else shards
-        self.tally = run_local(self.pipe, self.settings, self.source, self.output, numbers, bar, **options)
+    def run(self, shards: Sequence[int] | None = None) -> Run:
+        return Run(
+            settings=self.settings,
+            source=self.source,
+            output=self.output,
+            shards=self.left if shards is None else shards,
+            bar=Bar(self.scan.num_rows, is_hidden=True),
+        )
+
+    def __call__(self, shards: Sequence[int] | None = None, **options: Any) -> list[dict[str, Any]]:
+        self.tally = run_local(self.pipe, self.run(shards), **options)
         self.output.write_failed()
         return list(self.output.entries())
 
@@ -89,7 +96,7 @@ def expected(pipe: Pipeline, row: dict[str, Any]) -> np.ndarray:
 
 
 def test_every_image_is_the_one_of_the_pipeline_alone(toy_pipe: Pipeline, tmp_path: Path) -> None:
-    run = Run(toy_pipe, written(tmp_path / "rows.jsonl", ROWS), tmp_path / "out", settings_of(batch_size=4))
+    run = Made(toy_pipe, written(tmp_path / "rows.jsonl", ROWS), tmp_path / "out", settings_of(batch_size=4))
     entries = run()
     assert [(e["id"], e["image"]) for e in entries] == [
         (row["id"], image) for row in ROWS for image in range(row.get("n", 1))
@@ -113,7 +120,7 @@ def test_shards_have_the_same_bytes_whatever_shares_a_batch(toy_pipe: Pipeline, 
     path = written(tmp_path / "rows.jsonl", [row for row in ROWS if "rng" not in row])
     found = []
     for size in (1, 3, None):
-        run = Run(toy_pipe, path, tmp_path / f"out-{size}", settings_of(batch_size=size))
+        run = Made(toy_pipe, path, tmp_path / f"out-{size}", settings_of(batch_size=size))
         run([1, 0])
         found.append({p.name: p.read_bytes() for p in run.output.path.rglob("*") if p.suffix in (".tar", ".jsonl")})
     assert len(found[0]) == 4
@@ -130,7 +137,7 @@ def test_rows_that_fail_end_nothing(toy_pipe: Pipeline, tmp_path: Path) -> None:
         {"prompt": "a cat", "id": "late", "seed": -1},
         ROWS[5],
     ]
-    run = Run(toy_pipe, written(tmp_path / "rows.jsonl", rows), tmp_path / "out", settings_of())
+    run = Made(toy_pipe, written(tmp_path / "rows.jsonl", rows), tmp_path / "out", settings_of())
     entries = run()
     assert [e["id"] for e in entries if "error" not in e] == ["cat", "rocket"]
     errors = {e["id"]: e["error"] for e in entries if "error" in e}
@@ -168,12 +175,12 @@ def test_an_image_that_fails_is_tried_again_alone(
     prompts = ["a red cat", "two dogs", "the house"]
     path = written(tmp_path / "rows.jsonl", [{"prompt": prompt} for prompt in prompts])
     twice = Faults(monkeypatch, error, "two dogs", 2)
-    run = Run(toy_pipe, path, tmp_path / "out", settings_of())
+    run = Made(toy_pipe, path, tmp_path / "out", settings_of())
     assert [e["prompt"] for e in run()] == prompts
     assert run.tally.failures == 0
     assert twice.batches == [prompts, ["a red cat"], ["two dogs"], ["the house"], ["two dogs"]]
     Faults(monkeypatch, error, "two dogs", 99)
-    run = Run(toy_pipe, path, tmp_path / "again", settings_of())
+    run = Made(toy_pipe, path, tmp_path / "again", settings_of())
     entries = run()
     assert [("error" in e) for e in entries] == [False, True, False]
     assert entries[1]["attempts"] == 2
@@ -193,7 +200,7 @@ def test_where_memory_runs_out_batches_become_smaller(
         return draw(pipe, rows, *arguments)
 
     monkeypatch.setattr("foveate.bulk.worker.draw_batch", small)
-    run = Run(toy_pipe, path, tmp_path / "out", settings_of(shard_size=4))
+    run = Made(toy_pipe, path, tmp_path / "out", settings_of(shard_size=4))
     assert len(run()) == 4
     assert run.tally.failures == 0
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
@@ -211,7 +218,7 @@ def test_images_whose_numbers_break_fail_alone(
         return stream(pipe, prompts, *arguments, **options)
 
     monkeypatch.setattr(Pipeline, "stream", broken)
-    run = Run(toy_pipe, path, tmp_path / "out", settings_of())
+    run = Made(toy_pipe, path, tmp_path / "out", settings_of())
     entries = run()
     assert [("error" in e) for e in entries] == [False, True, False]
     assert "logits are NaN" in entries[1]["error"]
@@ -219,7 +226,7 @@ def test_images_whose_numbers_break_fail_alone(
 
 def test_a_run_goes_on_where_it_ended(toy_pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = written(tmp_path / "rows.jsonl", [{"prompt": f"a cat {i}"} for i in range(8)])
-    whole = Run(toy_pipe, path, tmp_path / "whole", settings_of(batch_size=2, shard_size=4))
+    whole = Made(toy_pipe, path, tmp_path / "whole", settings_of(batch_size=2, shard_size=4))
     whole()
     draw, drawn, stop = bulk.draw_batch, [], 3
 
@@ -231,9 +238,9 @@ def test_a_run_goes_on_where_it_ended(toy_pipe: Pipeline, tmp_path: Path, monkey
 
     monkeypatch.setattr("foveate.bulk.worker.draw_batch", ended)
     with pytest.raises(KeyboardInterrupt):
-        Run(toy_pipe, path, tmp_path / "out", settings_of(batch_size=2, shard_size=4))()
+        Made(toy_pipe, path, tmp_path / "out", settings_of(batch_size=2, shard_size=4))()
     stop = 99
-    again = Run(toy_pipe, path, tmp_path / "out", settings_of(batch_size=2, shard_size=4))
+    again = Made(toy_pipe, path, tmp_path / "out", settings_of(batch_size=2, shard_size=4))
     assert again.left == [1]
     again()
     assert sorted(prompt for batch in drawn for prompt in batch) == [f"a cat {i}" for i in range(8)]
@@ -257,13 +264,13 @@ def test_prompts_are_encoded_once(toy_pipe: Pipeline, tmp_path: Path) -> None:
     pipe = Pipeline(replace(toy_pipe.model, text=Counted()))
     rows = [{"prompt": "a red cat", "policy": p, "seed": 1} for p in ("full", CHEAP, "ld-pruning")] * 2
     path = written(tmp_path / "rows.jsonl", rows)
-    Run(pipe, path, tmp_path / "out", settings_of(batch_size=1))()
+    Made(pipe, path, tmp_path / "out", settings_of(batch_size=1))()
     assert read.count("a red cat") == 1
 
 
 def test_psnr_to_the_full_run(toy_pipe: Pipeline, tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", [{"prompt": "a red cat"}, {"prompt": "a red cat", "policy": "full"}])
-    run = Run(toy_pipe, path, tmp_path / "out", settings_of(psnr_to_full=True))
+    run = Made(toy_pipe, path, tmp_path / "out", settings_of(psnr_to_full=True))
     one, other = (entry["psnr_to_full"] for entry in run())
     assert 0 < one < 60
     assert other == 100
@@ -272,7 +279,7 @@ def test_psnr_to_the_full_run(toy_pipe: Pipeline, tmp_path: Path) -> None:
 def test_jpeg_and_parquet(toy_pipe: Pipeline, tmp_path: Path) -> None:
     path = written(tmp_path / "rows.jsonl", ROWS[:2])
     settings = settings_of(encoder=Encoder(format="jpeg", quality=80), shard_format="parquet")
-    run = Run(toy_pipe, path, tmp_path / "out", settings)
+    run = Made(toy_pipe, path, tmp_path / "out", settings)
     entries = run()
     assert {entry["format"] for entry in entries} == {"jpeg"}
     assert all(run.output.content(entry)[:2] == b"\xff\xd8" for entry in entries)
@@ -280,7 +287,7 @@ def test_jpeg_and_parquet(toy_pipe: Pipeline, tmp_path: Path) -> None:
 
 def test_too_many_failures_end_the_run(toy_pipe: Pipeline, tmp_path: Path) -> None:
     rows = [{"prompt": "a cat", "size": "17x17"}] * 4
-    run = Run(toy_pipe, written(tmp_path / "rows.jsonl", rows), tmp_path / "out", settings_of())
+    run = Made(toy_pipe, written(tmp_path / "rows.jsonl", rows), tmp_path / "out", settings_of())
     with pytest.raises(FoveateError, match="images failed, more than --max-failures 1; the first: row 0: size must"):
         run(max_failures=1)
 
@@ -300,7 +307,7 @@ def test_a_seed_follows_from_the_id_alone() -> None:
 
 def test_a_forecast_counts_what_the_run_does(toy_pipe: Pipeline, tmp_path: Path) -> None:
     rows = [*[row for row in ROWS if "rng" not in row], "{broken", {"prompt": "a cat", "size": "17x17"}]
-    run = Run(toy_pipe, written(tmp_path / "rows.jsonl", rows), tmp_path / "out", settings_of())
+    run = Made(toy_pipe, written(tmp_path / "rows.jsonl", rows), tmp_path / "out", settings_of())
     found = forecast(toy_pipe, run.settings, run.source, run.left)
     assert not run.output.published()
     entries = [entry for entry in run() if "error" not in entry]
@@ -345,7 +352,7 @@ def test_a_million_rows_are_planned_in_bounded_memory() -> None:
 
 
 def test_a_worker_says_what_it_did(toy_pipe: Pipeline, tmp_path: Path) -> None:
-    run = Run(toy_pipe, written(tmp_path / "rows.jsonl", ROWS), tmp_path / "out", settings_of())
+    run = Made(toy_pipe, written(tmp_path / "rows.jsonl", ROWS), tmp_path / "out", settings_of())
     heard: list[Any] = []
     worker = Worker(pipe=toy_pipe, settings=run.settings, source=run.source, output=run.output, listener=heard.append)
     summary = worker.generate(0)

@@ -12,7 +12,7 @@ from foveate.bulk.tables import Record, Table
 from foveate.core.errors import FoveateError
 
 if TYPE_CHECKING:
-    import pyarrow  # type: ignore[import-untyped]  # it has no types
+    import pyarrow  # it has no types
 
 _BATCH_ROWS = 1000
 """Rows that are decoded at once."""
@@ -163,7 +163,7 @@ def _nested_type(kind: "pyarrow.DataType") -> "pyarrow.DataType | None":
 
 def _parquet() -> Any:  # noqa: ANN401 - a module
     try:
-        import pyarrow.parquet  # type: ignore[import-untyped]  # noqa: PLC0415
+        import pyarrow.parquet  # noqa: PLC0415
     except ImportError:
         raise FoveateError('parquet needs pyarrow, which is missing: pip install "foveate[bulk]"') from None
     return pyarrow.parquet

@@ -1,16 +1,18 @@
-"""A whole run in this process: the shards that are not there yet, one after the other."""
+"""A whole run: the shards that are not there yet, in this process one after the other, or in workers on Ray."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from foveate.bulk.output import OutputFolder
+from foveate.bulk.ray_engine import RayWorkers, generate_on_ray
 from foveate.bulk.settings import RunSettings
 from foveate.bulk.sources import Source
-from foveate.bulk.worker import Progress, Worker
+from foveate.bulk.worker import Listener, Progress, Worker
 from foveate.core.errors import FoveateError
 from foveate.pipeline.pipeline import Pipeline
 from foveate.pipeline.said_once import warnings_once
@@ -107,6 +109,7 @@ class Bar:
     """The progress of a run on stderr: images, images a second, time left, what the policy saves, and failures."""
 
     def __init__(self, total: int, *, is_hidden: bool | None) -> None:
+        self._total = total
         self._bar = tqdm(total=total, disable=is_hidden, unit="image", smoothing=0.05, dynamic_ncols=True)
         self.tally = Tally()
         self._began = time.monotonic()
@@ -116,7 +119,7 @@ class Bar:
         tally = self.tally
         tally.add(progress)
         tally.seconds = time.monotonic() - self._began
-        self._bar.total += progress.more
+        self._bar.total = self._total = self._total + progress.more
         if progress.resumed:
             # Not made now, so that it does not count for the pace.
             self._bar.n += progress.resumed
@@ -136,45 +139,92 @@ class Bar:
         self._bar.close()
 
 
-def run_local(
-    pipe: Pipeline,
-    settings: RunSettings,
-    source: Source,
-    output: OutputFolder,
-    shards: Iterable[int],
-    bar: Bar,
-    *,
-    max_failures: int | None = None,
-    on_shard: Callable[[int], None] = lambda _: None,
-) -> Tally:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What is to be done.
+
+    Attributes:
+        settings: Of the images.
+        source: Rows.
+        output: Where shards go.
+        shards: Numbers of the shards that are not there yet.
+        bar: Shows progress.
+    """
+
+    settings: RunSettings
+    source: Source
+    output: OutputFolder
+    shards: Sequence[int]
+    bar: Bar
+
+
+def run_local(pipe: Pipeline, run: Run, *, max_failures: int | None = None) -> Tally:
     """Generates shards one after the other in this process.
 
     Args:
         pipe: The model.
-        settings: Of the run.
-        source: The input.
-        output: Where shards go.
-        shards: Numbers of the shards; those that are published already are left out by the caller.
-        bar: Shows progress.
+        run: What is to be done.
         max_failures: How many images may fail; None for any number.
-        on_shard: Told of every shard that is published.
 
     Raises:
         FoveateError: The output cannot be written, or more images failed than may; what is done stays.
     """
 
     def listen(progress: Progress) -> None:
-        bar(progress)
-        refuse_failures(bar.tally, max_failures)
+        run.bar(progress)
+        refuse_failures(run.bar.tally, max_failures)
 
+    worker = worker_of(pipe, run.settings, run.source, run.output, listen)
+    with warnings_once():
+        for number in run.shards:
+            worker.generate(number)
+    return run.bar.tally
+
+
+def worker_of(
+    pipe: Pipeline, settings: RunSettings, source: Source, output: OutputFolder, listener: Listener = lambda _: None
+) -> Worker:
+    """A worker with a pipeline that remembers prompts and shows no progress of its own."""
     pipe.set_progress_bar_config(disable=True)
     pipe.remember_prompts(REMEMBERED_PROMPTS)
-    worker = Worker(pipe=pipe, settings=settings, source=source, output=output, listener=listen)
-    with warnings_once():
-        for number in shards:
-            worker.generate(number)
-            on_shard(number)
-    return bar.tally
+    return Worker(pipe=pipe, settings=settings, source=source, output=output, listener=listener)
+
+
+def loaded_worker(settings: RunSettings, source: Source, output: OutputFolder) -> Worker:
+    """A worker in another process, which loads the model for itself."""
+    return worker_of(settings.loading.open(), settings, source, output)
+
+
+def run_on_ray(run: Run, workers: RayWorkers, *, max_failures: int | None = None) -> Tally:
+    """Generates shards in workers of a Ray cluster, which see the input and the output as this process does.
+
+    Args:
+        run: What is to be done; progress comes shard by shard.
+        workers: How many there are, and where.
+        max_failures: How many images may fail; None for any number.
+
+    Raises:
+        FoveateError: Ray or a worker cannot be had, a shard cannot be made, or more images failed than may; what is
+            done stays.
+    """
+    make = partial(loaded_worker, run.settings, run.source, run.output)
+    for _, made in generate_on_ray(make, run.shards, workers):
+        run.bar(
+            Progress(
+                images=made.num_images,
+                failures=made.num_failed,
+                flops_run=made.flops_run,
+                flops_full=made.flops_full,
+                error=_first_error(run.output, made.shard) if made.num_failed else None,
+            )
+        )
+        refuse_failures(run.bar.tally, max_failures)
+    return run.bar.tally
+
+
+def _first_error(output: OutputFolder, shard: int) -> str:
+    entry = next(entry for entry in output.entries([shard]) if "error" in entry)
+    return f"row {entry['row']}: {entry['error']}"
 
 
 def refuse_failures(tally: Tally, max_failures: int | None) -> None:

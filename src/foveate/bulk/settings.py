@@ -83,13 +83,19 @@ class RunSettings:
         }
 
 
-def described(pipe: Pipeline) -> dict[str, Any]:
-    """The model of a run, as far as images depend on it."""
-    model = pipe.model
+def described(pipe: Pipeline, loading: Loading) -> dict[str, Any]:
+    """The model of a run, as far as images depend on it; on a CPU the number of threads decides last bits.
+
+    Args:
+        pipe: The model, wherever it is.
+        loading: How workers load it.
+    """
+    model, device = pipe.model, str(loading.options.get("device", "cpu")).partition(":")[0]
     return {
         "name": model.spec.name,
         "weights": model.weights,
         "sha256": model.sha256,
         **describe_precision(model.precision),
-        "device": model.device.type,
+        "device": device,
+        **({"threads": loading.threads} if device == "cpu" else {}),
     }

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import Parameter
 
@@ -22,6 +22,10 @@ from foveate.cli.options import (
 )
 from foveate.core.errors import FoveateError
 from foveate.pipeline.options import Options, checked
+
+if TYPE_CHECKING:
+    from foveate.bulk.run import Run, Tally
+    from foveate.pipeline.pipeline import Pipeline
 
 _SECONDS_OF_DAY = 86_400
 
@@ -157,18 +161,22 @@ def _run(path: Path, call: Options, model: ModelOptions, options: BatchOptions) 
         0, or 1 if rows failed.
     """
     from foveate.bulk.output import OutputFolder  # noqa: PLC0415 - torch is loaded when the command runs
-    from foveate.bulk.run import Part  # noqa: PLC0415
+    from foveate.bulk.run import Bar, Part, Run  # noqa: PLC0415
     from foveate.bulk.sets import write_layout  # noqa: PLC0415
     from foveate.bulk.settings import described  # noqa: PLC0415
-    from foveate.cli.loading import open_pipeline  # noqa: PLC0415
 
     part, columns = Part.parsed(options.shard), options.columns
     source, scan = _opened(path, columns, options)
     settings = _settings(call, model, options)
-    pipe = open_pipeline(model, is_quiet=True)
-    of_input = {"name": source.name, "sha256": scan.sha256, "rows": scan.num_rows}
+    is_elsewhere = options.engine == "ray" and not options.dry_run
+    loading = settings.loading.on_cpu() if is_elsewhere else settings.loading
+    pipe = loading.open()
     config = settings.config(
-        described(pipe), input=of_input, columns=columns, limit=options.limit, set=options.prompts_set
+        described(pipe, settings.loading),
+        input={"name": source.name, "sha256": scan.sha256, "rows": scan.num_rows},
+        columns=columns,
+        limit=options.limit,
+        set=options.prompts_set,
     )
     numbers = part.shards(-(-scan.num_rows // options.shard_size))
     if options.dry_run:
@@ -177,7 +185,10 @@ def _run(path: Path, call: Options, model: ModelOptions, options: BatchOptions) 
     with output.locked(part.lock):
         published = output.published()
         left = [number for number in numbers if number not in published]
-        tally = _generate(pipe, settings, source, output, left, scan.num_rows, options)
+        rows = sum(min(options.shard_size, scan.num_rows - number * options.shard_size) for number in left)
+        bar = Bar(rows * settings.images_per_row, is_hidden=True if options.quiet else None)
+        run = Run(settings=settings, source=source, output=output, shards=left, bar=bar)
+        tally = _generate(None if is_elsewhere else pipe, run, options)
         num_failed = output.write_failed()
         if options.prompts_set is not None:
             write_layout(options.prompts_set, output, options.output / options.prompts_set, note)
@@ -219,7 +230,7 @@ def _settings(call: Options, model: ModelOptions, options: BatchOptions) -> Any:
         call = cast(Options, {**call, "num_images_per_prompt": find_set(options.prompts_set).num_images})
     check_call("0" if draws_classes(spec) else "a", {**call, "num_images_per_prompt": 1}, [policy], spec)
     return RunSettings(
-        loading=loading_of(model),
+        loading=loading_of(model).with_threads(),
         options=call,
         encoder=Encoder.for_file(f"x.{options.format}", options.quality, is_lossless=options.lossless),
         shard_format=options.shard_format,
@@ -242,28 +253,24 @@ def _left(numbers: Sequence[int], folder: Path, config: dict[str, Any]) -> list[
     return [number for number in numbers if number not in published]
 
 
-def _generate(
-    pipe: Any,  # noqa: ANN401 - imported late, as the others
-    settings: Any,  # noqa: ANN401
-    source: Any,  # noqa: ANN401
-    output: Any,  # noqa: ANN401
-    left: list[int],
-    num_rows: int,
-    options: BatchOptions,
-) -> Any:  # noqa: ANN401
-    """Runs the shards that are left."""
-    from foveate.bulk.run import Bar, run_local  # noqa: PLC0415
+def _generate(pipe: "Pipeline | None", run: "Run", options: BatchOptions) -> "Tally":
+    """Runs the shards that are left: here, or without a pipeline of this process on Ray."""
+    from foveate.bulk.ray_engine import RayWorkers  # noqa: PLC0415
+    from foveate.bulk.run import run_local, run_on_ray  # noqa: PLC0415
 
-    rows = sum(min(options.shard_size, num_rows - number * options.shard_size) for number in left)
-    bar = Bar(rows * settings.images_per_row, is_hidden=True if options.quiet else None)
     try:
-        return run_local(pipe, settings, source, output, left, bar, max_failures=options.max_failures)
+        if pipe is not None or not run.shards:
+            return run_local(pipe, run, max_failures=options.max_failures) if run.shards else run.bar.tally
+        workers = RayWorkers(
+            address=options.address, count=options.num_workers or 1, gpus=options.gpus_per_worker or 0.0
+        )
+        return run_on_ray(run, workers, max_failures=options.max_failures)
     except BaseException:
-        bar.close()
-        note(f"what is done stays in {output.path}; the same command goes on")
+        run.bar.close()
+        note(f"what is done stays in {options.output}; the same command goes on")
         raise
     finally:
-        bar.close()
+        run.bar.close()
 
 
 def _forecast(pipe: Any, settings: Any, source: Any, left: list[int], options: BatchOptions) -> int:  # noqa: ANN401

@@ -1,7 +1,7 @@
 """How a process loads a model, as plain data that another process can do, too."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,3 +37,13 @@ class Loading:
         if self.cuda_graphs:
             pipe.enable_cuda_graphs()
         return pipe
+
+    def with_threads(self) -> "Loading":
+        """The same with the number of CPU threads of this process, which decides last bits, where none is asked for."""
+        return self if self.threads is not None else replace(self, threads=torch.get_num_threads())
+
+    def on_cpu(self) -> "Loading":
+        """The same weights in main memory, for a process that has no GPU and only has to know them."""
+        return replace(
+            self, options={**self.options, "device": "cpu", "offload": False, "kernels": None}, cuda_graphs=False
+        )

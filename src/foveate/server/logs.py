@@ -52,8 +52,8 @@ def json_logs(level: int = logging.INFO) -> Iterator[None]:
     """Writes all records, and Python's warnings, as JSON lines to stderr; undone at the end.
 
     Args:
-        level: Of foveate, uvicorn and Ray; other libraries keep theirs, which is WARNING unless they say otherwise. One with
-            handlers of its own that hands nothing on writes as before.
+        level: Of foveate, uvicorn and Ray; other libraries keep theirs, which is WARNING unless they say otherwise. One
+            with handlers of its own that hands nothing on writes as before.
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
