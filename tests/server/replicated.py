@@ -94,15 +94,16 @@ class Cluster:
         is_loaded: bool = True,
         headers: dict[str, str] | None = None,
         send_buffer: int | None = None,
+        replicas: tuple[int, int] | None = None,
         **settings: Any,
     ) -> Live:
         """A server with these settings."""
         given = ServerSettings(**settings)
-        handle, store = self._replicas(given) if is_loaded else (None, SharedStore.make(given.store))
-        replicas = Deployed()
+        handle, store = self._replicas(given, replicas) if is_loaded else (None, SharedStore.make(given.store))
+        deployed = Deployed()
         if handle is not None:
-            replicas.open(handle)
-        app = front_of(given, store, Forwarder(replicas))
+            deployed.open(handle)
+        app = front_of(given, store, Forwarder(deployed))
         server = server_of(app, given.limits)
         listener = socket.create_server(("127.0.0.1", 0))
         if send_buffer is not None:
@@ -117,14 +118,14 @@ class Cluster:
         far.live, far.metrics = live, Summed(live)
         return live
 
-    def _replicas(self, settings: ServerSettings) -> tuple[Any, SharedStore]:
+    def _replicas(self, settings: ServerSettings, numbers: tuple[int, int] | None) -> tuple[Any, SharedStore]:
         """Those of the module, or, where the settings are such that they matter to replicas, one of their own."""
-        neutral = replace(settings, origins=(), keys=ServerSettings().keys, limits=_neutral(settings))
-        name = repr(neutral) if settings.moderation is None else str(len(self.deployed))
-        is_usual = name == repr(replace(ServerSettings(), keys=neutral.keys))
+        name = f"{numbers} {_known_to_replicas(settings)}" if settings.moderation is None else str(len(self.deployed))
+        is_usual = name == f"None {_known_to_replicas(ServerSettings())}"
         if name not in self.deployed:
             store = SharedStore.make(replace(settings.store, folder=settings.store.folder or self.base))
-            wanted = ReplicaSettings(least=2 if is_usual else 1, most=2 if is_usual else 1, cpus=1.0, grace_s=1.0)
+            least, most = numbers or ((2, 2) if is_usual else (1, 1))
+            wanted = ReplicaSettings(least=least, most=most, cpus=1.0, grace_s=1.0, target_ongoing=1.0)
             app, handle = deploy(_loader(self.folder), settings, store.folder, wanted)
             self.deployed[name] = (app, handle, store)
         _, handle, store = self.deployed[name]
@@ -148,11 +149,13 @@ class Cluster:
             store.close()
 
 
-def _neutral(settings: ServerSettings) -> Any:
-    """Limits without those that only the front knows."""
+def _known_to_replicas(settings: ServerSettings) -> str:
+    """Settings but for what only the front looks at."""
     usual = ServerSettings().limits
     of_front = ("body_bytes", "requests_per_minute", "header_seconds", "body_seconds", "send_seconds", "connections")
-    return replace(settings.limits, **{name: getattr(usual, name) for name in of_front})
+    limits = replace(settings.limits, **{name: getattr(usual, name) for name in of_front})
+    others = (settings.store, settings.aliases, settings.keeps_on_disconnect, settings.encoders)
+    return f"{limits} {others}"
 
 
 def _loader(folder: Path) -> Callable[[], tuple[Pipeline, Scheduler]]:

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from foveate.core.errors import FoveateError
+from foveate.server.limits import Limits
 from tests.server import test_api, test_faults, test_keys, test_store, test_streams
 from tests.server.conftest import PATH, PROMPT, TIMEOUT_S, Answer, Live, eventually
 from tests.server.test_serving import ask, free_port
@@ -151,6 +152,11 @@ def page(live: Live) -> str:
     return live.send("/metrics").body.decode()
 
 
+def names(live: Live) -> set[str]:
+    """Of the replicas that answer."""
+    return set(re.findall('foveate_running_images{replica="([^"]*)"}', page(live)))
+
+
 def held(live: Live) -> int:
     """Images that wait or run."""
     stats = live.service.stats()
@@ -159,8 +165,7 @@ def held(live: Live) -> int:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes in /proc")
 def test_one_replica_is_killed_in_the_middle(live: Live) -> None:
-    names = set(re.findall('foveate_running_images{replica="([^"]*)"}', page(live)))
-    assert len(names) == len(processes()) == 2
+    assert len(names(live)) == len(processes()) == 2
     # Two on each, as requests go to the replica with the least to do.
     streams = [Stream(live, seed=seed, size="512x512", n=2, trace=True) for seed in range(2)]
     eventually(lambda: all(len(stream.events) > 2 for stream in streams), "both run")
@@ -175,13 +180,29 @@ def test_one_replica_is_killed_in_the_middle(live: Live) -> None:
         thread.join(4 * TIMEOUT_S)
         assert not thread.is_alive(), "nothing hangs"
     ends = sorted(stream.kinds[-1] for stream in streams)
-    assert ends == ["error", "image_generation.completed"]
+    assert ends == ["error", "image_generation.completed"], [stream.events[-1] for stream in streams]
     (lost,) = (stream.events[-1][1]["error"] for stream in streams if stream.kinds[-1] == "error")
     assert (lost["code"], lost["type"]) == ("replica_lost", "server_error")
     assert [answer.status for answer in whole] == [200, 200], "what had sent nothing was given to the other one"
     assert len({answer.data["data"][0]["b64_json"] for answer in whole}) == 1
     eventually(lambda: len(set(processes()) - {victim}) == 2, "another one is started")
     assert live.generate().status == 200
+
+
+@pytest.mark.soak
+def test_replicas_follow_the_load(cluster: Any) -> None:
+    live = cluster.start(replicas=(1, 2), limits=Limits(images=9))
+    assert len(names(live)) == 1
+    streams: list[Stream] = []
+    until = time.monotonic() + 6 * TIMEOUT_S
+    while len(names(live)) < 2:
+        assert time.monotonic() < until, "another replica is started"
+        streams = [stream for stream in streams if stream.is_alive()]
+        streams += [Stream(live, size="512x512") for _ in range(4 - len(streams))]
+        time.sleep(1.0)
+    for stream in streams:
+        stream.join(4 * TIMEOUT_S)
+        assert stream.kinds == ["image_generation.completed"]
 
 
 @pytest.mark.soak

@@ -1,5 +1,6 @@
 """A Ray cluster for the time of a block: one of this machine, or one that runs already. Usage reporting is off."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +8,16 @@ from typing import Any
 
 from foveate.core.errors import FoveateError
 
+logger = logging.getLogger("foveate")
+
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # An actor that asks for no GPU sees those of its machine; what follows of that is said once in a warning otherwise.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 """Set before Ray is imported, and inherited by its processes."""
+
+_STARTS = 2
 
 _MOST_OBJECT_BYTES = 2 << 30
 """Shared memory of a cluster of one machine: what passes through it are images on their way, not data sets."""
@@ -36,21 +41,32 @@ def ray_cluster(*, address: str | None, num_cpus: int, num_gpus: int | None = No
     if ray.is_initialized():
         raise FoveateError("Ray is connected already in this process; call ray.shutdown() first")
     started = {"num_cpus": num_cpus, "num_gpus": num_gpus, "object_store_memory": _object_bytes()}
-    try:
-        ray.init(
-            address="local" if address is None else address,
-            include_dashboard=False if address is None else None,
-            log_to_driver=False,
-            configure_logging=False,
-            **({name: value for name, value in started.items() if value} if address is None else {}),
-        )
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-        where = "on this machine" if address is None else f"at {address}"
-        raise FoveateError(f"cannot use Ray {where}: {_first_line(error)}; try another --address") from None
+    if address is None:
+        settings = {name: value for name, value in started.items() if value is not None}
+        _connect(ray, "on this machine", address="local", include_dashboard=False, **settings)
+    else:
+        _connect(ray, f"at {address}", address=address)
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _connect(ray: Any, where: str, **settings: Any) -> None:  # noqa: ANN401
+    """Starts Ray or connects; on a machine that is busy a start may take longer than Ray waits, so it is tried twice.
+
+    Raises:
+        FoveateError: It did not work.
+    """
+    for attempt in range(1, _STARTS + 1):
+        try:
+            ray.init(log_to_driver=False, configure_logging=False, **settings)
+            return
+        except Exception as error:  # Ray raises plain ones here
+            ray.shutdown()
+            if attempt == _STARTS or isinstance(error, (ConnectionError, ValueError)):
+                raise FoveateError(f"cannot use Ray {where}: {_first_line(error)}") from error
+            logger.warning("Ray did not start, and is started again: %s", _first_line(error))
 
 
 def ray_module() -> Any:  # noqa: ANN401 - a module of an extra

@@ -88,6 +88,10 @@ class Replica:
         finally:
             messages.put_nowait(None)
 
+    async def drain(self, grace_s: float) -> bool:
+        """Takes no more and finishes what it has, within so many seconds; whether everything was."""
+        return await self._service.close(grace_s)
+
     async def counted(self) -> tuple[str, bytes]:
         """The name of this replica, and its metrics in Prometheus' text format."""
         return self._name, self._service.metrics.render()

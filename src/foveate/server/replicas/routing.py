@@ -6,10 +6,12 @@ it was checked there: the front remembers it by what was asked.
 """
 
 import json
+import math
 import random
 import threading
+import time
 from collections import OrderedDict
-from typing import Any
+from dataclasses import dataclass
 
 from ray.serve.request_router import FIFOMixin, PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -17,6 +19,9 @@ _FIELDS = ("n", "size", "quality", "policy", "budget", "policy_a", "policy_b")
 """Fields of a body that its cost depends on."""
 
 _KNOWN, _LONGEST = 1000, 2000
+
+_PROMISED_S = 5.0
+"""Seconds that a request counts for the replica that was chosen, where nothing is heard of it."""
 
 
 class Costs:
@@ -55,48 +60,57 @@ def asked_for(body: bytes) -> str:
     return json.dumps([found.get(name) for name in _FIELDS])[:_LONGEST]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Share:
+    """What a request adds to a replica; until a time, where the replica has not taken it yet."""
+
+    replica: ReplicaID
+    flops: float
+    until: float = math.inf
+
+
 class LeastWork(FIFOMixin, RequestRouter):  # type: ignore[misc]  # the types of an extra are not read
     """A router of Ray Serve, made by it in the process of the front."""
 
     def initialize_state(self, **_settings: object) -> None:
         """Nothing is on its way."""
         self._lock = threading.Lock()
-        self._flops: dict[ReplicaID, float] = {}
-        self._requests: dict[str, float] = {}
+        self._shares: dict[str, _Share] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """All replicas, the one that has the least to do first; equal ones in any order."""
+        now = time.monotonic()
+        with self._lock:
+            self._shares = {name: share for name, share in self._shares.items() if share.until > now}
+            sums: dict[ReplicaID, float] = {}
+            for share in self._shares.values():
+                sums[share.replica] = sums.get(share.replica, 0.0) + share.flops
+            keys = [(sums.get(replica.replica_id, 0.0), random.random()) for replica in candidate_replicas]
+            order = [candidate_replicas[place] for place in sorted(range(len(keys)), key=keys.__getitem__)]
+            if pending_request is not None and order:
+                # Counted before the replica says that it takes it, as the next request may come sooner.
+                share = _Share(replica=order[0].replica_id, flops=_flops_of(pending_request), until=now + _PROMISED_S)
+                self._shares[pending_request.metadata.internal_request_id] = share
         if pending_request is not None:
             # Where none takes it, wait a little before the next try.
             pending_request.routing_context.should_backoff = True
-        with self._lock:
-            shares = [(self._flops.get(replica.replica_id, 0.0), random.random()) for replica in candidate_replicas]
-        order = sorted(range(len(shares)), key=shares.__getitem__)
-        return [[candidate_replicas[place]] for place in order]
+        return [[replica] for replica in order]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
-        """A replica has it."""
-        flops = _flops_of(pending_request.args)
+        """A replica has it, or had it: a short one may be done by now."""
+        name = pending_request.metadata.internal_request_id
         with self._lock:
-            self._requests[pending_request.metadata.internal_request_id] = flops
-            self._flops[replica_id] = self._flops.get(replica_id, 0.0) + flops
+            if name in self._shares:
+                self._shares[name] = _Share(replica=replica_id, flops=_flops_of(pending_request))
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """It is done, or was broken off."""
+        """It is done, or was broken off; called from any thread."""
         with self._lock:
-            flops = self._requests.pop(internal_request_id, 0.0)
-            left = self._flops.get(replica_id, 0.0) - flops
-            # Without a request nothing is left; sums of floats would keep a rest.
-            self._flops[replica_id] = max(0.0, left) if self._requests else 0.0
-
-    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        """It is gone, and its name does not come again."""
-        super().on_replica_actor_died(replica_id)
-        with self._lock:
-            self._flops.pop(replica_id, None)
+            self._shares.pop(internal_request_id, None)
 
 
-def _flops_of(args: list[Any]) -> float:
+def _flops_of(pending_request: PendingRequest) -> float:
+    args = pending_request.args
     return float(getattr(args[0], "flops", 0.0)) if args else 0.0

@@ -39,6 +39,8 @@ _COUNT_S = 5.0
 """Seconds that a scrape waits for all replicas; Prometheus waits for ten."""
 _END_S = 20.0
 """Seconds for ending replicas and Ray, behind the seconds of grace."""
+_START_S = 1.0
+"""The same where they were not even started."""
 _HEALTH_S, _HEALTH_TIMEOUT_S = 5.0, 60.0
 
 
@@ -125,7 +127,12 @@ class RayServed:
     async def close(self, grace_s: float) -> bool:
         """Finishes or answers what was accepted."""
         self._service.is_closing = True
-        return await self._forwarder.close(grace_s)
+        until = time.monotonic() + grace_s
+        is_done = await self._forwarder.close(grace_s)
+        if self._settings.keeps_on_disconnect:
+            # What clients that went away left is on no way back, and still generated.
+            is_done &= await self._replicas.drained(max(0.0, until - time.monotonic()))
+        return is_done
 
     def answer_all(self) -> None:
         """Answers what still runs."""
@@ -140,8 +147,8 @@ class RayServed:
         self._replicas.close()
         self._ending.set()
         if self._thread.is_alive():
-            # What hangs behind that is ended with the process, as the thread is a daemon.
-            self._thread.join(_END_S)
+            # What hangs behind that, or still starts, is ended with the process, as the thread is a daemon.
+            self._thread.join(_END_S if self._handle.done() else _START_S)
         self._service.release()
 
     def _live(self) -> None:
@@ -247,19 +254,29 @@ class Deployed:
         found: Answer = self._handle.handle.remote(call)
         return found
 
+    async def drained(self, grace_s: float) -> bool:
+        """Has all replicas finish what they hold; whether all did."""
+        found = await self._all("drain", grace_s, timeout_s=grace_s + _COUNT_S)
+        return all(found)
+
     async def counted(self) -> list[tuple[str, bytes]]:
-        """Name and metrics of each replica that answers in time; the others are named in the log."""
+        """Name and metrics of each replica that answers in time; how many do not, the log says."""
+        return await self._all("counted", timeout_s=_COUNT_S)
+
+    async def _all(self, method: str, *arguments: object, timeout_s: float) -> list[Any]:
+        """What a method of each replica returns."""
         from ray.exceptions import RayError  # noqa: PLC0415
         from ray.serve.exceptions import RayServeException  # noqa: PLC0415
 
         try:
-            found = await self._handle.broadcast("counted").results_async(timeout_s=_COUNT_S, return_exceptions=True)
+            answers = self._handle.broadcast(method, *arguments)
+            found = await answers.results_async(timeout_s=timeout_s, return_exceptions=True)
         except (RayError, RayServeException, TimeoutError) as error:
-            logger.error("no metrics of replicas: %s", error)
+            logger.error("replicas do not answer: %s", error)
             return []
         lost = [entry for entry in found if isinstance(entry, BaseException)]
         if lost:
-            logger.error("no metrics of %d of %d replicas", len(lost), len(found))
+            logger.error("%d of %d replicas do not answer: %s", len(lost), len(found), lost[0])
         return [entry for entry in found if not isinstance(entry, BaseException)]
 
 
