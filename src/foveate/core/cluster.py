@@ -2,8 +2,9 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from foveate.core.errors import FoveateError
@@ -47,7 +48,9 @@ def ray_cluster(*, address: str | None, num_cpus: int, num_gpus: int | None = No
     else:
         _connect(ray, f"at {address}", address=address)
     try:
-        yield ray
+        # A thread of Ray's prints what it has to say of its cluster to stdout, which is for results.
+        with redirect_stdout(sys.stderr):
+            yield ray
     finally:
         ray.shutdown()
 
