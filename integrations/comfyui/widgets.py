@@ -10,8 +10,9 @@ from dataclasses import MISSING, dataclass, fields
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from foveate.cli.options import ModelOptions, numbers
+from foveate.cli.options import ModelOptions
 from foveate.core.errors import FoveateError
+from foveate.pipeline.option_texts import numbers
 from foveate.pipeline.options import OPTIONS, Option, is_number
 
 OWN = "default"

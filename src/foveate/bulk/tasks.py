@@ -119,4 +119,4 @@ def _hashable(value: object) -> Hashable:
         return tuple(sorted((name, _hashable(entry)) for name, entry in value.items()))
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(_hashable(entry) for entry in value)
-    return value  # type: ignore[return-value]  # texts, numbers and policies
+    return value

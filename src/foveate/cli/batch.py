@@ -259,8 +259,10 @@ def _generate(pipe: "Pipeline | None", run: "Run", options: BatchOptions) -> "Ta
     from foveate.bulk.run import run_local, run_on_ray  # noqa: PLC0415
 
     try:
-        if pipe is not None or not run.shards:
-            return run_local(pipe, run, max_failures=options.max_failures) if run.shards else run.bar.tally
+        if not run.shards:
+            return run.bar.tally
+        if pipe is not None:
+            return run_local(pipe, run, max_failures=options.max_failures)
         workers = RayWorkers(
             address=options.address, count=options.num_workers or 1, gpus=options.gpus_per_worker or 0.0
         )
