@@ -125,7 +125,7 @@ class Cluster:
         if name not in self.deployed:
             store = SharedStore.make(replace(settings.store, folder=settings.store.folder or self.base))
             least, most = numbers or ((2, 2) if is_usual else (1, 1))
-            wanted = ReplicaSettings(least=least, most=most, cpus=1.0, grace_s=1.0, target_ongoing=1.0)
+            wanted = ReplicaSettings(least=least, most=most, cpus=0.1, grace_s=1.0, target_ongoing=1.0)
             app, handle = deploy(_loader(self.folder), settings, store.folder, wanted)
             self.deployed[name] = (app, handle, store)
         _, handle, store = self.deployed[name]
@@ -134,7 +134,7 @@ class Cluster:
 
     def start_of(self, folder: Path) -> Any:
         """A handle to one replica of another model."""
-        wanted = ReplicaSettings(cpus=1.0, grace_s=1.0)
+        wanted = ReplicaSettings(cpus=0.1, grace_s=1.0)
         return deploy(_loader(folder), ServerSettings(), self.base, wanted)
 
     def close(self) -> None:

@@ -59,6 +59,8 @@ WITHOUT = {
     "test_urls_of_an_answer_are_all_there",
     "test_what_was_refused_is_not_kept",
     "test_a_key_is_never_logged",
+    # Another replica has room.
+    "test_a_full_queue_says_when_to_come_again",
     # The store of all replicas is one folder of the front.
     "test_the_store_is_readable_to_its_user_alone",
 }

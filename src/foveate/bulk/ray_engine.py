@@ -7,14 +7,13 @@ journals in another process.
 
 import logging
 import math
-import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from foveate.core.cluster import ray_cluster
+from foveate.core.cluster import check_room, own_cpus, ray_cluster
 from foveate.core.errors import FoveateError
 
 logger = logging.getLogger("foveate")
@@ -70,7 +69,7 @@ class RayWorkers:
         """CPUs of a worker: as asked, or its share of this machine's."""
         if self.cpus is not None:
             return self.cpus
-        return 1.0 if self.address is not None else float(max(1, _own_cpus() // self.count))
+        return 1.0 if self.address is not None else float(max(1, own_cpus() // self.count))
 
 
 def generate_on_ray(
@@ -90,9 +89,9 @@ def generate_on_ray(
         FoveateError: A worker cannot be made; or, behind the last shard or when too many are lost, which shards were
             given up and why. What was published stays, and the same call goes on with the rest.
     """
-    started = max(_own_cpus(), math.ceil(workers.count * workers.cpus_each))
+    started = max(own_cpus(), math.ceil(workers.count * workers.cpus_each))
     with ray_cluster(address=workers.address, num_cpus=started) as ray:
-        _check_room(ray, workers)
+        check_room(ray, workers.address, "workers", count=workers.count, cpus=workers.cpus_each, gpus=workers.gpus)
         # In a process of its own, so that it outlives workers; it takes no CPU from them.
         begun = ray.remote(num_cpus=0)(_Begun).remote()
         run: _Run[S] = _Run(make, workers, begun)
@@ -233,30 +232,7 @@ def _quiet_data() -> Iterator[None]:
             setattr(context, name, value)
 
 
-def _check_room(ray: Any, workers: RayWorkers) -> None:  # noqa: ANN401 - a module of an extra
-    """Says where workers will wait for machines.
-
-    Raises:
-        FoveateError: This machine alone is there, and has not as many GPUs.
-    """
-    wanted = {"GPU": workers.count * workers.gpus, "CPU": workers.count * workers.cpus_each}
-    found = ray.cluster_resources()
-    for name, number in wanted.items():
-        there = found.get(name, 0.0)
-        if number <= there:
-            continue
-        message = f"{workers.count} workers need {number:g} {name}s, and {there:g} are there"
-        if workers.address is None:
-            raise FoveateError(f"{message}; lower --num-workers or --{name.lower()}s-per-worker")
-        logger.warning("%s; the rest waits for machines that join", message)
-
-
 def _said(error: Exception) -> str:
     """An error in one line, with its type where it is none of ours."""
     text = " ".join(str(error).split()) or "no message"
     return text if isinstance(error, FoveateError) else f"{type(error).__name__}: {text}"
-
-
-def _own_cpus() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -86,6 +86,36 @@ def ray_module() -> Any:  # noqa: ANN401 - a module of an extra
     return ray
 
 
+def check_room(ray: Any, address: str | None, what: str, *, count: int, cpus: float, gpus: float) -> None:  # noqa: ANN401
+    """Says where processes would wait for machines.
+
+    Args:
+        ray: The module, connected.
+        address: Of the cluster; None where this machine is all that there is.
+        what: The processes, as flags call them.
+        count: How many.
+        cpus: Of each.
+        gpus: Of each.
+
+    Raises:
+        FoveateError: This machine has not as many CPUs or GPUs; machines of a cluster may still join.
+    """
+    found = ray.cluster_resources()
+    for name, number in {"GPU": count * gpus, "CPU": count * cpus}.items():
+        there = found.get(name, 0.0)
+        if number <= there:
+            continue
+        message = f"{count} {what} need {number:g} {name}s, and {there:g} are there"
+        if address is None:
+            raise FoveateError(f"{message}; lower --num-{what} or --{name.lower()}s-per-{what.removesuffix('s')}")
+        logger.warning("%s; they wait for machines that join", message)
+
+
+def own_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _object_bytes() -> int:
     """A tenth of what is free of the shared memory, within bounds that Ray accepts."""
     try:

@@ -7,7 +7,6 @@ requests pass one gate, where keys, rates and limits hold for all replicas toget
 import asyncio
 import logging
 import math
-import os
 import secrets
 import threading
 import time
@@ -20,7 +19,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from foveate.core.cluster import ray_cluster
+from foveate.core.cluster import check_room, own_cpus, ray_cluster
 from foveate.core.errors import FoveateError
 from foveate.server.app import create_app
 from foveate.server.gate import Gate
@@ -83,7 +82,7 @@ class ReplicaSettings:
         """CPUs of a replica: as asked, or its share of this machine's."""
         if self.cpus is not None:
             return self.cpus
-        return 1.0 if self.address is not None else float(max(1, _own_cpus() // self.most))
+        return 1.0 if self.address is not None else float(max(1, own_cpus() // self.most))
 
 
 class RayServed:
@@ -154,9 +153,10 @@ class RayServed:
     def _live(self) -> None:
         """The life of the cluster, in one thread: starts Ray and the replicas, and ends them when it is time."""
         wanted = self._wanted
-        cpus = max(_own_cpus(), math.ceil(wanted.most * wanted.cpus_each))
+        cpus = max(own_cpus(), math.ceil(wanted.most * wanted.cpus_each))
         try:
             with ray_cluster(address=wanted.address, num_cpus=cpus) as ray, ExitStack() as held:
+                check_room(ray, wanted.address, "replicas", count=wanted.least, cpus=wanted.cpus_each, gpus=wanted.gpus)
                 self._check_machines(ray)
                 name, handle = deploy(self._load, self._settings, self._store.folder, wanted)
                 if wanted.address is not None:
@@ -321,8 +321,3 @@ def _quiet_logs() -> None:
     for handler in tuple(log.handlers):
         log.removeHandler(handler)
     log.propagate = True
-
-
-def _own_cpus() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
