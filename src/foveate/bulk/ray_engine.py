@@ -24,6 +24,9 @@ S_co = TypeVar("S_co", covariant=True)
 _AT_ONCE = 2000
 """Shards of one data set of Ray, which holds an object for each; workers are made anew for the next ones."""
 
+_LEVELS = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+"""What Ray Data may log; the second one warns that its progress bars are off, as was asked for."""
+
 _BROKEN, _LOST, _DONE = "broken", "lost", "done"
 
 
@@ -91,7 +94,8 @@ def generate_on_ray(
     """
     started = max(own_cpus(), math.ceil(workers.count * workers.cpus_each))
     with ray_cluster(address=workers.address, num_cpus=started) as ray:
-        check_room(ray, workers.address, "workers", count=workers.count, cpus=workers.cpus_each, gpus=workers.gpus)
+        count, cpus, gpus = workers.count, workers.cpus_each, workers.gpus
+        check_room(ray, workers.address, "workers", count=count, cpus=cpus, gpus=gpus)
         # In a process of its own, so that it outlives workers; it takes no CPU from them.
         begun = ray.remote(num_cpus=0)(_Begun).remote()
         run: _Run[S] = _Run(make, workers, begun)
@@ -219,15 +223,17 @@ def _quiet_data() -> Iterator[None]:
     context = DataContext.get_current()
     names = ("enable_progress_bars", "print_on_execution_start")
     before = {name: getattr(context, name) for name in names}
-    log = logging.getLogger("ray.data")
-    level = log.level
+    logs = {name: logging.getLogger(name) for name in _LEVELS}
+    levels = {name: log.level for name, log in logs.items()}
     for name in names:
         setattr(context, name, False)
-    log.setLevel(logging.WARNING)
+    for name, log in logs.items():
+        log.setLevel(_LEVELS[name])
     try:
         yield
     finally:
-        log.setLevel(level)
+        for name, log in logs.items():
+            log.setLevel(levels[name])
         for name, value in before.items():
             setattr(context, name, value)
 
