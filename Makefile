@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip
 # One worker per core with one thread each: threads of several workers would wait for each other.
 WORKERS = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal --durations=10
 
-.PHONY: demo test soak soak-serve bounds check format wheel wheel-check clean
+.PHONY: demo test soak soak-serve soak-bulk bounds check format wheel wheel-check clean
 
 # Draws four pictures in five ways and says what was saved and what it cost: demo/
 demo: .venv/.installed
@@ -22,6 +22,7 @@ REPORT ?= out/soak.md
 soak: .venv/.installed-dev
 	$(WORKERS) -m soak --report $(REPORT)
 	$(MAKE) soak-serve
+	$(MAKE) soak-bulk
 
 # A server for half an hour: random cancels for 20 minutes, then 1.5 times its capacity for five. Each exits with 1 if
 # memory, threads, files or answers are not as they must be, and writes what it saw.
@@ -29,6 +30,12 @@ SERVE_REPORT ?= out/serve
 soak-serve: .venv/.installed-dev
 	$(BIN)/python benchmarks/serve_soak.py --seconds 1200 --output $(SERVE_REPORT)/soak.json
 	$(BIN)/python benchmarks/serve_overload.py --seconds 300 --output $(SERVE_REPORT)/overload.json
+
+# A run of 2,000 rows that is killed ten times, its speed beside `bench throughput`, and memory over 10,000 rows.
+BULK_REPORT ?= out/bulk.json
+soak-bulk: .venv/.installed-dev
+	mkdir -p $(dir $(BULK_REPORT))
+	$(BIN)/python benchmarks/bulk_soak.py --output $(BULK_REPORT)
 
 # A slice of the tests with the lowest versions that pyproject.toml allows; PYTHON=python3.13 takes another interpreter.
 LOWEST = .venv-lowest/bin/python
