@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from foveate.bulk.forecast import forecast
-from foveate.bulk.output import OutputFolder
+from foveate.bulk.output import OutputFolder, Shard
 from foveate.bulk.run import Bar, Part, Run, run_local
 from foveate.bulk.settings import RunSettings, described
 from foveate.bulk.sources import open_source
@@ -288,7 +288,7 @@ def test_jpeg_and_parquet(toy_pipe: Pipeline, tmp_path: Path) -> None:
 def test_too_many_failures_end_the_run(toy_pipe: Pipeline, tmp_path: Path) -> None:
     rows = [{"prompt": "a cat", "size": "17x17"}] * 4
     run = Made(toy_pipe, written(tmp_path / "rows.jsonl", rows), tmp_path / "out", settings_of())
-    with pytest.raises(FoveateError, match="images failed, more than --max-failures 1; the first: row 0: size must"):
+    with pytest.raises(FoveateError, match="2 images failed, .* 1; the first of now: row 0: size must"):
         run(max_failures=1)
 
 
@@ -355,8 +355,101 @@ def test_a_worker_says_what_it_did(toy_pipe: Pipeline, tmp_path: Path) -> None:
     run = Made(toy_pipe, written(tmp_path / "rows.jsonl", ROWS), tmp_path / "out", settings_of())
     heard: list[Any] = []
     worker = Worker(pipe=toy_pipe, settings=run.settings, source=run.source, output=run.output, listener=heard.append)
-    summary = worker.generate(0)
-    assert (summary.shard, summary.num_images, summary.num_failed) == (0, 5, 0)
+    made = worker.generate(0)
+    assert (made.images, made.failures, made.more, made.resumed) == (5, 0, 2, 0)
     assert sum(progress.images for progress in heard) == 5
-    assert sum(progress.more for progress in heard) == 2
     assert BulkSettings().batch_size is None
+
+
+def test_an_error_of_the_disk_is_no_failure_of_a_row(
+    toy_pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "rows.jsonl", [{"prompt": f"a cat {i}"} for i in range(6)])
+    append, calls = Shard.append, []
+
+    def full(shard: Shard, items: Any) -> None:
+        calls.append(len(items))
+        if len(calls) == 2:
+            raise FoveateError("cannot write: No space left on device")
+        append(shard, items)
+
+    monkeypatch.setattr(Shard, "append", full)
+    made = Made(toy_pipe, path, tmp_path / "out", settings_of(batch_size=1, shard_size=6))
+    with pytest.raises(FoveateError, match="No space left"):
+        made()
+    assert not made.output.published()
+    again = Made(toy_pipe, path, tmp_path / "out", settings_of(batch_size=1, shard_size=6))
+    assert ["error" in entry for entry in again()] == [False] * 6
+
+
+def test_an_image_that_cannot_be_encoded_fails_alone(toy_pipe: Pipeline, tmp_path: Path) -> None:
+    prompts = ["a cat", "a dog " * 20_000, "rocket"]
+    path = written(tmp_path / "rows.jsonl", [{"prompt": prompt} for prompt in prompts])
+    made = Made(toy_pipe, path, tmp_path / "out", settings_of(encoder=Encoder(format="jpeg", quality=80)))
+    entries = made()
+    assert ["error" in entry for entry in entries] == [False, True, False]
+    assert "write png or webp" in entries[1]["error"]
+    assert (made.tally.images, made.tally.failures) == (2, 1)
+
+
+def test_a_row_of_one_call_is_whole_after_a_cut(
+    toy_pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"prompt": "two dogs", "id": "dogs", "rng": "reference", "seed": 3, "n": 4}
+    path = written(tmp_path / "rows.jsonl", [row])
+    with monkeypatch.context() as patched:
+        patched.setattr(Shard, "publish", lambda shard: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            Made(toy_pipe, path, tmp_path / "out", settings_of())()
+    (journal,) = (tmp_path / "out" / ".work").glob("*.journal")
+    journal.write_bytes(journal.read_bytes()[: int(0.6 * journal.stat().st_size)])
+    made = Made(toy_pipe, path, tmp_path / "out", settings_of())
+    made()
+    found = made.pixels()
+    for image, picture in enumerate(expected(toy_pipe, row)):
+        assert np.array_equal(found["dogs", image], picture)
+
+
+def test_a_sick_machine_ends_the_run_and_no_row_counts_as_failed(
+    toy_pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "rows.jsonl", [{"prompt": f"a cat {i}"} for i in range(24)])
+    cheap: Any = {"policy": "skip-scales:count=4"}
+
+    def sick(*_: Any) -> Any:
+        raise RuntimeError("CUDA error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("foveate.bulk.worker.draw_batch", sick)
+        made = Made(toy_pipe, path, tmp_path / "out", settings_of(options=cheap, shard_size=24))
+        with pytest.raises(FoveateError, match="20 images in a row failed, the last one with RuntimeError: CUDA error"):
+            made()
+    assert not made.output.published()
+    made = Made(toy_pipe, path, tmp_path / "out", settings_of(options=cheap, shard_size=24))
+    assert not any("error" in entry for entry in made())
+
+
+def test_what_failed_is_tried_again_where_asked(
+    toy_pipe: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "rows.jsonl", [{"prompt": p} for p in ("a red cat", "two dogs", "the house")])
+    with monkeypatch.context() as patched:
+        Faults(patched, RuntimeError("a fault"), "two dogs", 99)
+        assert sum("error" in entry for entry in Made(toy_pipe, path, tmp_path / "out", settings_of())()) == 1
+    made = Made(toy_pipe, path, tmp_path / "out", settings_of())
+    assert made.left == []
+    assert made.output.reopen_failed([0]) == 1
+    assert made.left == [0]
+    assert [entry["prompt"] for entry in made()] == ["a red cat", "two dogs", "the house"]
+    assert made.tally.images == 1
+    assert made.output.num_failed() == 0
+
+
+def test_a_warning_of_one_image_is_in_no_other_file(toy_pipe: Pipeline, tmp_path: Path) -> None:
+    path = written(tmp_path / "rows.jsonl", [{"prompt": p} for p in ("a red cat", "two dogs", "the house", "rocket")])
+    found = []
+    for size in (1, 4):
+        options: Any = {"policy": "ld-pruning"}
+        made = Made(toy_pipe, path, tmp_path / f"{size}", settings_of(options=options, batch_size=size, shard_size=4))
+        found.append([(entry["sha256"], entry["warnings"]) for entry in made()])
+    assert found[0] == found[1]

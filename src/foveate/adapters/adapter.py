@@ -85,7 +85,7 @@ def draw(engine: Engine, request: Request, policy: Policy) -> Drawn:
         torch.cuda.synchronize(pixels_B3YX.device)
     now, trace = time.perf_counter(), step.trace
     trace.decoder_ms = 1e3 * (now - decoding)
-    warnings = without_effect(policy.spec, trace)
+    warnings = without_effect(policy.spec, trace.unfired)
     log_warnings(warnings)
     ms = Milliseconds(
         text=0.0,

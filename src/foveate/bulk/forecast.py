@@ -29,8 +29,8 @@ class Forecast:
     """What a run will take.
 
     Attributes:
-        rows: That will run.
-        bad_rows: That cannot be read, or that the model refuses.
+        rows: That are not done yet.
+        bad_rows: Those of them that cannot be read, or that the model refuses, as far as a sample shows.
         images: Of the others.
         shards: That are not there yet.
         seconds: At the pace of the sample, in one process like this one.
@@ -77,6 +77,7 @@ class Plan:
 
     Attributes:
         images: How many there are of each kind (`kind_of`).
+        rows_of: How many rows are of each kind.
         first: The first rows of each kind, `_MOST_OF_A_SAMPLE` at most.
         rows: All that were read.
         bad: Those that cannot be read.
@@ -84,6 +85,7 @@ class Plan:
     """
 
     images: Counter[Hashable]
+    rows_of: Counter[Hashable]
     first: dict[Hashable, list[Row]]
     rows: int = 0
     bad: int = 0
@@ -101,7 +103,7 @@ def planned(settings: RunSettings, source: Source, shards: Iterable[int]) -> Pla
 
     Kinds are counted, so that rows of which each asks for something else take memory, 200 bytes or so each.
     """
-    plan, size = Plan(images=Counter(), first={}), settings.shard_size
+    plan, size = Plan(images=Counter(), rows_of=Counter(), first={}), settings.shard_size
     for number in shards:
         for row in source.read(number * size, (number + 1) * size):
             plan.rows += 1
@@ -115,6 +117,7 @@ def planned(settings: RunSettings, source: Source, shards: Iterable[int]) -> Pla
                 continue
             kind = kind_of(full)
             plan.images[kind] += full.num_images or 1
+            plan.rows_of[kind] += 1
             if len(first := plan.first.setdefault(kind, [])) < _MOST_OF_A_SAMPLE:
                 first.append(full)
     return plan
@@ -134,17 +137,23 @@ def forecast(pipe: Pipeline, settings: RunSettings, source: Source, shards: Iter
     """
     numbers = list(shards)
     plan = planned(settings, source, numbers)
-    jobs = {kind: rows for kind, rows in plan.first.items() if _can_run(pipe, settings, plan, kind)}
-    common = [kind for kind, _ in plan.images.most_common() if kind in jobs][:_SAMPLES]
-    if not common and plan.errors:
+    runnable = {kind: good for kind in plan.first if (good := _runnable(pipe, settings, plan, kind))}
+    common = [kind for kind, _ in plan.images.most_common() if kind in runnable][:_SAMPLES]
+    samples = {}
+    for kind in common:
+        try:
+            samples[kind] = _sampled(pipe, settings, runnable[kind], plan.images[kind])
+        except Exception as error:  # of whatever kind: the run goes on behind such rows, too
+            plan.refuse(plan.rows_of[kind], f"row {runnable[kind][0].index}: {' '.join(str(error).split())}")
+            del runnable[kind]
+    if not samples and plan.errors:
         raise FoveateError(f"no row can run; the first error: {plan.errors[0]}")
-    samples = {kind: _sampled(pipe, settings, jobs[kind], plan.images[kind]) for kind in common}
     # What was not sampled costs what an average image of the sample does.
-    images = sum(plan.images[kind] for kind in jobs)
-    scale = images / max(1, sum(plan.images[kind] for kind in common))
+    images = sum(plan.images[kind] for kind in runnable)
+    scale = images / max(1, sum(plan.images[kind] for kind in samples))
 
     def total(name: str) -> float:
-        return scale * sum(getattr(samples[kind], name) * plan.images[kind] for kind in common)
+        return scale * sum(getattr(samples[kind], name) * plan.images[kind] for kind in samples)
 
     return Forecast(
         rows=plan.rows,
@@ -161,15 +170,20 @@ def forecast(pipe: Pipeline, settings: RunSettings, source: Source, shards: Iter
     )
 
 
-def _can_run(pipe: Pipeline, settings: RunSettings, plan: Plan, kind: Hashable) -> bool:
-    """Whether the model takes a kind of rows; counts them among the bad ones if it does not."""
-    row = plan.first[kind][0]
-    try:
-        job_of(pipe, row, settings.seed)
-    except FoveateError as error:
-        plan.refuse(plan.images[kind], f"row {row.index}: {error}")
-        return False
-    return True
+def _runnable(pipe: Pipeline, settings: RunSettings, plan: Plan, kind: Hashable) -> list[Row]:
+    """The first rows of a kind that the model takes; where it takes none, all of the kind count as bad."""
+    good, reason = [], ""
+    for row in plan.first[kind]:
+        try:
+            job_of(pipe, row, settings.seed)
+            good.append(row)
+        except FoveateError as error:
+            reason = reason or f"row {row.index}: {error}"
+    if not good:
+        plan.refuse(plan.rows_of[kind], reason)
+    elif reason:
+        plan.refuse(len(plan.first[kind]) - len(good), reason)
+    return good
 
 
 def _sampled(pipe: Pipeline, settings: RunSettings, kind: list[Row], count: int) -> _Sample:

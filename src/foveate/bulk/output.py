@@ -40,7 +40,10 @@ _OPEN = 4
 """Published shards whose contents are remembered."""
 
 _PATIENCE_S = 60.0
-"""How long the configuration or the failures may be in use by another process."""
+"""How long the configuration may be in use by another process."""
+
+_TURN_S = 3600.0
+"""How long what reads all entries waits for other jobs that do the same: hours of work must not fail there."""
 
 
 class OutputFolder:
@@ -95,13 +98,24 @@ class OutputFolder:
                     sync_folder(path.parent)
             (path / MANIFEST).mkdir(exist_ok=True)
             sync_folder(path)
-        changes = setting_changes(_read_config(path), now)
-        if changes:
-            raise FoveateError(
-                f"{path} was made with other settings: {changes}. Take another folder, or the same settings"
-            )
+        _refuse_changes(path, now)
         found._sweep()
         return found
+
+    @classmethod
+    def peek(cls, path: Path, config: Mapping[str, Any]) -> "OutputFolder | None":
+        """What `create` would go on with, or None where it would begin; nothing is written.
+
+        Raises:
+            FoveateError: What `create` would refuse.
+        """
+        now = json.loads(json.dumps({"format": FORMAT, **config}))
+        cls(path, now)._container.check()
+        _refuse_others(path)
+        if not (path / CONFIG).is_file():
+            return None
+        _refuse_changes(path, now)
+        return cls(path, now)
 
     @classmethod
     def read(cls, path: Path) -> "OutputFolder":
@@ -125,6 +139,14 @@ class OutputFolder:
         """
         return self._held(f"work-{name}", 0.0)
 
+    def turn(self, name: str) -> AbstractContextManager[None]:
+        """Waits until no other process does work of the same name.
+
+        Raises:
+            FoveateError: One does it for an hour.
+        """
+        return self._held(name, _TURN_S)
+
     def published(self) -> set[int]:
         """Numbers of the shards that are done.
 
@@ -142,6 +164,32 @@ class OutputFolder:
     def shard(self, number: int) -> Shard:
         """A shard to go on with; `with` reads what is done of it."""
         return Shard(self.path, number, self._container)
+
+    def num_failed(self) -> int:
+        """Failures of published shards.
+
+        Raises:
+            FoveateError: They cannot be read.
+        """
+        return sum(1 for number in self.published() for _ in read_part(part_path(self.path, number), only_failed=True))
+
+    def reopen_failed(self, numbers: Iterable[int]) -> int:
+        """Takes published shards with failures back, so that they are gone on with; their images stay done.
+
+        Returns:
+            How many there were.
+
+        Raises:
+            FoveateError: They cannot be read or written; a shard is published or taken back, nothing in between.
+        """
+        count = 0
+        for number in numbers:
+            path = part_path(self.path, number)
+            if path.is_file() and next(read_part(path, only_failed=True), None) is not None:
+                with self.shard(number) as shard:
+                    shard.take_back(read_part(path), self.content)
+                count += 1
+        return count
 
     def summary(self, number: int) -> Summary:
         """What is in a published shard.
@@ -199,7 +247,7 @@ class OutputFolder:
                     count += 1
                     yield encode_entry(entry) + b"\n"
 
-        with saying_what_is_kept(self.path), self._held("failed", _PATIENCE_S):
+        with saying_what_is_kept(self.path), self.turn("failed"):
             self._write(FAILED, lines())
             if count == 0:
                 (self.path / FAILED).unlink()
@@ -229,6 +277,12 @@ class OutputFolder:
                 number = path.name.partition(".")[0]
                 if number.isdecimal() and int(number) in published:
                     remove(path)
+
+
+def _refuse_changes(path: Path, now: Mapping[str, Any]) -> None:
+    """Refuses a folder of another configuration, with the differences."""
+    if changes := setting_changes(_read_config(path), now):
+        raise FoveateError(f"{path} was made with other settings: {changes}. Take another folder, or the same settings")
 
 
 def _refuse_others(path: Path) -> None:

@@ -66,7 +66,8 @@ class Part:
 class Tally:
     """What a run has done, in this process.
 
-    `images` and `failures` count those of this process alone, `errors` are the first few.
+    `images` and `failures` count those of this process alone, `errors` are the first few. `failed_before` counts the
+    failures that the folder had.
     """
 
     images: int = 0
@@ -75,6 +76,7 @@ class Tally:
     flops_full: int = 0
     seconds: float = 0.0
     errors: tuple[str, ...] = ()
+    failed_before: int = 0
 
     @property
     def images_per_s(self) -> float:
@@ -108,10 +110,10 @@ _SHOWN_ERRORS = 5
 class Bar:
     """The progress of a run on stderr: images, images a second, time left, what the policy saves, and failures."""
 
-    def __init__(self, total: int, *, is_hidden: bool | None) -> None:
+    def __init__(self, total: int, *, is_hidden: bool | None, failed_before: int = 0) -> None:
         self._total = total
         self._bar = tqdm(total=total, disable=is_hidden, unit="image", smoothing=0.05, dynamic_ncols=True)
-        self.tally = Tally()
+        self.tally = Tally(failed_before=failed_before)
         self._began = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
@@ -175,7 +177,7 @@ def run_local(pipe: Pipeline, run: Run, *, max_failures: int | None = None) -> T
         refuse_failures(run.bar.tally, max_failures)
 
     worker = worker_of(pipe, run.settings, run.source, run.output, listen)
-    with warnings_once():
+    with warnings_once(by_code=True):
         for number in run.shards:
             worker.generate(number)
     return run.bar.tally
@@ -209,22 +211,9 @@ def run_on_ray(run: Run, workers: RayWorkers, *, max_failures: int | None = None
     """
     make = partial(loaded_worker, run.settings, run.source, run.output)
     for _, made in generate_on_ray(make, run.shards, workers):
-        run.bar(
-            Progress(
-                images=made.num_images,
-                failures=made.num_failed,
-                flops_run=made.flops_run,
-                flops_full=made.flops_full,
-                error=_first_error(run.output, made.shard) if made.num_failed else None,
-            )
-        )
+        run.bar(made)
         refuse_failures(run.bar.tally, max_failures)
     return run.bar.tally
-
-
-def _first_error(output: OutputFolder, shard: int) -> str:
-    entry = next(entry for entry in output.entries([shard]) if "error" in entry)
-    return f"row {entry['row']}: {entry['error']}"
 
 
 def refuse_failures(tally: Tally, max_failures: int | None) -> None:
@@ -233,8 +222,10 @@ def refuse_failures(tally: Tally, max_failures: int | None) -> None:
     Raises:
         FoveateError: It says the first error.
     """
-    if max_failures is not None and tally.failures > max_failures:
+    failed = tally.failures + tally.failed_before
+    if max_failures is not None and failed > max_failures:
+        first = f"; the first of now: {tally.errors[0]}" if tally.errors else "; see failed.jsonl"
         raise FoveateError(
-            f"{tally.failures} images failed, more than --max-failures {max_failures}; the first: {tally.errors[0]}. "
-            "What is done stays, and the same command goes on"
+            f"{failed} images failed, more than --max-failures {max_failures}{first}. What is done stays: allow "
+            "more, or mend it and try those again with --retry-failed"
         )

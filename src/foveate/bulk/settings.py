@@ -9,7 +9,7 @@ from foveate.core.version import __version__
 from foveate.pipeline.encoding import Encoder
 from foveate.pipeline.loading import Loading
 from foveate.pipeline.options import Options
-from foveate.pipeline.output import describe_precision
+from foveate.pipeline.output import describe_precision, place_names
 from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import load_policy
 
@@ -97,5 +97,6 @@ def described(pipe: Pipeline, loading: Loading) -> dict[str, Any]:
         "sha256": model.sha256,
         **describe_precision(model.precision),
         "device": device,
-        **({"threads": loading.threads} if device == "cpu" else {}),
+        "text_encoders": list(place_names(model.text_encoders)),
+        **({"threads": loading.threads} if device == "cpu" else {"kernels": loading.options.get("kernels")}),
     }

@@ -7,8 +7,9 @@ the shard is done, and whoever comes later leaves it as it is. No time is compar
 
 import hashlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,10 +17,14 @@ from foveate.bulk.journal import Frame, Journal, read_journal
 from foveate.bulk.locks import held, saying_what_is_kept
 from foveate.bulk.manifest import Item, Key, key_of, order_of, part_path, read_part, sample_key
 from foveate.bulk.shards import Container, shard_name
-from foveate.core.atomic import move_durably
+from foveate.core.atomic import move_durably, sync_folder
 
 PATIENCE_S = 600.0
 """How long publishing waits for another process that publishes the same shard: 2 GB take less on any disk."""
+
+
+_TAKEN_BACK = 16
+"""Images of a published shard that are written to a journal at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +167,26 @@ class Shard:
             self._close()
             self._remove(("journal", "part", "lock"))
         return summary_of(self._folder, self.number)
+
+    def take_back(self, entries: Iterable[dict[str, Any]], content: Callable[[Mapping[str, Any]], bytes]) -> None:
+        """Makes a published shard one to go on with: its images go to a journal, and its entries go.
+
+        A kill on the way leaves it published, with a journal that is removed later, or taken back.
+
+        Args:
+            entries: Of the shard.
+            content: Finds the image of an entry.
+
+        Raises:
+            FoveateError: It cannot be read or written.
+        """
+        images = (entry for entry in entries if "error" not in entry)
+        while some := list(islice(images, _TAKEN_BACK)):
+            self.append([Item(entry, content(entry)) for entry in some])
+        with saying_what_is_kept(self._folder):
+            part = part_path(self._folder, self.number)
+            part.unlink()
+            sync_folder(part.parent)
 
     def _refresh(self) -> None:
         """Takes what journals have more than at the last reading."""

@@ -42,6 +42,11 @@ class Task:
         return (self.row.index, self.image)
 
     @property
+    def is_reference(self) -> bool:
+        """Whether its draws belong to a call of all images of its row."""
+        return self.options.get("rng") == "reference"
+
+    @property
     def negative_prompt(self) -> str | None:
         """What the row wants to avoid, or the run."""
         return cast("str | None", self.row.options.get("negative_prompt"))

@@ -1,7 +1,7 @@
 """`foveate batch`: images for every row of a file, resumable, into shards with a manifest."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -25,9 +25,14 @@ from foveate.pipeline.options import Options, checked
 
 if TYPE_CHECKING:
     from foveate.bulk.run import Run, Tally
+    from foveate.bulk.settings import RunSettings
+    from foveate.pipeline.loading import Loading
     from foveate.pipeline.pipeline import Pipeline
 
 _SECONDS_OF_DAY = 86_400
+
+_MOST = 2**53
+"""Of any count."""
 
 
 @Parameter(name="*", group=PICTURE)
@@ -52,7 +57,8 @@ class BatchOptions:
         psnr_to_full: Also generate every image in full and store the PSNR; twice the time.
         batch_size: Images generated at once; default: what fits into memory, 16 at most.
         retries: How often an image that failed is tried again, alone.
-        max_failures: End the run if more images fail.
+        retry_failed: Also try again what failed before.
+        max_failures: End the run if more images fail, those of earlier times included.
         dry_run: Say what the run will take in time, FLOPs, memory and disk; generates a few images and writes nothing.
         engine: local: this process. ray: workers on a Ray cluster.
         address: Of a Ray cluster; default: one that is started here.
@@ -78,6 +84,7 @@ class BatchOptions:
     psnr_to_full: Annotated[bool, Parameter(group=OUTPUT)] = False
     batch_size: Annotated[int | None, Parameter(group=MACHINE)] = None
     retries: Annotated[int, Parameter(group=MACHINE)] = 1
+    retry_failed: Annotated[bool, Parameter(group=MACHINE)] = False
     max_failures: Annotated[int | None, Parameter(group=MACHINE)] = None
     dry_run: Annotated[bool, Parameter(group=OUTPUT)] = False
     engine: Annotated[Literal["local", "ray"], Parameter(group=MACHINE)] = "local"
@@ -144,10 +151,12 @@ def _check(call: Options, options: BatchOptions) -> None:
         FoveateError: An option that no model could take, or a flag out of range.
     """
     checked(call)
-    for name, least in (("limit", 1), ("shard_size", 1), ("batch_size", 1), ("retries", 0), ("max_failures", 0)):
+    leasts = {"limit": 1, "shard_size": 1, "batch_size": 1, "retries": 0, "max_failures": 0, "num_workers": 1,
+              "gpus_per_worker": 0}  # fmt: skip
+    for name, least in leasts.items():
         value = getattr(options, name)
-        if value is not None and value < least:
-            raise FoveateError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+        if value is not None and not least <= value <= _MOST:
+            raise FoveateError(f"--{name.replace('_', '-')} must be {least} to {_MOST}, got {value}")
     if options.engine == "local":
         for name in ("address", "num_workers", "gpus_per_worker"):
             if getattr(options, name) is not None:
@@ -166,11 +175,14 @@ def _run(path: Path, call: Options, model: ModelOptions, options: BatchOptions) 
     from foveate.bulk.settings import described  # noqa: PLC0415
 
     part, columns = Part.parsed(options.shard), options.columns
+    if path.is_dir() and options.output.resolve().is_relative_to(path.resolve()):
+        raise FoveateError(f"--output {options.output} lies in the input folder {path}; take a folder beside it")
     source, scan = _opened(path, columns, options)
     settings = _settings(call, model, options)
     is_elsewhere = options.engine == "ray" and not options.dry_run
     loading = settings.loading.on_cpu() if is_elsewhere else settings.loading
     pipe = loading.open()
+    _check_run(pipe, settings)
     config = settings.config(
         described(pipe, settings.loading),
         input={"name": source.name, "sha256": scan.sha256, "rows": scan.num_rows},
@@ -183,15 +195,21 @@ def _run(path: Path, call: Options, model: ModelOptions, options: BatchOptions) 
         return _forecast(pipe, settings, source, _left(numbers, options.output, config), options)
     output = OutputFolder.create(options.output, config)
     with output.locked(part.lock):
+        if options.retry_failed:
+            output.reopen_failed(numbers)
         published = output.published()
         left = [number for number in numbers if number not in published]
         rows = sum(min(options.shard_size, scan.num_rows - number * options.shard_size) for number in left)
-        bar = Bar(rows * settings.images_per_row, is_hidden=True if options.quiet else None)
+        before = output.num_failed() if options.max_failures is not None else 0
+        bar = Bar(rows * settings.images_per_row, is_hidden=True if options.quiet else None, failed_before=before)
         run = Run(settings=settings, source=source, output=output, shards=left, bar=bar)
-        tally = _generate(None if is_elsewhere else pipe, run, options)
-        num_failed = output.write_failed()
+        try:
+            tally = _generate(None if is_elsewhere else pipe, run, options)
+        finally:
+            num_failed = output.write_failed()
         if options.prompts_set is not None:
-            write_layout(options.prompts_set, output, options.output / options.prompts_set, note)
+            with output.turn("layout"):
+                write_layout(options.prompts_set, output, options.output / options.prompts_set, note)
     return _conclude(output, tally, len(numbers), num_failed, options)
 
 
@@ -209,6 +227,16 @@ def _opened(path: Path, columns: dict[str, str], options: BatchOptions) -> tuple
         for line in scan.notes:
             note(line)
     return source, scan
+
+
+def _threaded(loading: "Loading", options: BatchOptions) -> "Loading":
+    """With the number of CPU threads, which the configuration holds: by default torch's, or a Ray worker's share."""
+    from foveate.bulk.ray_engine import RayWorkers  # noqa: PLC0415
+
+    if options.engine == "ray" and loading.threads is None:
+        workers = RayWorkers(address=options.address, count=options.num_workers or 1)
+        return replace(loading, threads=max(1, int(workers.cpus_each)))
+    return loading.with_threads()
 
 
 def _settings(call: Options, model: ModelOptions, options: BatchOptions) -> Any:  # noqa: ANN401 - imported late
@@ -230,7 +258,7 @@ def _settings(call: Options, model: ModelOptions, options: BatchOptions) -> Any:
         call = cast(Options, {**call, "num_images_per_prompt": find_set(options.prompts_set).num_images})
     check_call("0" if draws_classes(spec) else "a", {**call, "num_images_per_prompt": 1}, [policy], spec)
     return RunSettings(
-        loading=loading_of(model).with_threads(),
+        loading=_threaded(loading_of(model), options),
         options=call,
         encoder=Encoder.for_file(f"x.{options.format}", options.quality, is_lossless=options.lossless),
         shard_format=options.shard_format,
@@ -241,6 +269,20 @@ def _settings(call: Options, model: ModelOptions, options: BatchOptions) -> Any:
     )
 
 
+def _check_run(pipe: "Pipeline", settings: "RunSettings") -> None:
+    """Refuses what every row that says nothing else would fail of.
+
+    Raises:
+        FoveateError: A budget that the policy does not reach, or a batch that does not fit into memory.
+    """
+    from foveate.pipeline.bulk import BulkSettings, batch_size_for  # noqa: PLC0415
+    from foveate.pipeline.call import draws_classes  # noqa: PLC0415
+
+    own: Options = {**settings.options, "num_images_per_prompt": 1}
+    job = pipe.job("0" if draws_classes(pipe.model.spec) else "a", own)
+    batch_size_for(pipe, job, BulkSettings(batch_size=settings.batch_size))
+
+
 def _left(numbers: Sequence[int], folder: Path, config: dict[str, Any]) -> list[int]:
     """The shards that are not there yet; nothing is made.
 
@@ -249,7 +291,8 @@ def _left(numbers: Sequence[int], folder: Path, config: dict[str, Any]) -> list[
     """
     from foveate.bulk.output import OutputFolder  # noqa: PLC0415
 
-    published = OutputFolder.create(folder, config).published() if folder.exists() else set()
+    output = OutputFolder.peek(folder, config)
+    published = set() if output is None else output.published()
     return [number for number in numbers if number not in published]
 
 

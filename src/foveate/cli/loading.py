@@ -11,7 +11,7 @@ from foveate.families.loading import Origin, find_spec
 from foveate.families.memory import memory_need
 from foveate.families.spec import ModelSpec
 from foveate.pipeline.call import Prompts, resolve
-from foveate.pipeline.loading import Loading
+from foveate.pipeline.loading import MAX_THREADS, Loading
 from foveate.pipeline.options import Options
 from foveate.pipeline.pipeline import Pipeline
 
@@ -61,8 +61,8 @@ def loading_of(options: ModelOptions) -> Loading:
     Raises:
         FoveateError: A flag is out of range, or needs a GPU.
     """
-    if options.threads is not None and options.threads < 1:
-        raise FoveateError(f"--threads must be 1 or more, got {options.threads}")
+    if options.threads is not None and not 1 <= options.threads <= MAX_THREADS:
+        raise FoveateError(f"--threads must be 1 to {MAX_THREADS}, got {options.threads}")
     _refuse_without_gpu(options)
     names = ("autoencoder", "text_encoder", "weights", "dtype", "decoder_dtype", "quantization", "kernels", "revision",
              "local_files_only", "offload", "release_text_encoder")  # fmt: skip

@@ -42,8 +42,9 @@ class Trace:
     """All scales of a request, the text lengths of its rows, and which directives of the policy had no effect.
 
     `peak_cache_bytes` is what was kept between scales beside keys and values: text keys and values, modulation, and the
-    blocks' changes that a policy reads again. `stopped` holds the images whose unconditional branch a plan stopped (not
-    those where guidance itself ended).
+    blocks' changes that a policy reads again. `unfired_by_image` says
+    what had no effect on each image, where images ran as requests of their own. `stopped` holds the images whose
+    unconditional branch a plan stopped (not those where guidance itself ended).
     """
 
     shape: ModelShape
@@ -55,6 +56,7 @@ class Trace:
     text_ms: float = 0.0
     decoder_ms: float = 0.0
     unfired: tuple[str, ...] = ()
+    unfired_by_image: tuple[tuple[str, ...], ...] = ()
     stopped: frozenset[int] = frozenset()
 
     @property

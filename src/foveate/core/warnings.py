@@ -41,4 +41,4 @@ class CallWarning:
 def log_warnings(warnings: Iterable[CallWarning]) -> None:
     """One line each on the logger `foveate`, which writes to stderr unless a program says otherwise."""
     for warning in warnings:
-        _logger.warning("%s", warning.message)
+        _logger.warning("%s", warning.message, extra={"code": warning.code})

@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from foveate.core.cost import ModelShape
 from foveate.core.policy import Bound
 from foveate.core.trace import Trace
-from foveate.core.warnings import CallWarning
+from foveate.core.warnings import CallWarning, WarningCode
 from foveate.engine.forecast import full_cost, full_flops_by_image
 from foveate.engine.state import Request, bounds_of
 
+WITHOUT_EFFECT: WarningCode = "policy_without_effect"
 
-def without_effect(policy: str, trace: Trace) -> tuple[CallWarning, ...]:
+
+def without_effect(policy: str, unfired: Sequence[str]) -> tuple[CallWarning, ...]:
     """A warning for each saving of the policy that never happened in this run."""
     return tuple(
-        CallWarning(code="policy_without_effect", message=f"policy {policy} did not {promise} in this run")
-        for promise in trace.unfired
+        CallWarning(code=WITHOUT_EFFECT, message=f"policy {policy} did not {promise} in this run")
+        for promise in unfired
     )
 
 

@@ -8,6 +8,9 @@ import torch
 
 from foveate.pipeline.pipeline import Pipeline
 
+MAX_THREADS = 4096
+"""More than any machine has."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loading:

@@ -23,7 +23,7 @@ from foveate.core.policy import Policy
 from foveate.core.trace import ScaleTrace, Trace
 from foveate.core.version import __version__
 from foveate.core.warnings import CallWarning
-from foveate.engine.report import Report
+from foveate.engine.report import WITHOUT_EFFECT, Report, without_effect
 from foveate.families.loading import LoadedModel, Precision
 from foveate.kernels import native
 from foveate.pipeline.call import Job
@@ -85,10 +85,18 @@ class PipelineOutput(Generic[ImagesT_co]):
             batch |= {"prompts": list(self.prompts), "negative_prompts": repeated, "seeds": list(self.seeds)}
         if store_batch or not call["batch_invariant"]:
             found["batch"] = batch
-        warnings = [warning for warning in self.report.warnings if _may_say(warning, self.prompts[index])]
+        warnings = self._warnings_of(index)
         if warnings:
             found["warnings"] = [warning.to_json() for warning in warnings]
         return found
+
+    def _warnings_of(self, image: int) -> list[CallWarning]:
+        """What was warned of an image; what had no effect on it is known for itself where it ran as its own request."""
+        found = [warning for warning in self.report.warnings if _may_say(warning, self.prompts[image])]
+        if not self.trace.unfired_by_image:
+            return found
+        own = without_effect(self.config["policy"]["spec"], self.trace.unfired_by_image[image])
+        return [*(warning for warning in found if warning.code != WITHOUT_EFFECT), *own]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -143,6 +151,7 @@ def merge_traces(traces: Sequence[Trace]) -> Trace:
         peak_kv_bytes=sum(t.peak_kv_bytes for t in traces),
         peak_cache_bytes=sum(t.peak_cache_bytes for t in traces),
         unfired=tuple(name for name in traces[0].unfired if all(name in t.unfired for t in traces)),
+        unfired_by_image=tuple(t.unfired for t in traces),
         stopped=frozenset(i for i, trace in enumerate(traces) if trace.stopped),
     )
     merged.scales = [_merge_scale([t.scales[s] for t in traces]) for s in range(len(traces[0].scales))]
@@ -211,7 +220,7 @@ def _may_say(warning: CallWarning, prompt: str) -> bool:
     return warning.code != "prompt_cut" or quoted(prompt) in warning.message
 
 
-def _names(places: Sequence[str]) -> list[str]:
+def place_names(places: Sequence[str]) -> list[str]:
     """Repositories as they are, folders by name only: no private paths."""
     return [Path(place).name if Path(place).is_dir() else place for place in places]
 
@@ -233,7 +242,7 @@ def describe(job: Job, model: LoadedModel, *, uses_triton: bool = False) -> dict
         "weights": {
             "kind": model.weights,
             "sha256": model.sha256,
-            **({"text_encoders": _names(model.text_encoders)} if model.text_encoders else {}),
+            **({"text_encoders": place_names(model.text_encoders)} if model.text_encoders else {}),
         },
         "prompts": list(job.prompts),
         "negative_prompts": None if job.negatives is None else list(job.negatives),

@@ -22,6 +22,7 @@ from foveate.families.packaged import refuse_missing_demo
 from foveate.pipeline.bulk import refuse_too_many
 from foveate.pipeline.call import resolve
 from foveate.pipeline.encoding import Encoder, read_text, text_of
+from foveate.pipeline.loading import MAX_THREADS
 from foveate.pipeline.options import OPTIONS, CallOptions
 from foveate.pipeline.output import PipelineOutput
 from foveate.pipeline.pipeline import Pipeline
@@ -30,7 +31,6 @@ from foveate.policies.registry import from_stored
 FORMATS = (1, 2)
 """Of a configuration, those that are read."""
 
-_MAX_THREADS = 4096
 _NOT_COMPARED = ("row", "warnings", "asked")
 """Which image of a call it is, what was said about it, and the budget that its policy was fitted to decide no bits."""
 
@@ -194,8 +194,8 @@ def stored_threads(config: Mapping[str, Any]) -> int:
         FoveateError: No number that there could be.
     """
     threads = int(config["threads"])
-    if not 1 <= threads <= _MAX_THREADS:
-        raise FoveateError(f"threads must be 1 to {_MAX_THREADS}, got {threads}")
+    if not 1 <= threads <= MAX_THREADS:
+        raise FoveateError(f"threads must be 1 to {MAX_THREADS}, got {threads}")
     return threads
 
 

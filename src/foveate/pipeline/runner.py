@@ -203,7 +203,7 @@ class Runner:
         )
         if call.deadline is not None:
             job = with_policy(job, call.deadline.taken())
-        behind = (*without_effect(job.policy.spec, trace), *late(job, ms.total))
+        behind = (*without_effect(job.policy.spec, trace.unfired), *late(job, ms.total))
         log_warnings(behind)
         return PipelineOutput(
             images=images,
