@@ -21,7 +21,6 @@ from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import load_spec
 from foveate.server.errors import ApiError
 from foveate.server.limits import Limits
-from foveate.server.moderation import moderate
 from foveate.server.schemas import CompareRequest, ImageRequest, WarningInfo
 from foveate.server.settings import ServerSettings
 from foveate.server.work import Work
@@ -98,7 +97,6 @@ def asked_of(body: ImageRequest, pipe: Pipeline, settings: ServerSettings, owner
     if body.latency_budget_ms is not None:
         job, found = _stepping(job, body, options, pipe, limits)
         notes += found
-    moderate(settings.moderation, body.prompt)
     return Asked(
         body=body,
         work=_work(body, job, owner, budget_ms=body.latency_budget_ms, on_late=body.on_late or "coarse"),
@@ -138,7 +136,6 @@ def sides_of(body: CompareRequest, pipe: Pipeline, settings: ServerSettings, own
                 side=cast(Side, side),
             )
         )
-    moderate(settings.moderation, body.prompt)
     return found[0], found[1]
 
 

@@ -16,11 +16,10 @@ from foveate.server.store import Store, StoreFullError
 def images_body(exchange: Exchange, service: Service, origin: Origin) -> str:
     """OpenAI's body; called in a thread."""
     (side,) = exchange.sides
-    asked, check = side.asked, service.settings.moderation
-    body = asked.body
+    asked, body = side.asked, side.asked.body
     assert isinstance(body, ImageRequest), "of generations"
     made = [side.made(side.done[index], origin) for index in sorted(side.done)]
-    files = [replies.file_of(asked, one.event, check) for one in made]
+    files = [replies.file_of(asked, one.event) for one in made]
     if body.response_format == "url":
         names = _kept(asked, files, service.store)
         data = [ImageData(url=f"{origin.base_url.rstrip('/')}/v1/images/{name}") for name in names]
@@ -60,13 +59,12 @@ def _kept(asked: Asked, files: Sequence[bytes], store: Store) -> list[str]:
     return names
 
 
-def compare_body(exchange: Exchange, service: Service, origin: Origin) -> str:
+def compare_body(exchange: Exchange, _service: Service, origin: Origin) -> str:
     """The body of a comparison; called in a thread."""
     made = [side.made(side.done[0], origin) for side in exchange.sides]
-    check = service.settings.moderation
     a, b = (
         SideReply(
-            b64_json=replies.as_base64(replies.file_of(side.asked, one.event, check)),
+            b64_json=replies.as_base64(replies.file_of(side.asked, one.event)),
             foveate=one.info,
         )
         for side, one in zip(exchange.sides, made, strict=True)

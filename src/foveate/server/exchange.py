@@ -129,6 +129,16 @@ class Exchange:
                 raise api_error(event.error)
             yield side, event
 
+    async def check(self) -> None:
+        """Asks the operator's check about all finished images.
+
+        Raises:
+            ApiError: It refused one.
+        """
+        for side in self.sides:
+            for index in sorted(side.done):
+                await self._service.check(side.asked.body.prompt, side.done[index].output.images[0])
+
     def leave(self) -> None:
         """The client has its answer or went away; what it did not get is cancelled, or finished into the store.
 
@@ -159,6 +169,7 @@ class Exchange:
             for side in self.sides:
                 for index, event in side.done.items():
                     suffix = f"-{side.asked.side}" if side.asked.side else f"-{index}" if index else ""
+                    await self._service.check(side.asked.body.prompt, event.output.images[0])
                     await self._service.encode(self._store, side.asked, event, f"{self._id}{suffix}")
         except Exception:
             logger.exception(
@@ -166,7 +177,7 @@ class Exchange:
             )
 
     def _store(self, asked: Asked, event: ImageDone, name: str) -> None:
-        content = file_of(asked, event, self._service.settings.moderation)
+        content = file_of(asked, event)
         if not self._service.store.put(self._owner, name, content, media_type(asked)):
             message = "an image of a client that went away was not kept, as there is one of the same x-request-id"
             logger.warning(message, extra={"fields": {"request_id": self._id}})

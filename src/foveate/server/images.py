@@ -103,6 +103,7 @@ async def generate(body: ImageRequest, request: Request) -> Response:
     service = service_of(request)
     pipe, _ = service.opened()
     asked = await service.admit(asked_of, body, pipe, service.settings, owner_of(request))
+    await service.check(body.prompt)
     exchange = await _begun(request, service, [asked])
     if body.stream:
         return streams.streamed(exchange, service, _origin(request))
@@ -128,6 +129,7 @@ async def compare(body: CompareRequest, request: Request) -> Response:
     service = service_of(request)
     pipe, _ = service.opened()
     sides = await service.admit(sides_of, body, pipe, service.settings, owner_of(request))
+    await service.check(body.prompt)
     exchange = await _begun(request, service, sides)
     if body.stream:
         return streams.streamed(exchange, service, _origin(request))
@@ -176,7 +178,7 @@ async def _begun(request: Request, service: Service, asked: Sequence[Asked]) -> 
 
 
 async def _whole(exchange: Exchange, request: Request, make: Callable[[Exchange, Service, Origin], str]) -> Response:
-    """The answer of a request without stream: waits for all images, and encodes them.
+    """The answer of a request without stream: waits for all images, has them checked, and encodes them.
 
     Raises:
         ApiError: Something failed, or the client went away.
@@ -187,6 +189,7 @@ async def _whole(exchange: Exchange, request: Request, make: Callable[[Exchange,
         try:
             async for _ in exchange.events():
                 pass
+            await exchange.check()
             return await service.encode(make, exchange, service, _origin(request))
         except Exception as error:
             exchange.error = api_error(error)

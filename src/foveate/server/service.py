@@ -6,12 +6,14 @@ from collections.abc import Callable, Coroutine
 from typing import Any, ParamSpec, TypeVar
 
 from fastapi import Request
+from PIL import Image
 
 from foveate.pipeline.pipeline import Pipeline
 from foveate.server.errors import closing, loading
 from foveate.server.limits import RateLimiter
 from foveate.server.logs import RequestLog
 from foveate.server.metrics import Metrics
+from foveate.server.moderation import moderate
 from foveate.server.settings import ServerSettings
 from foveate.server.spans import Spans
 from foveate.server.store import ImageStore, Store
@@ -23,6 +25,9 @@ T = TypeVar("T")
 
 _ADMITTERS = 2
 """Threads that check requests, which takes tens of milliseconds at most."""
+
+_CHECKERS = 8
+"""Calls of the operator's check at once. They may hang, so they take no thread that anything else needs."""
 
 _STORE_S = 1.0
 """Seconds for storing what was finished last for clients that went away."""
@@ -74,6 +79,7 @@ class Service:
         self._opened: tuple[Pipeline, Scheduling] | None = None
         self._admitters = DaemonPool(_ADMITTERS, "foveate-admit")
         self._encoders = DaemonPool(settings.encoders, "foveate-encode")
+        self._checkers = DaemonPool(_CHECKERS, "foveate-check")
         self._tasks: set[asyncio.Task[None]] = set()
         self._enders: set[Callable[[], None]] = set()
 
@@ -111,6 +117,18 @@ class Service:
         """Runs what encodes images in a thread."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._encoders, lambda: call(*args, **kwargs))
+
+    async def check(self, prompt: str, image: Image.Image | None = None) -> None:
+        """Asks the operator's check, where there is one, in a thread.
+
+        Raises:
+            ApiError: It refused, or took too long.
+            RuntimeError: It failed.
+            TypeError: It returned something that is neither None nor a text.
+        """
+        check = self.settings.moderation
+        if check is not None:
+            await asyncio.get_running_loop().run_in_executor(self._checkers, moderate, check, prompt, image)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Lets a coroutine run beyond the request that began it; `close` waits for it."""
@@ -155,6 +173,7 @@ class Service:
         """Ends the threads, once they are done, and deletes what is stored; the process waits for none of them."""
         self._admitters.shutdown(wait=False, cancel_futures=True)
         self._encoders.shutdown(wait=False, cancel_futures=True)
+        self._checkers.shutdown(wait=False, cancel_futures=True)
         self.store.close()
 
 

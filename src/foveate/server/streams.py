@@ -75,7 +75,6 @@ class _Stream:
 
     def __init__(self, exchange: Exchange, service: Service, origin: Origin) -> None:
         self._exchange, self._service, self._origin = exchange, service, origin
-        self._check = service.settings.moderation
         self._is_traced = bool(exchange.sides[0].asked.body.trace)
         self._positions = {side: side.position for side in exchange.sides}
         self._last: dict[tuple[Side, int], ScaleDone] = {}
@@ -105,21 +104,26 @@ class _Stream:
         if isinstance(event, ImageDone):
             made = side.made(event, self._origin)
             before = await self._last_scale(side, event)
-            return [*before, await self._service.encode(replies.completed, side.asked, made, self._check)]
+            await self._service.check(side.asked.body.prompt, event.output.images[0])
+            return [*before, await self._service.encode(replies.completed, side.asked, made)]
         if not isinstance(event, ScaleDone):
             return []
         if self._is_traced and event.scale == event.num_scales - 1:
             # Its image is the finished one, which is decoded next.
             self._last[side, event.index] = event
             return []
-        return [*await self._service.encode(replies.of_scale, side.asked, event, self._check)]
+        return await self._of_scale(side, event)
 
     async def _last_scale(self, side: Side, done: ImageDone) -> list[BaseModel]:
         scale = self._last.pop((side, done.index), None)
         if scale is None:
             return []
-        whole = replace(scale, image=done.output.images[0])
-        return [*await self._service.encode(replies.of_scale, side.asked, whole, self._check)]
+        return await self._of_scale(side, replace(scale, image=done.output.images[0]))
+
+    async def _of_scale(self, side: Side, event: ScaleDone) -> list[BaseModel]:
+        if event.image is not None:
+            await self._service.check(side.asked.body.prompt, event.image)
+        return [*await self._service.encode(replies.of_scale, side.asked, event)]
 
 
 def last_message(error: ApiError) -> bytes:
