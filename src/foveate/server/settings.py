@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from foveate.core.errors import FoveateError
+from foveate.server.hosts import allowed_name
 from foveate.server.keys import Keys
 from foveate.server.limits import Limits
 from foveate.server.moderation import Check, TimedCheck
@@ -20,7 +21,7 @@ class ServerSettings:
         moderation: The operator's check of prompts and images; held as a `TimedCheck`.
         moderation_seconds: What one call of it may take.
         origins: Web pages of other origins that browsers let in (CORS); none by default.
-        hosts: Names that the header Host may have; None for any.
+        hosts: Names that the header Host may have, with any port; None for any.
         aliases: Names that requests may call the model by, beside its own.
         model_flags: What `foveate generate` needs to load the same model.
         keeps_on_disconnect: Whether the images of a client that went away are finished into the store.
@@ -42,14 +43,16 @@ class ServerSettings:
     shows_prompts: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses a server that could encode nothing, and gives the check its time.
+        """Refuses a server that could encode nothing, completes the names of hosts, and gives the check its time.
 
         Raises:
-            FoveateError: A number is none that can be.
+            FoveateError: A number or a name is none that can be.
         """
         if self.encoders < 1:
             raise FoveateError(f"encoders must be 1 or more, got {self.encoders}")
         if self.moderation_seconds <= 0:
             raise FoveateError(f"moderation_seconds must be above 0, got {self.moderation_seconds:g}")
+        if self.hosts is not None:
+            object.__setattr__(self, "hosts", tuple(allowed_name(name) for name in self.hosts))
         if self.moderation is not None and not isinstance(self.moderation, TimedCheck):
             object.__setattr__(self, "moderation", TimedCheck(self.moderation, self.moderation_seconds))
