@@ -1,5 +1,6 @@
 """The life of a server: it answers while it loads, warms up, and ends without losing what it accepted."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -120,6 +121,27 @@ def test_everything_accepted_is_finished(toy_pipe: Pipeline) -> None:
     assert late[0][0] in (0, 503)
     assert was_done
     assert not schedulers[0]._thread.is_alive()
+
+
+@pytest.mark.usefixtures("safe_signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_heard_where_the_event_loop_takes_none(
+    toy_pipe: Pipeline, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    for name in ("add_signal_handler", "remove_signal_handler"):
+        # What is left raises NotImplementedError, as on Windows.
+        monkeypatch.delattr(asyncio.SelectorEventLoop, name)
+    port, before = free_port(), [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)]
+
+    def visit() -> None:
+        eventually(lambda: ask(port)[0] == 200, "it is ready")
+        os.kill(os.getpid(), number)
+
+    visitors = Visitors(visit)
+    scheduler = Scheduler(toy_pipe, SchedulerSettings())
+    assert serve_locally(lambda: (toy_pipe, scheduler), ServerSettings(), Place(port=port, grace_s=TIMEOUT_S))
+    visitors.wait()
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 @pytest.mark.usefixtures("safe_signals")

@@ -197,11 +197,11 @@ class _Run:
         self._served, self._place, self._listener = served, place, listener
         self._server = server_of(served.app, served.limits)
         self._signals: list[int] = []
+        self._before: dict[int, Any] = {}
         self._stop = asyncio.Event()
 
     async def run(self) -> bool:
         """Serves until it is over."""
-        loop = asyncio.get_running_loop()
         self._hear_signals()
         serving = asyncio.create_task(self._server.serve(sockets=[self._listener]))
         loading = asyncio.create_task(self._open())
@@ -212,8 +212,7 @@ class _Run:
                 await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
             return await self._end(serving, loading)
         finally:
-            for number in _SIGNALS:
-                loop.remove_signal_handler(number)
+            self._ignore_signals()
             for task in (loading, stopping):
                 task.cancel()
                 with suppress(asyncio.CancelledError):
@@ -253,7 +252,21 @@ class _Run:
     def _hear_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
-            loop.add_signal_handler(number, self._on_signal, number)
+            try:
+                loop.add_signal_handler(number, self._on_signal, number)
+            except NotImplementedError:  # on Windows
+                before = signal.signal(number, lambda got, _: loop.call_soon_threadsafe(self._on_signal, got))
+                # None where it was not set from Python.
+                self._before.setdefault(number, before or signal.SIG_DFL)
+
+    def _ignore_signals(self) -> None:
+        """Leaves signals to those who heard them before."""
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            if number in self._before:
+                signal.signal(number, self._before[number])
+            else:
+                loop.remove_signal_handler(number)
 
     def _on_signal(self, number: int) -> None:
         self._signals.append(number)
