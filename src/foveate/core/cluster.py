@@ -2,9 +2,16 @@
 
 import logging
 import os
+import secrets
+import shutil
+import socket
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from foveate.core.errors import FoveateError
@@ -20,6 +27,18 @@ _ENVIRONMENT = {
 
 _STARTS = 2
 
+_REACH_S = 5.0
+"""Seconds until a cluster must answer; Ray itself tries for minutes."""
+
+_TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""Where Ray finds the token that processes of a cluster prove themselves with."""
+
+_SHORT = Path("/tmp")
+"""Where Ray has its files too: it puts sockets below, whose paths may have about a hundred characters."""
+
+_DELETE_S = 5.0
+"""Seconds in which processes of Ray that end may still write into their folder."""
+
 _MOST_OBJECT_BYTES = 2 << 30
 """Shared memory of a cluster of one machine: what passes through it are images on their way, not data sets."""
 
@@ -29,6 +48,7 @@ def ray_cluster(*, address: str | None, num_cpus: int, num_gpus: int | None = No
     """Starts Ray on this machine, or connects to a cluster, and hands out the module `ray`; undone at the end.
 
     On Linux the processes of a started cluster end with the thread that entered the block, so that thread stays in it.
+    What they write, logs too, is in a folder that only this user can read, and deleted at the end.
 
     Args:
         address: Of a running cluster, `auto` for the one of this machine; None starts one of this process.
@@ -36,38 +56,111 @@ def ray_cluster(*, address: str | None, num_cpus: int, num_gpus: int | None = No
         num_gpus: That a started cluster gives out; None lets Ray count them.
 
     Raises:
-        FoveateError: Ray is not installed, is in use already, or there is no cluster at the address.
+        FoveateError: Ray is not installed, is in use already, has no room on the disk, or there is no cluster at the
+            address.
     """
     ray = ray_module()
     if ray.is_initialized():
         raise FoveateError("Ray is connected already in this process; call ray.shutdown() first")
     started = {"num_cpus": num_cpus, "num_gpus": num_gpus, "object_store_memory": _object_bytes()}
-    if address is None:
-        settings = {name: value for name, value in started.items() if value is not None}
-        _connect(ray, "on this machine", address="local", include_dashboard=False, **settings)
-    else:
-        _connect(ray, f"at {address}", address=address)
+    running = _started(ray, **started) if address is None else _joined(ray, address)
+    # A thread of Ray's prints what it has to say of its cluster to stdout, which is for results.
+    with running, redirect_stdout(sys.stderr):
+        yield ray
+
+
+@contextmanager
+def _started(ray: Any, **settings: Any) -> Iterator[None]:  # noqa: ANN401
+    """A cluster of this machine, with a folder and a token of its own; settings that are None are Ray's."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    with _own_token(), _own_folder() as folder:
+        try:
+            # On a machine that is busy a start may take longer than Ray waits.
+            _connect(
+                ray, "on this machine", _STARTS, address="local", include_dashboard=False, _temp_dir=folder, **given
+            )
+            logger.info("Ray writes its logs into %s, which is deleted at the end", folder)
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _joined(ray: Any, address: str) -> Iterator[None]:  # noqa: ANN401
+    """A cluster that runs already."""
+    _reach(address)
     try:
-        # A thread of Ray's prints what it has to say of its cluster to stdout, which is for results.
-        with redirect_stdout(sys.stderr):
-            yield ray
+        _connect(ray, f"at {address}", 1, address=address)
+        yield
     finally:
         ray.shutdown()
 
 
-def _connect(ray: Any, where: str, **settings: Any) -> None:  # noqa: ANN401
-    """Starts Ray or connects; on a machine that is busy a start may take longer than Ray waits, so it is tried twice.
+def _reach(address: str) -> None:
+    """Finds out whether anybody listens at an address, where it is host and port.
+
+    Raises:
+        FoveateError: Nobody does.
+    """
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not (colon and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FoveateError(
+            f"there is no Ray cluster at {address}: {reason}; start one with ray start --head, or leave --address out"
+        ) from None
+
+
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """A token for a cluster of this process, unless the user gave one; Ray would write its own into HOME."""
+    if any(name in os.environ for name in _TOKENS):
+        yield
+        return
+    os.environ[_TOKENS[0]] = _token()
+    try:
+        yield
+    finally:
+        os.environ.pop(_TOKENS[0], None)
+
+
+@contextmanager
+def _own_folder() -> Iterator[str]:
+    """A folder for what Ray writes, which only this user can read.
+
+    Raises:
+        FoveateError: It cannot be made.
+    """
+    parent = os.environ.get("RAY_TMPDIR") or (_SHORT if _SHORT.is_dir() else None)
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="foveate-ray-", dir=parent))
+    except OSError as error:
+        raise FoveateError(f"Ray needs a folder in {parent}: {error.strerror}; set RAY_TMPDIR to another one") from None
+    try:
+        yield str(folder)
+    finally:
+        until = time.monotonic() + _DELETE_S
+        while folder.exists() and time.monotonic() < until:
+            shutil.rmtree(folder, ignore_errors=True)
+            time.sleep(0.1)
+
+
+def _connect(ray: Any, where: str, attempts: int, **settings: Any) -> None:  # noqa: ANN401
+    """Starts Ray or connects, trying so often.
 
     Raises:
         FoveateError: It did not work.
     """
-    for attempt in range(1, _STARTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
             ray.init(log_to_driver=False, configure_logging=False, **settings)
             return
         except Exception as error:  # Ray raises plain ones here
             ray.shutdown()
-            if attempt == _STARTS or isinstance(error, (ConnectionError, ValueError)):
+            if attempt == attempts or isinstance(error, (ConnectionError, ValueError)):
                 raise FoveateError(f"cannot use Ray {where}: {_first_line(error)}") from error
             logger.warning("Ray did not start, and is started again: %s", _first_line(error))
 
@@ -116,8 +209,16 @@ def own_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@cache
+def _token() -> str:
+    """The same in all clusters of this process, as Ray reads it once."""
+    return secrets.token_hex(32)
+
+
 def _object_bytes() -> int:
     """A tenth of what is free of the shared memory, within bounds that Ray accepts."""
+    if not hasattr(os, "statvfs"):
+        return _MOST_OBJECT_BYTES // 8
     try:
         stat = os.statvfs("/dev/shm")
     except OSError:
