@@ -130,7 +130,7 @@ class Cluster:
             self.deployed[name] = (app, handle, store)
         _, handle, store = self.deployed[name]
         # Each front is the owner of a store of its own, so this one is lent.
-        return handle, SharedStore(store.folder, settings.store, owns=False)
+        return handle, SharedStore(store.folder, settings.store)
 
     def start_of(self, folder: Path) -> Any:
         """A handle to one replica of another model."""

@@ -3,6 +3,8 @@
 import errno
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +15,14 @@ from foveate.core.errors import FoveateError
 from foveate.server.shared_store import SharedStore
 from foveate.server.store import Store, StoreFullError, StoreSettings
 from tests.server.test_keys import Clock
+from tests.server.test_store import HOLDER
 
 
 def pair(tmp_path: Path, clock: Clock, **settings: float) -> tuple[SharedStore, SharedStore]:
     """The store of the front, and that of a replica."""
     given = StoreSettings(folder=tmp_path / "kept", **settings)
-    first = SharedStore.make(given)
-    return (
-        SharedStore(first.folder, given, owns=True, clock=clock),
-        SharedStore(first.folder, given, owns=False, clock=clock),
-    )
+    first = SharedStore.make(given, clock)
+    return first, SharedStore(first.folder, given, clock=clock)
 
 
 def test_what_one_keeps_the_other_finds_for_its_owner(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_the_bounds_hold_for_all_together(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_left_is_deleted(tmp_path: Path) -> None:
     front, _ = pair(tmp_path, Clock())
-    real = SharedStore(front.folder, StoreSettings(), owns=False)
+    real = SharedStore(front.folder, StoreSettings())
     (old, new) = (front.folder / f".{name}.part" for name in ("old", "new"))
     for part in (old, new):
         part.write_bytes(b"half")
@@ -70,6 +70,19 @@ def test_what_a_killed_writer_left_is_deleted(tmp_path: Path) -> None:
     real.expire()
     assert (old.exists(), new.exists()) == (False, True)
     assert real.held == (0, 0)
+
+
+def test_what_a_killed_server_left_is_deleted_at_the_next_start(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        left = Path(holder.stdout.readline().strip())
+        holder.kill()
+    assert left.is_dir()
+    front = SharedStore.make(StoreSettings(folder=tmp_path))
+    assert list(tmp_path.iterdir()) == [front.folder]
+    SharedStore.make(StoreSettings(folder=tmp_path)).close()
+    assert front.folder.is_dir(), "its process lives"
 
 
 def test_a_full_disk_pushes_out_the_oldest_and_then_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +115,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 def _write(folder: Path, start: int) -> None:
-    store = SharedStore(folder, StoreSettings(images=10), owns=False)
+    store = SharedStore(folder, StoreSettings(images=10))
     for number in range(start, start + 20):
         store.put("o", str(number), bytes(1000), "image/png")
 
@@ -122,7 +135,7 @@ def test_processes_that_write_at_once_keep_within_the_bounds(processes) -> None:
     for writer in writers:
         writer.start()
     most = 0
-    reader = SharedStore(folder, StoreSettings(images=10), owns=False)
+    reader = SharedStore(folder, StoreSettings(images=10))
     while any(writer.is_alive() for writer in writers):
         most = max(most, reader.held[0])
         time.sleep(0.005)

@@ -9,8 +9,6 @@ import hashlib
 import logging
 import os
 import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from filelock import FileLock
 
 from foveate.core.errors import FoveateError
 from foveate.server.store import StoreFullError, StoreSettings
+from foveate.server.store_folder import StoreFolder
 
 logger = logging.getLogger("foveate.server")
 
@@ -43,25 +42,28 @@ class SharedStore:
     """As `ImageStore`, safe from any thread of any process; clocks of all machines must agree within seconds."""
 
     def __init__(
-        self, folder: Path, settings: StoreSettings, *, owns: bool, clock: Callable[[], float] = time.time
+        self,
+        folder: Path,
+        settings: StoreSettings,
+        *,
+        own: StoreFolder | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """Uses a folder that is there; the one who `owns` it deletes it at the end."""
-        self._folder, self._settings, self._owns, self._clock = folder, settings, owns, clock
+        """Uses a folder that is there; who has it as its `own` deletes it at the end."""
+        self._folder, self._settings, self._own, self._clock = folder, settings, own, clock
 
     @classmethod
-    def make(cls, settings: StoreSettings) -> "SharedStore":
-        """A store in a new folder, which only this user can read.
+    def make(cls, settings: StoreSettings, clock: Callable[[], float] = time.time) -> "SharedStore":
+        """A store in a new folder, which only this user can read; what killed servers left there is deleted.
 
         Raises:
             FoveateError: It cannot be made.
         """
         try:
-            if settings.folder is not None:
-                settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix="foveate-images-", dir=settings.folder))
+            own = StoreFolder(settings.folder)
         except OSError as error:
             raise FoveateError(f"cannot keep images in {settings.folder}: {error.strerror}") from None
-        return cls(folder.resolve(), settings, owns=True)
+        return cls(own.path.resolve(), settings, own=own, clock=clock)
 
     @property
     def folder(self) -> Path:
@@ -125,8 +127,8 @@ class SharedStore:
 
     def close(self) -> None:
         """Deletes everything, where this is the store that made the folder."""
-        if self._owns:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._own is not None:
+            self._own.close()
 
     def _path(self, owner: str, name: str, kind: str) -> Path:
         digest = hashlib.sha256(f"{owner}\0{name}".encode()).hexdigest()
