@@ -1,11 +1,14 @@
 """A check of the operator's that hangs, and those who have nothing to do with it."""
 
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from foveate.server.moderation import TimedCheck
+from foveate.server.settings import ServerSettings
 from tests.server.conftest import TIMEOUT_S, Answer, Live, eventually
 
 HANGING = 6
@@ -39,3 +42,11 @@ def test_checks_that_hang_take_no_thread_of_others(start: Callable[..., Live], *
         for thread in threads:
             thread.join(TIMEOUT_S)
     assert [answer.status for answer in answers] == [200] * HANGING
+
+
+def test_settings_with_a_check_travel_to_other_processes() -> None:
+    sent = ServerSettings(moderation=print, moderation_seconds=5.0).moderation
+    found = pickle.loads(pickle.dumps(sent))
+    assert isinstance(found, TimedCheck)
+    assert found.check is print
+    assert found("a cat", None) is None

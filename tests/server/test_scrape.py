@@ -23,6 +23,12 @@ def test_replicas_have_a_label_and_the_front_has_none() -> None:
     assert memory == [None, "a", "b"]
 
 
+def test_a_front_that_stops_says_so() -> None:
+    pages = [merged(Metrics(None, lambda stops=stops: stops).render(), []) for stops in (False, True)]
+    assert [b"foveate_closing 0.0" in page for page in pages] == [True, False]
+    assert b"foveate_closing 1.0" in pages[1]
+
+
 def test_a_front_without_replicas_still_answers() -> None:
     page = merged(Metrics(None).render(), [])
     assert b"foveate_queue_images" not in page

@@ -45,6 +45,8 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 OTHER, NONE = "other", "none"
 """Policies that are not registered, and requests that were refused before their policy was known."""
 
+_CLOSING = "1 while the server finishes what it accepted and takes no more"
+
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60, 120, 300)
 _SCALE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _IMAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
@@ -55,13 +57,16 @@ class Metrics:
 
     Args:
         stats: `Scheduling.stats` of the scheduler that is watched; None where there is none in this process.
+        is_closing: Whether the server takes no more requests; asked where there are no `stats`, which say it too.
     """
 
-    def __init__(self, stats: Callable[[], Stats] | None) -> None:
+    def __init__(self, stats: Callable[[], Stats] | None, is_closing: Callable[[], bool] | None = None) -> None:
         self.registry = registry = CollectorRegistry()
         self._labels = frozenset({*all_policies(), *PRESETS, Composed.name, NONE, OTHER})
         if stats is not None:
             registry.register(_Held(stats))
+        elif is_closing is not None:
+            registry.register(_Closing(is_closing))
         ProcessCollector(registry=registry)
         self._answers = Counter(
             "foveate_requests", "Answered requests for images, by HTTP status", ("status", "policy"), registry=registry
@@ -189,6 +194,17 @@ class _Watch:
             self._metrics._first(self._policy, time.monotonic() - self._began)
 
 
+class _Closing(Collector):
+    """Whether a server without a scheduler of its own stops."""
+
+    def __init__(self, is_closing: Callable[[], bool]) -> None:
+        self._is_closing = is_closing
+
+    def collect(self) -> Iterator[Metric]:
+        """One sample."""
+        yield GaugeMetricFamily("foveate_closing", _CLOSING, value=int(self._is_closing()))
+
+
 class _Held(Collector):
     """What the scheduler holds, read when somebody scrapes."""
 
@@ -206,7 +222,7 @@ class _Held(Collector):
             "memory_reserved_bytes": ("Memory of admitted images, by the memory model", stats.reserved_bytes),
             "memory_budget_bytes": ("Memory that images may take, by the memory model", stats.budget_bytes),
             "images_per_second": ("Running mean over the latest images", stats.images_per_s),
-            "closing": ("1 while the server finishes what it accepted and takes no more", int(stats.is_closing)),
+            "closing": (_CLOSING, int(stats.is_closing)),
         }
         for name, (text, value) in gauges.items():
             if value is not None:

@@ -61,6 +61,10 @@ class TimedCheck:
             raise ModerationTimeoutError(f"the moderation check took longer than {self._seconds:g} s")
         return future.result()
 
+    def __reduce__(self) -> tuple[type["TimedCheck"], tuple[Check, float]]:
+        """Travels to another process as the function and its time; calls that hang stay here."""
+        return TimedCheck, (self.check, self._seconds)
+
     def _run(self, future: Future[Any], prompt: str, image: Image.Image | None) -> None:
         try:
             future.set_result(self.check(prompt, image))
