@@ -1,5 +1,6 @@
 """Replicas on Ray: the tests of the single process, and what happens to one replica while others go on."""
 
+import asyncio
 import contextlib
 import functools
 import http.client
@@ -23,6 +24,8 @@ import pytest
 
 from foveate.core.errors import FoveateError
 from foveate.server.limits import Limits
+from foveate.server.settings import ServerSettings
+from foveate.server.store import StoreSettings
 from tests.server import test_api, test_faults, test_keys, test_store, test_streams
 from tests.server.conftest import PATH, PROMPT, TIMEOUT_S, Answer, Live, eventually
 from tests.server.test_serving import ask, free_port
@@ -105,6 +108,29 @@ def start(cluster: Any) -> Callable[..., Live]:
 @pytest.fixture(scope="module")
 def live(start: Callable[..., Live]) -> Live:
     return start()
+
+
+def test_a_server_that_is_ended_while_it_starts_has_nothing_to_finish(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from foveate.server.replicas.serving import RayServed, ReplicaSettings  # noqa: PLC0415
+
+    settings = ServerSettings(keeps_on_disconnect=True, store=StoreSettings(folder=tmp_path))
+    served = RayServed(print, settings, ReplicaSettings())  # type: ignore[arg-type]
+    assert asyncio.run(served.close(5.0))
+    served.stop_now()
+    served.release()
+
+
+def test_what_does_not_pickle_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from foveate.server.replicas.serving import _check_sendable  # noqa: PLC0415
+
+    lock = threading.Lock()
+    _check_sendable(print, ServerSettings(moderation=print))  # type: ignore[arg-type]
+    with pytest.raises(FoveateError, match="the server's settings cannot be sent to replicas .TypeError: .*lock"):
+        _check_sendable(print, ServerSettings(moderation=lambda _prompt, _image: lock))  # type: ignore[arg-type]
 
 
 class Stream(threading.Thread):

@@ -128,6 +128,12 @@ def loading() -> ApiError:
     return ApiError(503, message, kind=SERVER, code="loading", headers={"Retry-After": "5"})
 
 
+def no_replica() -> ApiError:
+    """503 of a request that no replica took: they are started again, or do not answer."""
+    message = "no replica took the request in time; /ready says when one answers"
+    return ApiError(503, message, kind=SERVER, code="no_replica", headers={"Retry-After": "5"})
+
+
 def error_response(error: ApiError) -> Response:
     """The envelope as a response."""
     content = ErrorReply(error=error.info).model_dump_json()

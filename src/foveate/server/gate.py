@@ -68,7 +68,7 @@ class Gate:
             return
         began, headers = time.monotonic(), Headers(scope=scope)
         state: dict[str, Any] = scope.setdefault("state", {})
-        state |= {"id": _id_of(headers), "owner": LOCAL, "error": None, "policy": None, "leave": None}
+        state |= state_of(_id_of(headers))
         answer = _Answer(send, state["id"], is_page=_is_page(scope["path"]))
         try:
             body = _Body(receive, self._service, headers)
@@ -224,6 +224,18 @@ def owner_of(request: Request) -> str:
 def id_of(request: Request) -> str:
     """Of the header `x-request-id`."""
     return str(request.state.id)
+
+
+def state_of(request_id: str) -> dict[str, Any]:
+    """What layers and handlers know of a request, before anything is known but its id."""
+    return {"id": request_id, "owner": LOCAL, "error": None, "policy": None, "known": None, "leave": None}
+
+
+def note_policy(request: Request, policy: str) -> None:
+    """Notes the label that a request is counted by, and tells who wants to know it before the end."""
+    request.state.policy = policy
+    if request.state.known is not None:
+        request.state.known(policy)
 
 
 def on_leaving(request: Request, call: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ from foveate.server import bodies, streams
 from foveate.server.admission import Asked, asked_of, sides_of
 from foveate.server.errors import ApiError, api_error, client_gone
 from foveate.server.exchange import Exchange
-from foveate.server.gate import id_of, on_leaving, owner_of
+from foveate.server.gate import id_of, note_policy, on_leaving, owner_of
 from foveate.server.reproduce import Origin
 from foveate.server.schemas import (
     AcceptedEvent,
@@ -169,7 +169,7 @@ async def fetch(image_id: Annotated[str, Path(max_length=64)], request: Request)
 
 async def _begun(request: Request, service: Service, asked: Sequence[Asked]) -> Exchange:
     """Submits a request; when its answer is sent or its client has gone, the exchange hears of it."""
-    request.state.policy = service.metrics.policy(asked[0].work)
+    note_policy(request, service.metrics.policy(asked[0].work))
     exchange = Exchange(service, asked, id_of(request), owner_of(request))
     on_leaving(request, exchange.leave)
     await service.admit(exchange.submit, request.headers)

@@ -241,6 +241,9 @@ class _Run:
         self._server.config.timeout_graceful_shutdown = left  # type: ignore[assignment]  # any number of seconds
         self._server.should_exit = True
         await serving
+        if self._server.force_exit and self._server.started:
+            # uvicorn leaves it out then, and the application's end would be logged as an error.
+            await self._server.lifespan.shutdown()
         if not closing.done():
             logger.error("the end of a scale did not come within the seconds of grace")
         is_done = closing.done() and closing.result() and len(self._signals) < _AT_ONCE

@@ -10,9 +10,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 from ray.exceptions import RayError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from foveate.server.errors import CLIENT_GONE, TIMEOUT, ApiError, closing, loading, replica_lost
+from foveate.server.errors import CLIENT_GONE, TIMEOUT, ApiError, closing, no_replica, replica_lost
 from foveate.server.metrics import CONTENT_TYPE
-from foveate.server.replicas.messages import SCOPE, Begun, Call, Ended, Parts
+from foveate.server.replicas.messages import Begun, Call, Ended, Known, Parts, Said, scope_of
 from foveate.server.replicas.routing import Costs, asked_for
 from foveate.server.replicas.scrape import merged
 from foveate.server.service import Service
@@ -38,7 +38,7 @@ _PROBE_S = 2.0
 class Answer(Protocol):
     """What a replica says of a request, as it comes."""
 
-    def __aiter__(self) -> AsyncIterator[Begun | Parts | Ended]:
+    def __aiter__(self) -> AsyncIterator[Said]:
         """In order."""
 
     def cancel(self) -> None:
@@ -124,7 +124,7 @@ class Forward:
         try:
             await _Passage(self._forwarder, scope, send, _PROBE_S).run(receive)
         except ApiError as error:
-            if error.info.code not in ("loading", "replica_lost"):
+            if error.info.code not in ("no_replica", "replica_lost"):
                 raise
             await self._app(scope, receive, send)
 
@@ -142,6 +142,7 @@ class _Passage:
         self._forwarder, self._scope, self._send, self._take_s = forwarder, scope, send, take_s
         self._end, self._asked = forwarder.begins(), cast("str | None", None)
         self._has_begun = self._is_stream = self._is_whole = False
+        scope["route"] = _Route(path=_template(scope["path"]))
 
     async def run(self, receive: Receive) -> None:
         """Hands it on, and its answer back.
@@ -189,6 +190,8 @@ class _Passage:
                 part = await self._next(parts, until)
                 if isinstance(part, Begun):
                     until = None
+                elif isinstance(part, Known):
+                    self._scope["state"]["policy"] = part.policy
                 elif not isinstance(part, Ended):
                     await self._sent(part)
             await self._told(parts)
@@ -196,7 +199,7 @@ class _Passage:
             answer.cancel()
             raise
 
-    async def _next(self, parts: AsyncIterator[Begun | Parts | Ended], until: float | None) -> Begun | Parts | Ended:
+    async def _next(self, parts: AsyncIterator[Said], until: float | None) -> Said:
         step = asyncio.ensure_future(anext(parts))
         try:
             timeout = None if until is None else max(0.0, until - time.monotonic())
@@ -206,7 +209,7 @@ class _Passage:
                 return step.result()
             if self._end.done():
                 raise self._end.result()
-            raise loading()
+            raise no_replica()
         finally:
             _drop(step)
 
@@ -219,7 +222,7 @@ class _Passage:
             self._is_whole = not part.get("more_body", False)
         await self._send(dict(part))
 
-    async def _told(self, parts: AsyncIterator[Begun | Parts | Ended]) -> None:
+    async def _told(self, parts: AsyncIterator[Said]) -> None:
         """What the gate counts and logs; the client has everything by now."""
         step = asyncio.ensure_future(anext(parts))
         await asyncio.wait({step}, timeout=_TELL_S)
@@ -257,10 +260,9 @@ class _Passage:
             if not message.get("more_body", False):
                 break
         state = scope["state"]
-        kept = {name: scope[name] for name in SCOPE if name in scope}
         self._asked = asked_for(bytes(body)) if scope["method"] == "POST" else None
         flops = self._forwarder.costs.of(self._asked)
-        return Call(id=state["id"], owner=state["owner"], scope=kept, body=bytes(body), flops=flops)
+        return Call(id=state["id"], owner=state["owner"], scope=scope_of(scope), body=bytes(body), flops=flops)
 
     async def _watch(self, receive: Receive) -> None:
         """Hears of a client that goes away."""
@@ -281,6 +283,11 @@ def _is_of_replicas(method: str, path: str) -> bool:
     if method == "POST":
         return path in _MAKING
     return method == "GET" and (path in _LISTING or path.startswith(_ONE_MODEL))
+
+
+def _template(path: str) -> str:
+    """Of the route of a path that replicas answer, as the gate logs it; it may be needed before they do."""
+    return f"{_ONE_MODEL}{{name:path}}" if path.startswith(_ONE_MODEL) else path
 
 
 def _drop(step: asyncio.Future[Any]) -> None:

@@ -30,9 +30,18 @@ class Call:
     flops: float = 0.0
 
 
-SCOPE = ("type", "asgi", "http_version", "server", "client", "scheme", "root_path", "method", "path", "raw_path",
-         "query_string", "headers")  # fmt: skip
+_SCOPE = ("type", "asgi", "http_version", "server", "client", "scheme", "root_path", "method", "path", "raw_path",
+          "query_string", "headers")  # fmt: skip
 """Entries that a replica needs."""
+
+_SECRET = (b"authorization", b"proxy-authorization", b"cookie", b"x-api-key", b"api-key")
+"""Headers of the gate's, which no replica needs and no other process shall see."""
+
+
+def scope_of(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of ASGI's scope that a replica needs, without keys of clients."""
+    kept = {name: scope[name] for name in _SCOPE if name in scope}
+    return {**kept, "headers": [(name, value) for name, value in scope["headers"] if name.lower() not in _SECRET]}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +49,13 @@ class Begun:
     """A replica has the request."""
 
     replica: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """The request was checked; `policy` is the label of its policy, which the front counts it by if it never ends."""
+
+    policy: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,3 +94,7 @@ class Ended:
     route: str | None
     refusal: Refusal | None
     flops: float = 0.0
+
+
+Said = Begun | Known | Parts | Ended
+"""What a replica says of a request, in this order."""

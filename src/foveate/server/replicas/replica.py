@@ -6,21 +6,23 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from foveate.pipeline.pipeline import Pipeline
 from foveate.server.app import create_app
 from foveate.server.errors import ApiError, api_error, error_response
+from foveate.server.gate import state_of
 from foveate.server.logs import json_logs
-from foveate.server.replicas.messages import Begun, Call, Ended, Parts, Refusal
+from foveate.server.replicas.messages import Begun, Call, Ended, Known, Parts, Refusal, Said
 from foveate.server.scheduler import Scheduler
 from foveate.server.service import Service
 from foveate.server.settings import ServerSettings
 from foveate.server.shared_store import SharedStore
 
 logger = logging.getLogger("foveate.server")
+
+_Messages = asyncio.Queue[Known | Parts | None]
 
 
 class Replica:
@@ -48,15 +50,15 @@ class Replica:
         self._scheduler.start()
         self._held.callback(self._scheduler.close, 0.0)
         self._scheduler.warm_up()
-        store = SharedStore(folder, settings.store, owns=False)
+        store = SharedStore(folder, settings.store)
         self._app = create_app(pipe, self._scheduler, replace(settings, origins=()), outer=_Inner, store=store)
         self._service: Service = self._app.state.service
         self._held.callback(self._service.release)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def handle(self, call: Call) -> AsyncIterator[Begun | Parts | Ended]:
+    async def handle(self, call: Call) -> AsyncIterator[Said]:
         """Answers a request, part by part as they are made; who stops reading is a client that went away."""
-        messages: asyncio.Queue[Parts | None] = asyncio.Queue()
+        messages: _Messages = asyncio.Queue()
         gone = asyncio.Event()
         bodies = iter([{"type": "http.request", "body": call.body, "more_body": False}])
 
@@ -69,7 +71,10 @@ class Replica:
         async def send(message: Message) -> None:
             messages.put_nowait(message)
 
-        state: dict[str, Any] = {"id": call.id, "owner": call.owner, "error": None, "policy": None, "leave": None}
+        def known(policy: str) -> None:
+            messages.put_nowait(Known(policy=policy))
+
+        state = {**state_of(call.id), "owner": call.owner, "known": known}
         scope: Scope = {**call.scope, "state": state}
         task = asyncio.create_task(self._run(scope, receive, send, messages))
         self._tasks.add(task)
@@ -82,7 +87,7 @@ class Replica:
         finally:
             gone.set()
 
-    async def _run(self, scope: Scope, receive: Receive, send: Send, messages: asyncio.Queue[Parts | None]) -> None:
+    async def _run(self, scope: Scope, receive: Receive, send: Send, messages: _Messages) -> None:
         try:
             await self._app(scope, receive, send)
         finally:
@@ -100,9 +105,9 @@ class Replica:
         """Called by Ray Serve now and then, which starts another replica in place of one that raises.
 
         Raises:
-            RuntimeError: The scheduler has ended.
+            RuntimeError: The scheduler has ended, and `drain` was not called.
         """
-        if self._scheduler.stats().is_closing:
+        if self._scheduler.stats().is_closing and not self._service.is_closing:
             raise RuntimeError("the scheduler has ended")
 
     def __del__(self) -> None:

@@ -36,6 +36,8 @@ logger = logging.getLogger("foveate.server")
 
 _COUNT_S = 5.0
 """Seconds that a scrape waits for all replicas; Prometheus waits for ten."""
+_DRAIN_S = 1.0
+"""Behind the seconds of grace, for what replicas say of their end."""
 _END_S = 20.0
 """Seconds for ending replicas and Ray, behind the seconds of grace."""
 _START_S = 1.0
@@ -110,6 +112,7 @@ class RayServed:
         self._replicas = Deployed()
         self._forwarder = Forwarder(self._replicas)
         self._handle: Future[Any] = Future()
+        self._draining: asyncio.Future[bool] | None = None
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._live, name="foveate-ray", daemon=True)
         self.app: FastAPI = front_of(settings, self._store, self._forwarder)
@@ -126,20 +129,26 @@ class RayServed:
     async def close(self, grace_s: float) -> bool:
         """Finishes or answers what was accepted."""
         self._service.is_closing = True
-        until = time.monotonic() + grace_s
-        is_done = await self._forwarder.close(grace_s)
-        if self._settings.keeps_on_disconnect:
-            # What clients that went away left is on no way back, and still generated.
-            is_done &= await self._replicas.drained(max(0.0, until - time.monotonic()))
-        return is_done
+        if not self._settings.keeps_on_disconnect:
+            return await self._forwarder.close(grace_s)
+        # What clients that went away left is on no way back, and still generated.
+        draining = self._draining = asyncio.ensure_future(self._replicas.drained(grace_s))
+        try:
+            is_done = await self._forwarder.close(grace_s)
+            await asyncio.wait({draining})
+            return not draining.cancelled() and draining.result() and is_done
+        finally:
+            draining.cancel()
 
     def answer_all(self) -> None:
         """Answers what still runs."""
         self._forwarder.answer_all()
 
     def stop_now(self) -> None:
-        """Answers what still runs."""
+        """Answers what still runs, and waits for nothing that is left without a client."""
         self._forwarder.answer_all()
+        if self._draining is not None:
+            self._draining.cancel()
 
     def release(self) -> None:
         """Ends the replicas, the threads and the store."""
@@ -154,6 +163,7 @@ class RayServed:
         """The life of the cluster, in one thread: starts Ray and the replicas, and ends them when it is time."""
         wanted = self._wanted
         cpus = max(own_cpus(), math.ceil(wanted.most * wanted.cpus_each))
+        _quiet_logs()
         try:
             with ray_cluster(address=wanted.address, num_cpus=cpus) as ray, ExitStack() as held:
                 check_room(ray, wanted.address, "replicas", count=wanted.least, cpus=wanted.cpus_each, gpus=wanted.gpus)
@@ -195,17 +205,20 @@ def deploy(load: Load, settings: ServerSettings, folder: Path, wanted: ReplicaSe
     """
     from ray import serve  # noqa: PLC0415 - an extra, and slow to import
 
+    _check_sendable(load, settings)
     _quiet_logs()
     name = f"foveate-{secrets.token_hex(4)}"
     serve.start(proxy_location="Disabled")
     deployment = serve.deployment(**_options(wanted, settings.limits.connections))(Replica)
     app = deployment.bind(load, settings, folder, wanted.log_level)
     try:
-        return name, serve.run(app, name=name, route_prefix=None)
+        handle = serve.run(app, name=name, route_prefix=None)
     except RuntimeError as error:
         reason = _reason(serve, name) or str(error)
         serve.delete(name)
         raise FoveateError(f"the replicas cannot be started: {reason}") from None
+    _quiet_logs()
+    return name, handle
 
 
 def undeploy(name: str) -> None:
@@ -255,8 +268,8 @@ class Deployed:
         return found
 
     async def drained(self, grace_s: float) -> bool:
-        """Has all replicas finish what they hold; whether all did."""
-        found = await self._all("drain", grace_s, timeout_s=grace_s + _COUNT_S)
+        """Has all replicas finish what they hold; whether all did, which they have where there are none yet."""
+        found = await self._all("drain", grace_s, timeout_s=grace_s + _DRAIN_S) if self.is_open else []
         return all(found)
 
     async def counted(self) -> list[tuple[str, bytes]]:
@@ -269,10 +282,11 @@ class Deployed:
         from ray.serve.exceptions import RayServeException  # noqa: PLC0415
 
         try:
-            answers = self._handle.broadcast(method, *arguments)
-            found = await answers.results_async(timeout_s=timeout_s, return_exceptions=True)
+            # Ray's own timeout leaves an exception behind that nobody retrieves.
+            async with asyncio.timeout(timeout_s):
+                found = await self._handle.broadcast(method, *arguments).results_async(return_exceptions=True)
         except (RayError, RayServeException, TimeoutError) as error:
-            logger.error("replicas do not answer: %s", error)
+            logger.error("replicas do not answer: %s", str(error) or type(error).__name__)
             return []
         lost = [entry for entry in found if isinstance(entry, BaseException)]
         if lost:
@@ -306,6 +320,25 @@ def _options(wanted: ReplicaSettings, most_ongoing: int) -> dict[str, Any]:
     return {**found, "autoscaling_config": scaling}
 
 
+def _check_sendable(load: Load, settings: ServerSettings) -> None:
+    """Refuses what cannot travel to replicas.
+
+    Raises:
+        FoveateError: Something does not pickle.
+    """
+    from ray import cloudpickle  # noqa: PLC0415 - an extra, and slow to import
+
+    for what, part in {"model's settings": load, "server's settings": settings}.items():
+        try:
+            cloudpickle.dumps(part)
+        except Exception as error:  # of whatever an operator's check holds
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise FoveateError(
+                f"the {what} cannot be sent to replicas ({reason}); a --moderation function and what it refers to must "
+                "pickle, or use --engine local"
+            ) from None
+
+
 def _reason(serve: Any, name: str) -> str | None:  # noqa: ANN401
     """The last line of what the first replica that could not start says."""
     application = serve.status().applications.get(name)
@@ -317,7 +350,8 @@ def _reason(serve: Any, name: str) -> str | None:  # noqa: ANN401
 
 def _quiet_logs() -> None:
     """Leaves Ray's records to the handlers of this process, instead of one that writes them as text."""
-    log = logging.getLogger("ray.serve")
-    for handler in tuple(log.handlers):
-        log.removeHandler(handler)
-    log.propagate = True
+    for name in ("ray", "ray.serve"):
+        log = logging.getLogger(name)
+        for handler in tuple(log.handlers):
+            log.removeHandler(handler)
+        log.propagate = True
