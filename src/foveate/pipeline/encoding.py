@@ -28,6 +28,9 @@ JPEG_TEXT_BYTES = 65_000
 _REST_BYTES = 16_384
 """Of a JPEG's text, what everything but prompts may take."""
 
+_PNG_LEVEL = 1
+"""Of zlib: a quarter of the time of its default of 6, in files that are a fifth larger."""
+
 _EXIF_IFD, _USER_COMMENT, _ASCII = 0x8769, 0x9286, b"ASCII\0\0\0"
 
 
@@ -115,7 +118,7 @@ class Encoder:
             chunks = PngImagePlugin.PngInfo()
             if text is not None:
                 chunks.add_text(CHUNK, text)
-            image.save(file, format="PNG", pnginfo=chunks)
+            image.save(file, format="PNG", pnginfo=chunks, compress_level=_PNG_LEVEL)
             return file.getvalue()
         exif = b"" if text is None else _exif(text)
         if self.format == "jpeg":
