@@ -12,7 +12,8 @@ from foveate.viz.maps import compute_map
 
 pipe = foveate.Pipeline.from_pretrained(sys.argv[1] if len(sys.argv) > 1 else "emoji")
 SIZES = [f"{width}x{height}" for width, height in pipe.model.spec.sizes()]
-OWN_SIZE = "{width}x{height}".format(**pipe.job("a", {}).kept)
+PROMPT = "0" if pipe.model.spec.conditioning.names_classes else "a red apple"
+OWN_SIZE = "{width}x{height}".format(**pipe.job(PROMPT, {}).kept)
 
 
 def generate(prompt: str, policy: str, seed: float, size: str) -> Iterator[tuple[Image.Image, Image.Image | None, str]]:
@@ -31,7 +32,7 @@ def generate(prompt: str, policy: str, seed: float, size: str) -> Iterator[tuple
 demo = gradio.Interface(
     generate,
     [
-        gradio.Textbox("a red apple", label="prompt"),
+        gradio.Textbox(PROMPT, label="prompt"),
         gradio.Dropdown([*all_policies(), *PRESETS], value="full", allow_custom_value=True, label="policy"),
         gradio.Number(7, precision=0, label="seed"),
         gradio.Dropdown(SIZES, value=OWN_SIZE, label="size"),

@@ -13,7 +13,11 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+import torch
 
+from foveate.models.var import VAR
+from foveate.tokenizers.autoencoder import Autoencoder
+from tests.pipeline.test_published import TOY_VAR, VQ, filled
 from tests.viz.browser import DESKTOP, chromium
 
 DEMO = Path(__file__).parents[2] / "examples/gradio_demo.py"
@@ -44,6 +48,25 @@ def test_the_demo_sends_every_scale_and_the_map_at_the_end(toy_folder: Path) -> 
     command = [sys.executable, "-c", SCRIPT, str(DEMO), str(toy_folder)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.stdout.strip() == "scale 7: 0 of 256 tokens | no policy 'nope'", ran.stderr
+
+
+CLASS_SCRIPT = """
+import runpy, sys
+
+demo = runpy.run_path(sys.argv.pop(1))
+prompt = demo["demo"].input_components[0].value
+*_, (image, sheet, said) = demo["generate"](prompt, "full", 7, demo["OWN_SIZE"])
+assert sheet is not None
+print(prompt, image.size, said)
+"""
+
+
+def test_the_demo_offers_a_class_where_a_model_knows_classes(tmp_path: Path) -> None:
+    torch.save(filled(VAR(TOY_VAR)).state_dict(), tmp_path / "var_toy.pth")
+    torch.save(filled(Autoencoder(VQ), 2).state_dict(), tmp_path / "vae_ch160v4096z32.pth")
+    command = [sys.executable, "-c", CLASS_SCRIPT, str(DEMO), str(tmp_path / "var_toy.pth")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.stdout.strip() == "0 (256, 256) scale 10: 256 of 256 tokens", ran.stderr
 
 
 @pytest.fixture
