@@ -22,7 +22,7 @@ from foveate.server.scheduler import Scheduler, SchedulerSettings
 from foveate.server.serving import Place, serve_locally
 from foveate.server.settings import ServerSettings
 from foveate.server.store import StoreSettings
-from tests.server.conftest import PATH, PROMPT, TIMEOUT_S, eventually
+from tests.server.conftest import PATH, PROMPT, TIMEOUT_S, Live, eventually
 
 
 def free_port() -> int:
@@ -214,6 +214,14 @@ def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
 
     with pytest.raises(FoveateError, match="no model 'x'"):
         serve_locally(load, ServerSettings(), Place(port=free_port()))
+
+
+def test_kept_images_can_be_fetched_while_the_server_ends(start: Callable[..., Live]) -> None:
+    live = start()
+    path = live.generate(response_format="url").data["data"][0]["url"].removeprefix(live.url)
+    live.service.is_closing = True
+    assert live.refused(503)["code"] == "closing"
+    assert live.send(path).status == 200
 
 
 def test_a_taken_address_is_refused_before_anything_is_loaded() -> None:
