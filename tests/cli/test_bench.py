@@ -127,7 +127,7 @@ def test_sizes() -> None:
         (["latency", "--policy", "ful"], ["did you mean full"]),
         (["latency", "--policy", "skip-scales:count=9"], ["count must be less than"]),
         (["latency", "--prompts", "none.txt"], ["cannot read prompts from none.txt"]),
-        (["latency", "--threads", "0"], ["--threads must be 1 or more"]),
+        (["latency", "--threads", "0"], ["--threads must be 1 to 4096"]),
         (["latency", "--device", "abacus"], ["device must be"]),
         (["latency", "--output", "file"], ["--output must be a folder"]),
         (["calibrate", "--policy", "full"], ["measures policies of its own; leave out --policy"]),

@@ -28,7 +28,7 @@ SHARED = [
     (["--policy", "none.yaml"], "cannot read policy file none.yaml"),
     (["--prompts", "none.txt"], "cannot read prompts from none.txt"),
     (["--model", "emojy"], "did you mean emoji"),
-    (["--threads", "0"], "--threads must be 1 or more"),
+    (["--threads", "0"], "--threads must be 1 to 4096"),
     (["--device", "abacus"], "device must be"),
     (["--cuda-graphs"], "--cuda-graphs needs a GPU; add --device cuda, or leave --cuda-graphs out"),
     (["--offload", "--device", "cpu"], "--offload needs a GPU; add --device cuda, or leave --offload out"),

@@ -462,7 +462,7 @@ def test_from_makes_the_same_pixels_again(run: Callable[..., Any], toy_folder: P
         (["a", "--device", "abacus"], ["device must be"]),
         (["a", "--device", "meta"], ["device must be"]),
         (["a", "--revision", "main"], ["revision needs a model on the hub"]),
-        (["a", "--threads", "0"], ["--threads must be 1 or more"]),
+        (["a", "--threads", "0"], ["--threads must be 1 to 4096"]),
         (["a", "--bogus"], ["Unknown option: --bogus", "foveate generate --help"]),
         (["a", "--sed", "1"], ["Did you mean --seed?"]),
         (["a", "--config", "none.yaml"], ["cannot read the configuration none.yaml"]),
