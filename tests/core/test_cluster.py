@@ -30,10 +30,12 @@ def test_what_ray_writes_is_readable_to_its_user_alone_and_deleted(
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     with cluster._own_folder() as name:
-        folder = Path(name)
-        assert folder.parent == tmp_path
-        assert folder.stat().st_mode & 0o777 == 0o700
-        (folder / "session").mkdir()
+        given = Path(name)
+        given.mkdir()
+        # As Ray does.
+        given.chmod(0o777)
+        assert given.parent.parent == tmp_path
+        assert given.parent.stat().st_mode & 0o777 == 0o700
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "none"))
     with pytest.raises(FoveateError, match="Ray needs a folder in .*none: .*set RAY_TMPDIR"), cluster._own_folder():

@@ -140,7 +140,8 @@ def _own_folder() -> Iterator[str]:
     except OSError as error:
         raise FoveateError(f"Ray needs a folder in {parent}: {error.strerror}; set RAY_TMPDIR to another one") from None
     try:
-        yield str(folder)
+        # Inside, as Ray lets everybody into the folder that it is given.
+        yield str(folder / "ray")
     finally:
         until = time.monotonic() + _DELETE_S
         while folder.exists() and time.monotonic() < until:
