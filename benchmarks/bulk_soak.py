@@ -234,7 +234,10 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="a JSON file")
     given = parser.parse_args()
-    found: dict[str, Any] = {"command": " ".join(["python", *sys.argv]), "machine": describe_machine()}
+    flags = ("model", "rows", "kills", "rounds", "speed_rows", "memory_rows", "seed")
+    words = [f"--{name.replace('_', '-')} {getattr(given, name)}" for name in flags]
+    command = " ".join(["python benchmarks/bulk_soak.py", *words])
+    found: dict[str, Any] = {"command": command, "machine": describe_machine()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checks: dict[str, bool] = {}
