@@ -54,7 +54,8 @@ class Made:
     """A run over rows of a file, in a folder."""
 
     def __init__(self, pipe: Pipeline, path: Path, out: Path, settings: RunSettings) -> None:
-        self.pipe, self.settings = pipe, settings
+        # A run changes its pipeline, and this one is that of all tests.
+        self.pipe, self.settings = Pipeline(pipe.model), settings
         self.source, self.scan = open_source(path, {}, settings.shard_size, None)
         config = settings.config(described(pipe, settings.loading), input={"sha256": self.scan.sha256})
         self.output = OutputFolder.create(out, config)
@@ -354,7 +355,7 @@ def test_a_million_rows_are_planned_in_bounded_memory() -> None:
 def test_a_worker_says_what_it_did(toy_pipe: Pipeline, tmp_path: Path) -> None:
     run = Made(toy_pipe, written(tmp_path / "rows.jsonl", ROWS), tmp_path / "out", settings_of())
     heard: list[Any] = []
-    worker = Worker(pipe=toy_pipe, settings=run.settings, source=run.source, output=run.output, listener=heard.append)
+    worker = Worker(pipe=run.pipe, settings=run.settings, source=run.source, output=run.output, listener=heard.append)
     made = worker.generate(0)
     assert (made.images, made.failures, made.more, made.resumed) == (5, 0, 2, 0)
     assert sum(progress.images for progress in heard) == 5

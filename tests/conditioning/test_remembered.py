@@ -43,6 +43,8 @@ def test_a_prompt_is_read_once_while_it_is_kept() -> None:
 def test_a_pipeline_that_remembers_has_the_same_images(toy_pipe: Pipeline) -> None:
     pipe = Pipeline(toy_pipe.model)
     pipe.remember_prompts(4)
+    pipe.remember_prompts(4)
+    assert not isinstance(pipe.model.text.inner, Remembered)
     for prompts in (["a red cat", "two dogs"], ["two dogs"]):
         both = [p(prompts, seed=3, policy="skip-scales:count=3").images for p in (pipe, toy_pipe)]
         assert (stack_uint8(both[0]) == stack_uint8(both[1])).all()

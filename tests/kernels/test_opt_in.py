@@ -15,7 +15,7 @@ from foveate.engine.executor import Engine
 from foveate.engine.graphs import Graphs
 from foveate.kernels import norm
 from foveate.kernels.gpu import launch
-from foveate.pipeline import pipeline
+from foveate.pipeline import placement
 from foveate.pipeline.pipeline import Pipeline
 from foveate.policies.registry import load_policy
 from tests.engine.captures import Recalled
@@ -177,10 +177,10 @@ def test_who_asks_for_kernels_needs_a_gpu_and_triton(monkeypatch: pytest.MonkeyP
         Pipeline.from_pretrained("emoji", kernels="triton")
     monkeypatch.setattr(launch, "has_triton", lambda: False)
     with pytest.raises(FoveateError, match="triton is not installed"):
-        pipeline._wants_triton("triton", torch.device("cuda"))
+        placement.wants_triton("triton", torch.device("cuda"))
     monkeypatch.setattr(launch, "has_triton", lambda: True)
-    assert pipeline._wants_triton("triton", torch.device("cuda"))
-    assert not pipeline._wants_triton(None, torch.device("cuda"))
+    assert placement.wants_triton("triton", torch.device("cuda"))
+    assert not placement.wants_triton(None, torch.device("cuda"))
 
 
 # Graphs

@@ -64,7 +64,7 @@ def test_a_body_with_many_errors_holds_nobody_up(live: Live, body: dict[str, Any
     began = time.process_time()
     answer = live.send(PATH, {"prompt": PROMPT, **body})
     assert (answer.status, message in answer.error["message"]) == (400, True)
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity"])

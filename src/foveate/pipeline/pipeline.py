@@ -224,7 +224,9 @@ class Pipeline:
         Raises:
             FoveateError: A count below 1.
         """
-        self.model = self.runner.model = replace(self.model, text=Remembered(inner=self.model.text, count=count))
+        text = self.model.text
+        inner = text.inner if isinstance(text, Remembered) else text
+        self.model = self.runner.model = replace(self.model, text=Remembered(inner=inner, count=count))
 
     def set_progress_bar_config(self, *, disable: bool | None = None) -> None:
         """Shows (False), hides (True) or, with None, shows progress on stderr only where that is a terminal."""
