@@ -62,6 +62,9 @@ WITHOUT = {
     "test_urls_of_an_answer_are_all_there",
     "test_what_was_refused_is_not_kept",
     "test_a_key_is_never_logged",
+    # Their checks wait for a lock of this process, which does not travel.
+    "test_what_a_client_left_while_it_was_encoded_is_kept",
+    "test_a_check_that_hangs_holds_up_nobody",
     # Another replica has room.
     "test_a_full_queue_says_when_to_come_again",
     # The store of all replicas is one folder of the front.
